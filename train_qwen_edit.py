@@ -1,0 +1,2764 @@
+"""Train a LoRA for Qwen-Image-Edit (2508, 2509, 2511) on (references, instruction) -> target.
+
+Page: docs/train_qwen_edit.md
+
+    accelerate launch train_qwen_edit.py --config configs/demo_qwen_edit.yaml          # CPU demo
+    accelerate launch train_qwen_edit.py --config configs/x.yaml                       # one GPU
+    accelerate launch --multi_gpu --num_processes 2 train_qwen_edit.py --config configs/x.yaml
+    ... --train.resume_from_checkpoint latest        # go on after a stop
+    ... --print_config | --help
+
+This is no library: copy the file, change it, run it; only utils.py must lie beside it.
+`# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
+
+Shapes: B samples, T text tokens, D text width (3584), H W pixels, h w = H/8 W/8 latents (16
+channels), S = (h/2)(w/2) image tokens of 64 channels each, K references. Pixels lie in [-1, 1],
+latents are normalised per channel, sigma runs from 0 (picture) to 1 (noise), velocity = noise - x0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import difflib
+import functools
+import gc
+import importlib
+import importlib.util
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pydantic import Field, model_validator
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from utils import (
+    FileIndex,
+    MetricLog,
+    Section,
+    StopSignal,
+    UserError,
+    cache_key,
+    draw_key,
+    entry_path,
+    hash_file,
+    list_images,
+    listed,
+    load_config,
+    normal,
+    read_entry,
+    run_record,
+    run_script,
+    save_atomic,
+    save_folder_atomic,
+    shuffled,
+    uniform,
+    write_entry,
+)
+
+# KEEP: diffusers, transformers, peft and accelerate are imported where they are used, so that a
+# mistake in the config or the data is reported within seconds, before any of them is loaded.
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does too
+AREA_1MP = 1024 * 1024
+VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
+ASPECT_TOLERANCE = 0.02  # references whose log aspect differs less share the target's crop
+
+log = logging.getLogger("train_qwen_edit")
+
+
+# --- 1. config ------------------------------------------------------------------------------------
+
+
+class LoraConfig(Section):
+    """The adapter on the transformer; everything else stays frozen."""
+
+    r: int = Field(16, ge=1)
+    """Rank. File size and memory grow linearly with it."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Strength is lora_alpha / r; null means lora_alpha = r."""
+    init_lora_weights: Literal["gaussian", "pissa", "olora", "orthogonal"] | bool = "gaussian"
+    """How A starts (B starts at zero but for pissa and olora), see peft.LoraConfig."""
+    target_modules: list[str] | str = ["to_k", "to_q", "to_v", "to_out.0"]
+    """Names of linear layers (matched from the end), or one regular expression."""
+    pretrained_weight: Path | None = None
+    """Start from this LoRA file (same r and target_modules) instead of from nothing."""
+
+
+class ModelConfig(Section):
+    """The base model. Which of 2508, 2509, 2511 it is stands in its own files."""
+
+    pretrained_model_name_or_path: str = "Qwen/Qwen-Image-Edit-2511"
+    """Folder in diffusers layout, or a Hub id."""
+    quantize: Literal["fp8", "int8", "int4", "int2"] | bool = False
+    """Weights of the frozen transformer blocks (optimum-quanto); true means fp8."""
+    lora: LoraConfig = LoraConfig()
+
+
+class ImageConfig(Section):
+    """One role of the suffix layout."""
+
+    suffix: str = ""
+    """What a stem ends with: "_T" for a_T.png. "" takes stems that end with no other suffix."""
+
+
+class ItemConfig(Section):
+    """One picture of a target or reference list."""
+
+    image: str
+    """A name of image_configs."""
+
+
+class ReferenceListConfig(Section):
+    """The pictures shown to the text encoder together with the instruction."""
+
+    reference_config: str
+    """A name of reference_configs."""
+    resize: int | None = Field(None, ge=32)
+    """Side of the square of equal area, px. null means what the model's pipeline does (384)."""
+    dropout: float = Field(0.0, ge=0, le=1)
+    """Chance to leave a picture out, drawn per visit."""
+    min_length: int = Field(1, ge=0)
+    """At least this many pictures stay."""
+
+
+class CaptionConfig(Section):
+    """Where the instruction comes from."""
+
+    image: str
+    """The caption file lies beside this picture."""
+    ext: str = ".txt"
+    """Its extension."""
+    reference_list: ReferenceListConfig | None = None
+    """null: the references of the batch config, which is what inference does."""
+
+
+class BatchConfig(Section):
+    """One combination of target, references and caption; one is drawn per visit."""
+
+    target_config: str
+    reference_config: str
+    caption_config: str
+    caption_dropout: float | None = Field(None, ge=0, le=1)
+    """Chance of the empty instruction (with the same references); null: data's rate."""
+    weight: float = Field(1.0, gt=0)
+    """Relative chance of this combination."""
+
+
+class DatasetConfig(Section):
+    """One data set, in the suffix layout (image_configs) or the folders layout (target_dir)."""
+
+    train_data_dir: Path
+    """Folder of the data set; it is only read."""
+    resolution: int = Field(1024, ge=64, multiple_of=SIZE_MULTIPLE)
+    """Side of the square whose area the targets get, px; aspect ratios are kept (buckets)."""
+    repeats: int = Field(1, ge=1)
+    """Visits of each sample per epoch."""
+    recreate_cache: bool = False
+    """Encode again even what is in the cache."""
+    holdout: list[str] = []
+    """Samples kept out of training; validation uses them."""
+    on_missing: Literal["error", "skip"] = "error"
+    """What to do with a sample that lacks a file or a caption."""
+    views: int = Field(1, ge=1)
+    """Cached views per sample: the whole picture, then views - 1 random crops."""
+    view_scale: float = Field(1.0, gt=0, le=1)
+    """Smallest side of a random crop, relative to the whole picture."""
+    view_flip: bool = False
+    """Mirror half of the random crops. Not for edits that know left from right."""
+    image_configs: dict[str, ImageConfig] = {}
+    """Suffix layout: role -> suffix."""
+    target_configs: dict[str, list[ItemConfig]] = {}
+    """Suffix layout: name -> [the target]."""
+    reference_configs: dict[str, list[ItemConfig]] = {}
+    """Suffix layout: name -> references, in the order the model sees them."""
+    caption_configs: dict[str, CaptionConfig] = {}
+    """Suffix layout: name -> caption."""
+    batch_configs: list[BatchConfig] = []
+    """Suffix layout: combinations, drawn at random per visit."""
+    target_dir: Path | None = None
+    """Folders layout: folder of the targets, relative to train_data_dir."""
+    reference_dirs: list[Path] = []
+    """Folders layout: folders of the references, in order; same relative stem, any extension."""
+    caption_ext: str = ".txt"
+    """Folders layout: caption files lie beside the targets."""
+    caption: str | None = None
+    """Folders layout: one instruction for every sample, instead of files."""
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> DatasetConfig:
+        if bool(self.image_configs) == bool(self.target_dir):
+            raise ValueError(
+                "give image_configs (suffix layout: a_T.png a_R.png) or target_dir and "
+                "reference_dirs (folders layout), one of the two"
+            )
+        if self.target_dir and not self.reference_dirs:
+            raise ValueError("reference_dirs is empty: name at least one folder")
+        if self.image_configs and not self.batch_configs:
+            raise ValueError("batch_configs is empty: name at least one combination")
+        return self
+
+
+class DataConfig(Section):
+    """Pairs, batches, and the size of references."""
+
+    dataset_configs: list[DatasetConfig] = []
+    """The data sets; all of them are mixed."""
+    batch_size: int = Field(1, ge=1)
+    """Samples per forward pass and process (of one shape: targets and references)."""
+    num_workers: int = Field(2, ge=0)
+    """Processes that read the cache; changes no result."""
+    shuffle: bool = True
+    """A new order every epoch."""
+    caption_dropout_rate: float = Field(0.0, ge=0, le=1)
+    """Chance of the empty instruction (with the same references)."""
+    reference_area: Literal["1mp", "target"] | int = "1mp"
+    """Area of each reference in the transformer: 1mp is what the pipelines do; "target" makes it
+    as large as the target (2.8 times fewer operations at 512 px); or a number of pixels. It is
+    written into the LoRA file, and generate.py follows it."""
+
+
+class LoggingConfig(Section):
+    """Where results go."""
+
+    output_dir: Path = Path("outputs/qwen_edit")
+    """Everything a run leaves lies here (but for the cache)."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two log lines; only then the loop waits for the GPU."""
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+    """Trackers beside metrics.jsonl, which is always written."""
+    tracker_project_name: str = "qwen-image-edit"
+    """Project name for the trackers."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer."""
+
+    class_path: str = "torch.optim.AdamW"
+    """Any importable optimizer, e.g. bitsandbytes.optim.AdamW8bit, prodigyopt.Prodigy."""
+    init_args: dict[str, Any] = {"lr": 1e-4}
+    """Its arguments."""
+
+
+class LrSchedulerConfig(Section):
+    """Learning rate schedule of diffusers; counts optimizer steps, whatever the processes."""
+
+    scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+    ] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps from 0 to the full rate."""
+    num_cycles: float = Field(0.5, gt=0)
+    """cosine: half waves / 2; cosine_with_restarts: restarts (whole)."""
+    power: float = Field(1.0, gt=0)
+    """polynomial: exponent."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    max_train_steps: int = Field(1000, ge=1)
+    """Optimizer steps; the run stops there."""
+    num_epochs: int | None = Field(None, ge=1)
+    """Stop earlier, after this many passes over the data."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per optimizer step and process."""
+    checkpointing_steps: int = Field(500, ge=1)
+    """Steps between two checkpoints."""
+    checkpoints_total_limit: int | None = Field(None, ge=1)
+    """Keep only the newest ones (older ones go after a new one is safe)."""
+    resume_from_checkpoint: str | None = None
+    """"latest" (the newest valid one; from step 0 if there is none) or a checkpoint folder."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    mixed_precision: Literal["bf16", "no"] = "bf16"
+    """bf16: base in bf16, LoRA, loss and optimizer in fp32. no: all in fp32. (No fp16: the
+    activations of Qwen-Image leave its range.)"""
+    gradient_checkpointing: bool = True
+    """Saves memory (95 -> 45 GB at 1024 px with one 1 MP reference), costs 1.4 times the time."""
+
+
+class CacheConfig(Section):
+    """Latents and embeddings are computed once, on these devices, before the transformer loads."""
+
+    use_cache: bool = True
+    """false: encode in every step (VAE and text encoder stay in memory)."""
+    cache_dir: Path = Path("cache")
+    """May be shared by runs; entries are named by their content."""
+    vae_encoder_device: str | None = None
+    """E.g. cuda:1; null: the training device."""
+    text_encoder_device: str | None = None
+    """E.g. cuda:2; null: the training device."""
+
+
+class PredictDevices(Section):
+    """A device per component; null: the training device."""
+
+    vae: str | None = None
+    text_encoder: str | None = None
+    transformer: str | None = None
+
+
+class PredictConfig(Section):
+    """Inference with trainer.predict()."""
+
+    devices: PredictDevices = PredictDevices()
+
+
+class ValidationConfig(Section):
+    """Pictures and loss on the samples named in holdout."""
+
+    steps: int | None = Field(None, ge=1)
+    """Steps between two validations; null: none."""
+    max_samples: int = Field(4, ge=1)
+    """Samples drawn on the sheet; the loss takes all."""
+    seed: int = 42
+    """Noise of the pictures and of the loss; the same every time."""
+    num_inference_steps: int = Field(20, ge=1)
+    """Euler steps of the pictures."""
+    true_cfg_scale: float = Field(4.0, ge=1)
+    """1: no guidance. Else against the empty instruction, as in the pipeline."""
+
+
+class LossConfig(Section):
+    """What is minimised, and at which noise levels."""
+
+    loss_type: Literal["mse"] = "mse"  # EDIT HERE: add yours here and to LOSSES
+    """A name of LOSSES."""
+    timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Density of sigma before the shift."""
+    logit_mean: float = 0.0
+    """logit_normal: larger means noisier."""
+    logit_std: float = Field(1.0, gt=0)
+    """logit_normal: larger means wider."""
+    timestep_shift: Literal["model"] | float = "model"
+    """"model": the shift that inference uses at this resolution; a number s > 0:
+    sigma' = s sigma / (1 + (s - 1) sigma); 1: none."""
+
+    @model_validator(mode="after")
+    def _positive_shift(self) -> LossConfig:
+        if self.timestep_shift != "model" and float(self.timestep_shift) <= 0:
+            raise ValueError("timestep_shift must be 'model' or a number above 0")
+        return self
+
+
+class Config(Section):
+    """train_qwen_edit.py: a LoRA for Qwen-Image-Edit from before/after pairs."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    logging: LoggingConfig = LoggingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_scheduler: LrSchedulerConfig = LrSchedulerConfig()
+    train: TrainConfig = TrainConfig()
+    cache: CacheConfig = CacheConfig()
+    predict: PredictConfig = PredictConfig()
+    validation: ValidationConfig = ValidationConfig()
+    loss: LossConfig = LossConfig()
+    seed: int = 0
+    """Order, noise, noise levels, dropout, crops and the start of the LoRA."""
+
+
+# --- 2. pairing: files -> samples, audited before any model loads ---------------------------------
+
+
+class Variant(NamedTuple):
+    """A sample as one batch config sees it."""
+
+    target: Path
+    references: tuple[Path, ...]
+    vision: tuple[Path, ...]  # what the text encoder sees, in order
+    caption: str
+    caption_dropout: float
+    vision_dropout: float
+    vision_min: int
+    vision_area: int | None  # px; None: what the pipeline does
+    weight: float
+
+
+class Sample(NamedTuple):
+    """One row of the data: a name and its variants."""
+
+    name: str
+    dataset: int
+    held_out: bool
+    variants: tuple[Variant, ...]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' (did you mean ...?)' or the list of what there is."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return (
+        f", did you mean '{close[0]}'?" if close else f" (there is: {', '.join(names) or 'none'})"
+    )
+
+
+def check_names(ds: DatasetConfig, where: str) -> list[str]:
+    """Problems of the names inside one data set: every name must point at something."""
+    problems = []
+
+    def need(name: str, table: Iterable[str], place: str, kind: str) -> None:
+        if name not in table:
+            problems.append(f"{where}.{place}: '{name}' is no {kind}{nearest(name, table)}")
+
+    lists = {"target_configs": ds.target_configs, "reference_configs": ds.reference_configs}
+    for section, table in lists.items():
+        for name, items in table.items():
+            for i, item in enumerate(items):
+                need(item.image, ds.image_configs, f"{section}.{name}.{i}.image", "image_config")
+            if not items:
+                problems.append(f"{where}.{section}.{name}: the list is empty")
+    for name, target in ds.target_configs.items():
+        if len(target) > 1:
+            problems.append(f"{where}.target_configs.{name}: one target per sample, not several")
+    for name, caption in ds.caption_configs.items():
+        place = f"caption_configs.{name}"
+        need(caption.image, ds.image_configs, f"{place}.image", "image_config")
+        if caption.reference_list:
+            listed_in = caption.reference_list.reference_config
+            need(listed_in, ds.reference_configs, f"{place}.reference_list", "reference_config")
+    for i, batch in enumerate(ds.batch_configs):
+        place = f"batch_configs.{i}"
+        need(batch.target_config, ds.target_configs, f"{place}.target_config", "target_config")
+        need(batch.caption_config, ds.caption_configs, f"{place}.caption_config", "caption_config")
+        need(
+            batch.reference_config,
+            ds.reference_configs,
+            f"{place}.reference_config",
+            "reference_config",
+        )
+    return problems
+
+
+def role_of(stem: str, suffixes: Iterable[str]) -> str | None:
+    """The longest suffix that `stem` ends with ("" only if no other fits); None if none fits."""
+    fits = [s for s in suffixes if stem.endswith(s) and Path(stem).name != s]
+    return max(fits, key=len) if fits else None
+
+
+def group_by_suffix(
+    ds: DatasetConfig, root: Path
+) -> tuple[dict[str, dict[str, Path]], list[str], list[str]]:
+    """Suffix layout -> {sample: {role: file}}, roles every sample needs, problems."""
+    suffixes = {config.suffix for config in ds.image_configs.values()}
+    files: dict[str, dict[str, Path]] = {}
+    problems = []
+    for stem, entries in list_images(root).items():
+        suffix = role_of(stem, suffixes)
+        if suffix is None:
+            continue
+        name = stem[: len(stem) - len(suffix)]
+        if len(entries) > 1:
+            names = ", ".join(entry.name for entry in entries)
+            problems.append(f"{root}: '{stem}' is ambiguous, keep one of {names}")
+        for role, config in ds.image_configs.items():
+            if config.suffix == suffix:
+                files.setdefault(name, {})[role] = Path(entries[0].path)
+    used = {
+        item.image
+        for batch in ds.batch_configs
+        for item in ds.target_configs[batch.target_config]
+        + ds.reference_configs[batch.reference_config]
+    }
+    for caption in (ds.caption_configs[b.caption_config] for b in ds.batch_configs):
+        used.add(caption.image)
+        if caption.reference_list:
+            vision = ds.reference_configs[caption.reference_list.reference_config]
+            used |= {item.image for item in vision}
+    return files, sorted(used), problems
+
+
+def group_by_folder(
+    ds: DatasetConfig, root: Path
+) -> tuple[dict[str, dict[str, Path]], list[str], list[str]]:
+    """Folders layout -> {sample: {role: file}}, roles ("target", "reference 1", ...), problems."""
+    assert ds.target_dir is not None, "checked by DatasetConfig"
+    folders = {"target": root / ds.target_dir}
+    folders |= {f"reference {i + 1}": root / d for i, d in enumerate(ds.reference_dirs)}
+    files: dict[str, dict[str, Path]] = {}
+    problems = []
+    for role, folder in folders.items():
+        if not folder.is_dir():
+            problems.append(f"{role} folder {folder} does not exist")
+            continue
+        for stem, entries in list_images(folder).items():
+            if len(entries) > 1:
+                names = ", ".join(entry.name for entry in entries)
+                problems.append(f"{folder}: '{stem}' is ambiguous, keep one of {names}")
+            files.setdefault(stem, {})[role] = Path(entries[0].path)
+    return files, list(folders), problems
+
+
+def read_caption(path: Path) -> str:
+    """Text of a caption file.
+
+    Raises:
+        ValueError: missing, empty or not UTF-8; says which.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        raise ValueError(f"caption {path} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"caption {path} cannot be read: {error}") from error
+    if not text:
+        raise ValueError(f"caption {path} is empty")
+    return text
+
+
+def make_variants(ds: DatasetConfig, files: dict[str, Path], rate: float) -> tuple[Variant, ...]:
+    """Every combination of one sample. Raises ValueError for a bad caption."""
+    if ds.target_dir:
+        target, *references = (files[role] for role in ("target", *list(files)[1:]))
+        caption = ds.caption or read_caption(target.with_suffix(ds.caption_ext))
+        refs = tuple(references)
+        return (Variant(target, refs, refs, caption, rate, 0.0, 0, None, 1.0),)
+    variants = []
+    for batch in ds.batch_configs:
+        refs = tuple(files[item.image] for item in ds.reference_configs[batch.reference_config])
+        captions = ds.caption_configs[batch.caption_config]
+        vision, dropout, least, area = refs, 0.0, 0, None
+        if shown := captions.reference_list:
+            vision = tuple(files[i.image] for i in ds.reference_configs[shown.reference_config])
+            area = shown.resize**2 if shown.resize else None
+            dropout, least = shown.dropout, shown.min_length
+        variants.append(
+            Variant(
+                target=files[ds.target_configs[batch.target_config][0].image],
+                references=refs,
+                vision=vision,
+                caption=read_caption(files[captions.image].with_suffix(captions.ext)),
+                caption_dropout=rate if batch.caption_dropout is None else batch.caption_dropout,
+                vision_dropout=dropout,
+                vision_min=least,
+                vision_area=area,
+                weight=batch.weight,
+            )
+        )
+    return tuple(variants)
+
+
+def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], list[str]]:
+    """Samples, problems and skipped samples of one data set."""
+    ds = config.data.dataset_configs[number]
+    where, root = f"data.dataset_configs.{number}", ds.train_data_dir
+    if not root.is_dir():
+        return [], [f"{where}.train_data_dir: folder {root} does not exist"], []
+    if problems := check_names(ds, where):
+        return [], problems, []
+    files, roles, problems = (group_by_folder if ds.target_dir else group_by_suffix)(ds, root)
+    if problems:
+        return [], [f"{where}: {p}" for p in problems], []
+    samples, broken = [], []
+    for name in sorted(files):
+        here = {role: files[name][role] for role in roles if role in files[name]}
+        if not here:
+            continue  # only pictures that no combination uses
+        if lacking := [role for role in roles if role not in here]:
+            broken.append(f"{where}: sample '{name}' lacks its {' and '.join(lacking)}")
+            continue
+        try:
+            variants = make_variants(ds, here, config.data.caption_dropout_rate)
+        except ValueError as error:
+            broken.append(f"{where}: {error}")
+            continue
+        samples.append(Sample(name, number, name in ds.holdout, variants))
+    for name in sorted(set(ds.holdout) - set(files)):
+        problems.append(f"{where}.holdout: no sample '{name}'{nearest(name, sorted(files))}")
+    skipped = broken if ds.on_missing == "skip" else []
+    problems += [] if skipped else broken
+    if not any(not sample.held_out for sample in samples) and not problems:
+        problems.append(f"{where}: no sample to train on in {root}")
+    return samples, problems, skipped
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Any still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK ...
+
+    Raises:
+        OSError: unreadable or cut off.
+    """
+    with Image.open(path) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
+            low, high = image.convert("F").getextrema()
+            scale = 255 / 65535 if image.mode.startswith("I;16") or float(high) > 255 else 1.0
+            image = image.convert("F").point(lambda v: v * scale).convert("L")
+        if "A" in image.getbands() or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        return image.convert("RGB")
+
+
+VERIFY_SECONDS = 4.0  # new pictures are decoded for this long; the others when they are encoded
+
+
+def check_pictures(paths: Sequence[Path], index: FileIndex) -> list[str]:
+    """Record width and height of every picture (upright) in `index`; returns what is unreadable."""
+    deadline = time.monotonic() + VERIFY_SECONDS
+
+    def check(path: Path) -> str | tuple[Path, os.stat_result, dict[str, Any]] | None:
+        try:
+            stat = path.stat()
+            if index.get(path, stat):
+                return None
+            with Image.open(path) as image:
+                width, height = image.size
+                if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientation: turned by 90 degrees
+                    width, height = height, width
+                if time.monotonic() < deadline:
+                    image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"picture {path} cannot be read: {error}"
+        return path, stat, {"width": width, "height": height}
+
+    problems = []
+    with ThreadPoolExecutor() as pool:
+        for found in pool.map(check, paths):
+            if isinstance(found, str):
+                problems.append(found)
+            elif found:
+                index.put(*found)
+    index.commit()
+    return problems
+
+
+def all_pictures(samples: Iterable[Sample]) -> list[Path]:
+    """Every picture file the samples use, once, sorted."""
+    return sorted(
+        {
+            path
+            for sample in samples
+            for variant in sample.variants
+            for path in (variant.target, *variant.references, *variant.vision)
+        }
+    )
+
+
+def open_index(config: Config) -> FileIndex:
+    """The file index of the cache; in memory when there is no cache."""
+    try:
+        return FileIndex(config.cache.cache_dir if config.cache.use_cache else None)
+    except OSError as error:
+        raise UserError(f"cache.cache_dir: cannot write there: {error}") from error
+
+
+def find_samples(config: Config, index: FileIndex) -> tuple[list[Sample], list[str]]:
+    """Pair, read captions and check every picture. Returns (samples, problems)."""
+    samples: list[Sample] = []
+    problems: list[str] = []
+    skipped: list[str] = []
+    if not config.data.dataset_configs:
+        problems.append("data.dataset_configs: no data set is named")
+    for number in range(len(config.data.dataset_configs)):
+        found, wrong, left_out = find_dataset(config, number)
+        samples += found
+        problems += wrong
+        skipped += left_out
+    unreadable = check_pictures(all_pictures(samples), index)
+    report = {"samples": len(samples), "problems": problems + unreadable, "skipped": skipped}
+    with contextlib.suppress(OSError):  # an unwritable output_dir is reported by audit()
+        config.logging.output_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        save_atomic(config.logging.output_dir / "audit.json", lambda f: f.write_text(text))
+    if skipped:
+        log.warning("%d sample(s) skipped (on_missing: skip)\n%s", len(skipped), listed(skipped))
+    return samples, problems + unreadable
+
+
+class Flavour(NamedTuple):
+    """Which Qwen-Image-Edit a checkpoint is; read from its own files."""
+
+    name: str  # edit-v1 (2508) | edit-v2 (2509) | edit-v3 (2511)
+    pipeline_class: str
+    vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508)
+
+
+def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint folder or Hub repository. Raises UserError."""
+    path = Path(name_or_path) / file
+    if not Path(name_or_path).is_dir():
+        if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+            raise UserError(f"no folder {name_or_path}")
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            path = Path(hf_hub_download(name_or_path, file))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"no folder {name_or_path}, and not on the Hub: {reason}") from error
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: no diffusers checkpoint: {error}") from error
+
+
+def detect_flavour(name_or_path: str) -> Flavour:
+    """2508, 2509 or 2511, from model_index.json and transformer/config.json.
+
+    Raises:
+        UserError: no such checkpoint, or not a Qwen-Image-Edit one.
+    """
+    pipeline_class = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
+    if pipeline_class == "QwenImageEditPipeline":
+        return Flavour("edit-v1", pipeline_class, None)
+    if pipeline_class == "QwenImageEditPlusPipeline":
+        conditioned = read_model_json(name_or_path, "transformer/config.json").get("zero_cond_t")
+        return Flavour("edit-v3" if conditioned else "edit-v2", pipeline_class, VISION_AREA)
+    raise UserError(
+        f"{name_or_path} is a {pipeline_class or 'checkpoint without a class name'}; "
+        "wanted QwenImageEditPipeline or QwenImageEditPlusPipeline"
+    )
+
+
+def check_device(name: str, value: str | None) -> list[str]:
+    """Problems of a device setting on this machine."""
+    if value is None:
+        return []
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        return [f"{name}: '{value}' is no device (cpu, cuda:0, mps, ...)"]
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return [f"{name}: '{value}', but this machine has {torch.cuda.device_count()} CUDA devices"]
+    return []
+
+
+def audit(config: Config) -> list[str]:
+    """Everything that can be known to be wrong before a model loads: one line per problem."""
+    problems = []
+    if config.cache.use_cache:
+        problems += check_device("cache.vae_encoder_device", config.cache.vae_encoder_device)
+        problems += check_device("cache.text_encoder_device", config.cache.text_encoder_device)
+    start = config.model.lora.pretrained_weight
+    if start and not start.is_file():
+        problems.append(f"model.lora.pretrained_weight: no file {start}")
+    try:
+        flavour = detect_flavour(config.model.pretrained_model_name_or_path)
+    except UserError as error:
+        problems.append(f"model.pretrained_model_name_or_path: {error}")
+        flavour = None
+    try:
+        config.logging.output_dir.mkdir(parents=True, exist_ok=True)
+        samples, wrong = find_samples(config, open_index(config))
+    except (UserError, OSError) as error:
+        return [*problems, str(error)]
+    problems += wrong
+    if flavour and flavour.name == "edit-v1":
+        for sample in samples[:1]:
+            for variant in sample.variants:
+                if len(variant.references) > 1:
+                    problems.append("this checkpoint (2508) takes one reference; 2509 takes more")
+                if variant.vision_area or variant.vision != variant.references:
+                    problems.append(
+                        "reference_list: 2508 shows its encoder the picture that the VAE gets; "
+                        "leave out resize and use the same references"
+                    )
+    if config.validation.steps and samples and not any(s.held_out for s in samples):
+        problems.append("validation.steps is set, but no data set names samples in holdout")
+    return problems
+
+
+# --- 3. geometry, encoding and cache ---------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """One picture as the model gets it: where it comes from and the transform."""
+
+    source: Path | Image.Image
+    content: str  # blake2b of the file, or of the pixels of a picture in memory
+    size: tuple[int, int]  # (W, H) px after the transform
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # left top right bottom, relative
+    flip: bool = False
+
+
+class Draw(NamedTuple):
+    """One visit of a sample: everything random about it but the noise, decided ahead."""
+
+    visit: int  # number of the visit over the whole run; the noise hangs on it
+    sample: int
+    variant: int = 0
+    view: int = 0
+    vision: tuple[int, ...] | None = None  # which vision references stay; None: all
+    empty: bool = False  # train with the empty instruction
+
+
+class Example(NamedTuple):
+    """What a Draw resolves to."""
+
+    name: str
+    target: Picture
+    references: tuple[Picture, ...]
+    vision: tuple[Picture, ...]
+    caption: str
+
+
+def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
+    """(W, H) of that area and aspect, rounded to 32 px as diffusers' pipelines round."""
+    width = math.sqrt(area_px * aspect)
+    sides = (round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (width, width / aspect))
+    width_px, height_px = (max(side, SIZE_MULTIPLE) for side in sides)
+    return width_px, height_px
+
+
+@functools.lru_cache
+def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
+    """Target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
+    widths = range(SIZE_MULTIPLE, 2 * resolution + 1, SIZE_MULTIPLE)
+    sizes = [(w, round(resolution**2 / w / SIZE_MULTIPLE) * SIZE_MULTIPLE) for w in widths]
+    return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
+
+
+@functools.lru_cache(maxsize=4096)
+def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """The bucket of nearest log aspect; among equals the one of nearest area."""
+    aspect, area = math.log(width / height), resolution**2
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        w, h = size
+        return round(abs(aspect - math.log(w / h)), 9), abs(math.log(w * h / area))
+
+    return min(buckets(resolution), key=distance)
+
+
+def cover_box(
+    aspect: float, wanted: float, scale: float = 1.0, x: float = 0.5, y: float = 0.5
+) -> tuple[float, float, float, float]:
+    """Crop of aspect `wanted` from a picture of `aspect`, `scale` of the largest one, at x, y.
+
+    Returns (left, top, right, bottom) relative to the picture, 0..1.
+    """
+    width, height = min(1.0, wanted / aspect) * scale, min(1.0, aspect / wanted) * scale
+    left, top = x * (1 - width), y * (1 - height)
+    return tuple(round(v, 6) for v in (left, top, left + width, top + height))  # type: ignore
+
+
+def resolve(
+    config: Config, flavour: Flavour, samples: Sequence[Sample], draw: Draw, index: FileIndex
+) -> Example:
+    """Draw -> pictures with ONE geometric transform for the target and every aligned reference."""
+    sample = samples[draw.sample]
+    variant = sample.variants[draw.variant]
+    ds = config.data.dataset_configs[sample.dataset]
+    area_setting = config.data.reference_area
+
+    fact = index.known(variant.target)
+    aspect = fact["width"] / fact["height"]
+    size = nearest_bucket(fact["width"], fact["height"], ds.resolution)
+    box, flip = cover_box(aspect, size[0] / size[1]), False
+    if draw.view:  # EDIT HERE: augmentation (each view is cached)
+        chance = ("view", config.seed, sample.dataset, sample.name, draw.view)
+        scale = 1 - (1 - ds.view_scale) * uniform("scale", *chance)
+        x, y = uniform("x", *chance), uniform("y", *chance)
+        box = cover_box(aspect, size[0] / size[1], scale, x, y)
+        flip = ds.view_flip and uniform("flip", *chance) < 0.5
+
+    def reference(path: Path, area_px: float) -> Picture:
+        known = index.known(path)
+        own = known["width"] / known["height"]
+        # KEEP: aligned references get the target's crop, or the edit no longer lies on its pixels
+        if abs(math.log(own / aspect)) < ASPECT_TOLERANCE:
+            aligned = pick_size(area_px, size[0] / size[1])
+            return Picture(path, known["content"], aligned, box, flip)
+        return Picture(path, known["content"], pick_size(area_px, own))
+
+    area_px = {"1mp": AREA_1MP, "target": size[0] * size[1]}.get(str(area_setting), area_setting)
+    vision_area = variant.vision_area or flavour.vision_area or area_px
+    stay = range(len(variant.vision)) if draw.vision is None else draw.vision
+    return Example(
+        name=sample.name,
+        target=Picture(variant.target, fact["content"], size, box, flip),
+        references=tuple(reference(path, float(area_px)) for path in variant.references),
+        vision=tuple(reference(variant.vision[i], float(vision_area)) for i in stay),
+        caption="" if draw.empty else variant.caption,
+    )
+
+
+def load_picture(picture: Picture) -> Image.Image:
+    """Open, crop and resize (Lanczos, as the pipelines do) -> RGB of picture.size."""
+    source = picture.source
+    try:
+        image = source if isinstance(source, Image.Image) else open_rgb(source)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"picture {source} cannot be read: {error}") from error
+    left, top, right, bottom = picture.box
+    w, h = image.size
+    box = (left * w, top * h, right * w, bottom * h)
+    image = image.resize(picture.size, Image.Resampling.LANCZOS, box=box)
+    return ImageOps.mirror(image) if picture.flip else image
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """RGB -> (1, 3, H, W) fp32 in [-1, 1]."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    pixels = data.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255.0
+    return (2.0 * pixels - 1.0)[None]
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB."""
+    data = (pixels * 0.5 + 0.5).clamp(0, 1).float() * 255
+    return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def encode_stills_in_2d(vae: torch.nn.Module) -> torch.nn.Module:
+    """Let the video VAE treat one frame with 2-D convolutions: 10 times faster on a CPU.
+
+    A causal 3-D convolution pads a single frame with zeros in front, so only the last temporal
+    slice of its kernel sees data. Same result to 1e-5.
+    """
+
+    def bind(conv: torch.nn.Conv3d) -> None:
+        whole = conv.forward
+        side = conv.kernel_size[-1] // 2
+
+        def forward(x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+            if x.shape[2] != 1 or cache_x is not None:
+                return whole(x, cache_x)  # type: ignore[call-arg]
+            y = F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=side)
+            return y.unsqueeze(2)
+
+        conv.forward = forward  # type: ignore[method-assign]
+
+    for module in vae.modules():
+        if type(module).__name__ == "QwenImageCausalConv3d" and set(module.stride) == {1}:
+            bind(module)  # type: ignore[arg-type]
+    return vae
+
+
+def vae_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-channel mean and std of the latents, (1, C, 1, 1, 1) each."""
+    values = (vae.config.latents_mean, vae.config.latents_std)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(like) for v in values)
+    return mean, std
+
+
+@torch.no_grad()
+def encode_image_qwen(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] -> normalised posterior mode (B, 16, 1, h, w)."""
+    pixels = pixels.to(vae.device, vae.dtype).unsqueeze(2)  # (B, 3, 1, H, W)
+    latents = vae.encode(pixels).latent_dist.mode()
+    mean, std = vae_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+@torch.no_grad()
+def decode_latents_qwen(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised (B, 16, 1, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
+    latents = latents.to(vae.device, vae.dtype)
+    mean, std = vae_statistics(vae, latents)
+    # KEEP: divided by 1/std as the pipeline does; times std differs in the last bit
+    return vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+
+
+@torch.no_grad()
+def encode_prompt_qwen(
+    pipe: Any, caption: str, images: Sequence[Image.Image], device: torch.device
+) -> torch.Tensor:
+    """Instruction and pictures -> embedding (T, D), through the pipeline's own template."""
+    # 2508's template has one picture slot; the Plus template numbers a list
+    single = type(pipe).__name__ == "QwenImageEditPipeline"
+    shown = (images[0] if single else list(images)) if images else None
+    embeds, _ = pipe.encode_prompt(prompt=caption, image=shown, device=device)
+    return embeds[0]  # (T, D); one prompt has no padding
+
+
+def picture_id(picture: Picture) -> list[Any]:
+    """What of a picture enters a cache key."""
+    return [picture.content, picture.size, picture.box, picture.flip]
+
+
+class CacheKeys:
+    """Names of cache entries for one checkpoint and precision."""
+
+    def __init__(self, folder: Path, flavour: Flavour, dtype: torch.dtype) -> None:
+        kind = (flavour.pipeline_class, str(dtype))
+        self.vae = fingerprint([folder / "vae"], *kind)
+        names = ("text_encoder", "tokenizer", "processor")
+        self.text = fingerprint([folder / name for name in names], *kind, processor_name())
+
+    def latent(self, picture: Picture) -> str:
+        """Entry with `latent` (16, 1, h, w)."""
+        return cache_key("latent", encoder=self.vae, picture=picture_id(picture))
+
+    def prompt(self, example: Example) -> str:
+        """Entry with `embed` (T, D): the pictures are part of it."""
+        pictures = [picture_id(picture) for picture in example.vision]
+        return cache_key("prompt", encoder=self.text, caption=example.caption, pictures=pictures)
+
+
+def fingerprint(folders: Sequence[Path], *extra: str) -> str:
+    """Hash of a component: small files whole, weights by size and 3 samples of 64 KB each."""
+    parts: list[Any] = list(extra)
+    for file in sorted(f for folder in folders if folder.is_dir() for f in folder.rglob("*")):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        size = file.stat().st_size
+        if size < 2**20:
+            parts.append([file.name, hash_file(file)])
+            continue
+        with file.open("rb") as stream:
+            for place in (0, size // 2, size - 2**16):
+                stream.seek(place)
+                parts.append([file.name, size, draw_key(stream.read(2**16))])
+    return cache_key("encoder", parts=parts)
+
+
+def index_content(paths: Sequence[Path], index: FileIndex) -> None:
+    """Add the content hash of every picture that has none yet, or has changed since."""
+    new = [p for p in paths if "content" not in (index.get(p, p.stat()) or {})]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(hash_file, new)
+        for path, content in tqdm(
+            zip(new, hashes, strict=True), "hash pictures", len(new), disable=len(new) < 500
+        ):
+            stat = path.stat()
+            index.put(path, stat, {**(index.get(path, stat) or {}), "content": content})
+    index.commit()
+
+
+# --- 4. model, devices, LoRA -----------------------------------------------------------------------
+
+
+def has_torchvision() -> bool:
+    """transformers' stock video processor, which nothing here needs, wants torchvision."""
+    return importlib.util.find_spec("torchvision") is not None
+
+
+def processor_name() -> str:
+    """The image processor in use; it enters the cache keys, for the two differ in rounding."""
+    return "torchvision" if has_torchvision() else "PIL"
+
+
+def load_processor(folder: Path) -> Any:
+    """Qwen2VLProcessor; without torchvision one that handles stills only (all we need)."""
+    from transformers import ProcessorMixin, Qwen2VLProcessor
+
+    if has_torchvision():
+        return Qwen2VLProcessor.from_pretrained(folder)
+
+    class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
+        def __init__(
+            self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+        ) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    return ImageOnlyQwen2VLProcessor.from_pretrained(folder)
+
+
+def check_zero_cond_t(transformer_config: dict[str, Any], accepted: Iterable[str]) -> None:
+    """Refuse a diffusers that would silently drop 2511's zero_cond_t. Raises UserError."""
+    if transformer_config.get("zero_cond_t") and "zero_cond_t" not in accepted:
+        raise UserError(
+            "this checkpoint needs zero_cond_t (2511), which this version of diffusers would "
+            "ignore: pip install -U diffusers"
+        )
+
+
+QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
+
+
+def quantize_blocks(transformer: Any, precision: str, device: torch.device) -> None:
+    """Replace the linear weights of every block by quanto ones; one block at a time on `device`.
+
+    Embedders, modulation and output stay as they are: small, and they set the scale of the rest.
+    """
+    from optimum import quanto
+
+    weights = getattr(quanto, QUANTO_TYPES[precision])
+    for block in tqdm(transformer.transformer_blocks, f"quantize to {precision}", leave=False):
+        block.to(device)
+        quanto.quantize(block, weights=weights, exclude=["img_mod*", "txt_mod*"])
+        quanto.freeze(block)
+
+
+def dead_modules(transformer: Any) -> str:
+    """Regex of the last block's text outputs: nothing reads them, so they get no gradient."""
+    last = len(transformer.transformer_blocks) - 1
+    return rf".*transformer_blocks\.{last}\.(attn\.to_add_out|txt_mlp\..*)"
+
+
+def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
+    """Freeze the base, add the adapter in fp32. Raises UserError if nothing matches."""
+    from peft import LoraConfig as PeftConfig
+
+    transformer.requires_grad_(False)
+    settings = PeftConfig(
+        r=lora.r,
+        lora_alpha=lora.r if lora.lora_alpha is None else lora.lora_alpha,  # type: ignore
+        init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
+        target_modules=lora.target_modules,
+        # KEEP: DDP waits forever for parameters that never get a gradient
+        exclude_modules=dead_modules(transformer),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(draw_key(seed, "lora"))
+        try:
+            transformer.add_adapter(settings)
+        except ValueError as error:
+            names = sorted(
+                {
+                    ".".join(name.split(".")[2:])
+                    for name, module in transformer.named_modules()
+                    if isinstance(module, torch.nn.Linear) and name.startswith("transformer_bl")
+                }
+            )
+            raise UserError(
+                f"model.lora.target_modules {lora.target_modules} matches no layer; "
+                f"there is: {', '.join(names)}"
+            ) from error
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:  # KEEP: bf16 would round small updates away
+            parameter.data = parameter.data.float()
+
+
+def lora_tensors(transformer: Any) -> dict[str, torch.Tensor]:
+    """The adapter as it trains: PEFT names, fp32."""
+    from peft.utils import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(transformer)
+
+
+def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
+    """Write diffusers/PEFT names, with alpha folded into B.
+
+    Loaders differ in where they look for alpha (metadata, `.alpha` keys, nowhere), so B is stored
+    times alpha / r and the file says alpha = r: the strength is right everywhere. Exact when
+    alpha / r is a power of two, else to fp32 rounding.
+    """
+    settings = transformer.peft_config["default"].to_dict()
+    strength = settings["lora_alpha"] / settings["r"]
+    tensors = {
+        f"transformer.{name}": (
+            tensor * strength if ".lora_B." in name else tensor.clone()
+        ).contiguous()
+        for name, tensor in (
+            (n, t.detach().float().cpu()) for n, t in lora_tensors(transformer).items()
+        )
+    }
+    settings |= {"lora_alpha": settings["r"]}
+    adapter = {
+        f"transformer.{k}": sorted(v) if isinstance(v, set) else v
+        for k, v in settings.items()
+        if isinstance(v, str | int | float | bool | list | set | dict | None)
+    }
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
+        "image_edit_lora": json.dumps(about, sort_keys=True),
+    }
+    save_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
+
+
+# --- 5. objective ----------------------------------------------------------------------------------
+
+
+def sample_sigma(loss: LossConfig, *parts: object) -> float:  # EDIT HERE: timestep density
+    """A noise level in (0, 1) before the shift; belongs to the parts."""
+    if loss.timestep_density == "uniform":
+        return min(max(uniform(*parts), 1e-4), 1 - 1e-4)
+    return torch.sigmoid(loss.logit_mean + loss.logit_std * normal((), *parts)).item()
+
+
+def model_mu(scheduler_config: Any, tokens: int) -> float:
+    """The model's own resolution shift: linear in the target tokens (pipeline: calculate_shift)."""
+    get = scheduler_config.get
+    least, most = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
+    low, high = get("base_shift", 0.5), get("max_shift", 1.15)
+    slope = (high - low) / (most - least)
+    return slope * tokens + low - slope * least
+
+
+def shift_sigma(sigma: torch.Tensor, mu: float) -> torch.Tensor:
+    """e^mu / (e^mu + 1/sigma - 1), the exponential time shift of FlowMatchEulerDiscreteScheduler."""
+    return math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
+
+
+def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """(1 - sigma) x0 + sigma noise; sigma (B,)."""
+    sigma = sigma.view(-1, *[1] * (x0.dim() - 1))
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
+    """(B, 16, 1, h, w) -> tokens (B, h/2 * w/2, 64): channel, row in patch, column in patch."""
+    b, c, _, h, w = latents.shape
+    tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(b, (h // 2) * (w // 2), c * 4)
+
+
+def unpack_latents(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tokens (B, S, 64) of a picture of height x width px -> (B, 16, 1, h, w)."""
+    b, _, channels = tokens.shape
+    h, w = height // 16, width // 16
+    latents = tokens.view(b, h, w, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, channels // 4, 1, h * 2, w * 2)
+
+
+def token_grid(latents: torch.Tensor) -> tuple[int, int, int]:
+    """(B, 16, 1, h, w) -> (frames, rows, columns) of its tokens."""
+    return 1, latents.shape[-2] // 2, latents.shape[-1] // 2
+
+
+def predict_velocity(
+    transformer: Any,
+    noisy: torch.Tensor,
+    references: Sequence[torch.Tensor],
+    embeds: torch.Tensor,
+    mask: torch.Tensor | None,
+    sigma: torch.Tensor,
+) -> torch.Tensor:
+    """Velocity of the target, shape of `noisy`.
+
+    noisy (B, 16, 1, h, w); references K x (B, 16, 1, hk, wk), never noised; embeds (B, T, D);
+    mask (B, T) or None; sigma (B,).
+    """
+    pictures = [noisy, *references]
+    tokens = torch.cat([pack_latents(p) for p in pictures], dim=1)  # (B, S + sum Sk, 64)
+    velocity = transformer(
+        hidden_states=tokens,
+        timestep=sigma,
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=mask,  # KEEP: None when nothing is padded (flash attention)
+        # KEEP: RoPE takes the shapes of sample 0 for all, so a batch has one shape
+        img_shapes=[[token_grid(p) for p in pictures]] * len(noisy),
+        return_dict=False,
+    )[0]
+    height, width = noisy.shape[-2] * 8, noisy.shape[-1] * 8
+    return unpack_latents(velocity[:, : math.prod(token_grid(noisy))], height, width)
+
+
+def flow_loss(
+    velocity: torch.Tensor, noise: torch.Tensor, target_latents: torch.Tensor
+) -> torch.Tensor:  # EDIT HERE: the objective
+    """Rectified flow: mean over elements of (velocity - (noise - x0))^2, fp32, (B,)."""
+    error = velocity.float() - (noise.float() - target_latents.float())
+    return error.square().flatten(1).mean(1)
+
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": flow_loss}
+
+
+# --- 6. sampling -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def denoise(
+    transformer: Any,
+    scheduler: Any,
+    noise: torch.Tensor,
+    references: Sequence[torch.Tensor],
+    embeds: torch.Tensor,
+    steps: int,
+    negative_embeds: torch.Tensor | None = None,
+    true_cfg_scale: float = 1.0,
+) -> torch.Tensor:
+    """Euler from noise (1, 16, 1, h, w) to latents, step for step what the pipelines do.
+
+    `scheduler` is a copy of its own (set_timesteps changes it). With negative_embeds and
+    true_cfg_scale > 1: classifier-free guidance, rescaled to the norm of the positive prediction.
+    """
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    mu = model_mu(scheduler.config, math.prod(token_grid(noise)))
+    scheduler.set_timesteps(sigmas=sigmas, device=noise.device, mu=mu)
+    scheduler.set_begin_index(0)
+    latents = noise
+    for t in scheduler.timesteps:
+        sigma = t.expand(len(latents)).to(latents.dtype) / 1000
+        velocity = predict_velocity(transformer, latents, references, embeds, None, sigma)
+        if negative_embeds is not None and true_cfg_scale > 1:
+            other = predict_velocity(transformer, latents, references, negative_embeds, None, sigma)
+            positive, negative = pack_latents(velocity), pack_latents(other)
+            guided = negative + true_cfg_scale * (positive - negative)  # (1, S, 64)
+            norms = [torch.norm(v, dim=-1, keepdim=True) for v in (positive, guided)]
+            height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
+            velocity = unpack_latents(guided * (norms[0] / norms[1]), height, width)
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return latents
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    heads: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    cell_px: int = 256,
+) -> Image.Image:
+    """Pictures in rows on white, each fitted into a cell; column heads, a caption under each row."""
+    font = ImageFont.load_default(size=15)
+    gap, line = 8, 22
+    columns = max(len(row) for row in rows)
+    step = cell_px + gap + (line if captions else 0)
+    top = gap + (line if heads else 0)
+    sheet = Image.new("RGB", (columns * (cell_px + gap) + gap, top + len(rows) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, head in enumerate(heads):
+        draw.text((gap + x * (cell_px + gap), 4), head, "black", font)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            scale = min(cell_px / image.width, cell_px / image.height)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            fitted = image.resize(size, Image.Resampling.LANCZOS)
+            sheet.paste(fitted, (gap + x * (cell_px + gap), top + y * step))
+        if captions:
+            text = captions[y][: columns * cell_px // 8]
+            draw.text((gap, top + y * step + cell_px + 1), text, "dimgray", font)
+    return sheet
+
+
+# --- 7. checkpoints --------------------------------------------------------------------------------
+
+FREE_TO_CHANGE = {  # settings that may differ between a checkpoint and the run that continues it
+    "train": {"max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit"}
+    | {"resume_from_checkpoint", "gradient_checkpointing", "gradient_accumulation_steps"},
+    "data": {"batch_size", "num_workers"},
+}
+TRAINS = ("model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed")
+
+
+def trained_as(config: Config) -> dict[str, Any]:
+    """The settings that decide what is learned, flat; a run that continues must have the same."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}.{key}")
+        else:
+            flat[path] = value
+
+    for section in TRAINS:
+        values = config.model_dump(mode="json")[section]
+        for key in FREE_TO_CHANGE.get(section, ()):
+            values.pop(key)
+        walk(values, section)
+    return {k: v for k, v in flat.items() if not k.endswith(".recreate_cache")}
+
+
+def valid_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Its state.json, if every file it lists is there and unharmed."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        unharmed = all(hash_file(folder / name) == h for name, h in state["files"].items())
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+    return state if unharmed else None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """checkpoint-<step> folders, oldest first; half-written ones have another name."""
+    folders = output_dir.glob("checkpoint-*")
+    return sorted(
+        (f for f in folders if f.is_dir() and f.name.rpartition("-")[2].isdigit()),
+        key=lambda f: int(f.name.rpartition("-")[2]),
+    )
+
+
+def find_checkpoint(config: Config, size: int) -> tuple[Path, dict[str, Any]] | None:
+    """What train.resume_from_checkpoint names. `size`: samples per step of this run.
+
+    Raises:
+        UserError: a named checkpoint is missing or damaged, settings differ, or output_dir holds
+            checkpoints that this run would mix with its own.
+    """
+    wanted, output_dir = config.train.resume_from_checkpoint, config.logging.output_dir
+    there = list_checkpoints(output_dir)
+    if wanted is None:
+        if there:
+            raise UserError(
+                f"{output_dir} holds {there[-1].name} of an earlier run: go on with "
+                "--train.resume_from_checkpoint latest, or choose another --logging.output_dir, "
+                "or delete the folder"
+            )
+        return None
+    if wanted == "latest":
+        found = None
+        for folder in reversed(there):
+            if state := valid_checkpoint(folder):
+                found = folder, state
+                break
+            log.warning("%s is damaged; looking for an older one", folder)
+        if not found:
+            log.info("resume: no checkpoint in %s, starting from step 0", output_dir)
+            return None
+    else:
+        folder = Path(wanted) if Path(wanted).exists() else output_dir / wanted
+        named = valid_checkpoint(folder)
+        if not named:
+            raise UserError(
+                f"train.resume_from_checkpoint: {wanted} is missing or damaged"
+                f" (there is: {', '.join(f.name for f in there) or 'none'})"
+            )
+        found = folder, named
+    now = {**trained_as(config), "samples per step": size}
+    before = found[1]["trained_as"]
+    changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
+    if changed:
+        lines = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in changed]
+        raise UserError(f"{found[0]} was trained with other settings:\n{listed(lines)}")
+    return found
+
+
+# --- 8. batches and loop ---------------------------------------------------------------------------
+
+
+class StepPlan:
+    """For every optimizer step the micro-batches of this process, from `first_step` on.
+
+    One step takes `size` samples, whatever the processes, batch size and accumulation; process r
+    of n gets the r-th n-th of them, cut into micro-batches of one shape. So the same samples meet
+    in a step, however the work is split. Every epoch visits each sample `repeats` times (the last
+    step of an epoch is filled up from its beginning).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        samples: Sequence[Sample],
+        shape_of: Callable[[Draw], object],
+        first_step: int,
+        steps: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.config, self.samples, self.shape_of = config, samples, shape_of
+        self.first_step, self.steps, self.rank, self.processes = first_step, steps, rank, processes
+        data, train = config.data, config.train
+        self.size = data.batch_size * train.gradient_accumulation_steps * processes
+        self.visits = [
+            number
+            for number, sample in enumerate(samples)
+            if not sample.held_out
+            for _ in range(data.dataset_configs[sample.dataset].repeats)
+        ]
+        self.steps_per_epoch = math.ceil(len(self.visits) / self.size)
+
+    def draw(self, visit: int, number: int) -> Draw:
+        """Everything random about one visit but its noise."""
+        seed, sample = self.config.seed, self.samples[number]
+        views = self.config.data.dataset_configs[sample.dataset].views
+        chance = uniform(seed, "batch_config", visit) * sum(v.weight for v in sample.variants)
+        which = 0
+        while which < len(sample.variants) - 1 and chance >= sample.variants[which].weight:
+            chance -= sample.variants[which].weight
+            which += 1
+        variant = sample.variants[which]
+        return Draw(
+            visit=visit,
+            sample=number,
+            variant=which,
+            view=int(uniform(seed, "view", visit) * views),
+            vision=keep_references(variant, seed, visit),
+            empty=uniform(seed, "caption_dropout", visit) < variant.caption_dropout,
+        )
+
+    def epoch(self, epoch: int) -> list[list[Draw]]:
+        """The steps of an epoch; steps of one shape as far as they fill, the rest mixed."""
+        seed, n = self.config.seed, len(self.visits)
+        order = shuffled(n, seed, "order", epoch) if self.config.data.shuffle else range(n)
+        by_shape: dict[object, list[Draw]] = {}
+        for place in order:
+            draw = self.draw(epoch * n + place, self.visits[place])
+            by_shape.setdefault(self.shape_of(draw), []).append(draw)
+        full, rest = [], []
+        for draws in by_shape.values():
+            whole = len(draws) - len(draws) % self.size
+            full += [draws[i : i + self.size] for i in range(0, whole, self.size)]
+            rest += draws[whole:]
+        if rest:
+            again = itertools.cycle(rest + [draw for step in full for draw in step])
+            rest += [next(again) for _ in range(-len(rest) % self.size)]
+        steps = full + [rest[i : i + self.size] for i in range(0, len(rest), self.size)]
+        order = range(len(steps))
+        if self.config.data.shuffle:
+            order = shuffled(len(steps), seed, "steps", epoch)
+        return [steps[i] for i in order]
+
+    def __iter__(self) -> Iterator[list[list[Draw]]]:
+        step = self.first_step
+        while step < self.steps:
+            epoch, place = divmod(step, self.steps_per_epoch)
+            for draws in self.epoch(epoch)[place:]:
+                if step >= self.steps:
+                    return
+                share = self.size // self.processes
+                yield self.micro_batches(draws[self.rank * share : (self.rank + 1) * share])
+                step += 1
+
+    def micro_batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
+        """Cut into runs of one shape, at most batch_size each."""
+        batches: list[list[Draw]] = []
+        for draw in draws:
+            shape = self.shape_of(draw)
+            last = next((b for b in batches if self.shape_of(b[0]) == shape), None)
+            if last is None or len(last) == self.config.data.batch_size:
+                batches.insert(0, [draw])
+            else:
+                last.append(draw)
+        return batches[::-1]
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.first_step)
+
+
+def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
+    """Vision references that survive dropout (at least vision_min of them); None: all."""
+    n = len(variant.vision)
+    if not variant.vision_dropout:
+        return None
+    chances = [uniform("vision_dropout", i, *parts) for i in range(n)]
+    kept = [i for i in range(n) if chances[i] >= variant.vision_dropout]
+    if len(kept) < variant.vision_min:  # the luckiest ones stay
+        kept = sorted(sorted(range(n), key=lambda i: -chances[i])[: variant.vision_min])
+    return tuple(kept)
+
+
+def possible_draws(config: Config, samples: Sequence[Sample]) -> Iterator[Draw]:
+    """Every Draw that can happen, so that everything it needs is cached."""
+    for number, sample in enumerate(samples):
+        views = 1 if sample.held_out else config.data.dataset_configs[sample.dataset].views
+        for which, variant in enumerate(sample.variants):
+            subsets: list[tuple[int, ...] | None] = [None]
+            n = len(variant.vision)
+            if variant.vision_dropout and not sample.held_out:
+                least = min(variant.vision_min, n)
+                subsets = [
+                    s for k in range(least, n + 1) for s in itertools.combinations(range(n), k)
+                ]
+            for view, subset, empty in itertools.product(range(views), subsets, (False, True)):
+                yield Draw(0, number, which, view, subset, empty)
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Micro-batches (lists of Draws) -> batches: cached tensors, or pictures to be encoded."""
+
+    def __init__(self, trainer: QwenImageEditTrainer, cached: bool) -> None:
+        self.config, self.samples = trainer.config, trainer.samples
+        self.index, self.keys, self.flavour = trainer.index, trainer.keys, trainer.flavour
+        self.cached = cached
+
+    def __getitem__(self, micro_batches: list[list[Draw]]) -> list[dict[str, Any]]:
+        return [self.batch(draws) for draws in micro_batches]
+
+    def batch(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """One micro-batch, with sigma (B,) before the shift; the noise is drawn here as well."""
+        examples = [
+            resolve(self.config, self.flavour, self.samples, draw, self.index) for draw in draws
+        ]
+        seed, loss = self.config.seed, self.config.loss
+        batch = (
+            collate([self.read(example) for example in examples])
+            if self.cached
+            else {
+                "image": [load_picture(example.target) for example in examples],
+                "control": [[load_picture(p) for p in e.references] for e in examples],
+                "vision": [[load_picture(p) for p in e.vision] for e in examples],
+                "prompt": [example.caption for example in examples],
+                "ready": True,  # the pictures have their final size
+            }
+        )
+        width, height = examples[0].target.size
+        shape = (16, 1, height // 8, width // 8)
+        return batch | {
+            "noise": torch.stack([normal(shape, seed, "noise", d.visit) for d in draws]),
+            "sigma": torch.tensor([sample_sigma(loss, seed, "sigma", d.visit) for d in draws]),
+            "names": [example.name for example in examples],
+        }
+
+    def read(self, example: Example) -> dict[str, Any]:
+        """The entries of one example."""
+        folder = self.config.cache.cache_dir
+
+        def latent(picture: Picture) -> torch.Tensor:
+            return read_entry(entry_path(folder, self.keys.latent(picture)))["latent"]
+
+        return {
+            "pixel_latent": latent(example.target),
+            "control_latent": [latent(picture) for picture in example.references],
+            "prompt_embed": read_entry(entry_path(folder, self.keys.prompt(example)))["embed"],
+        }
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Items of one shape -> a batch: text padded with zeros, its mask None if nothing is padded.
+
+    pixel_latent (B, 16, 1, h, w); control_latent K x (B, 16, 1, hk, wk); prompt_embed (B, T, D);
+    prompt_embeds_mask (B, T) bool or None.
+    """
+    lengths = torch.tensor([len(item["prompt_embed"]) for item in items])
+    embeds = [item["prompt_embed"] for item in items]
+    padded = bool((lengths != lengths[0]).any())
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # (B, T)
+    return {
+        "pixel_latent": torch.stack([item["pixel_latent"] for item in items]),
+        "control_latent": [
+            torch.stack(k) for k in zip(*(i["control_latent"] for i in items), strict=True)
+        ],
+        "prompt_embed": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
+        "prompt_embeds_mask": mask if padded else None,
+    }
+
+
+def as_image(value: Any) -> Image.Image:
+    """PIL picture, HWC uint8 array or tensor -> RGB."""
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    return Image.fromarray(np.asarray(value, dtype=np.uint8)).convert("RGB")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors inside lists and dicts to the device, without waiting for it."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return [to_device(item, device) for item in value] if isinstance(value, list) else value
+
+
+def import_class(path: str) -> Any:
+    """The class behind a dotted path. Raises UserError with what to install."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError) as error:
+        package = module.split(".")[0]
+        raise UserError(f"optimizer.class_path {path}: {error}; pip install {package}?") from error
+    except AttributeError as error:
+        raise UserError(f"optimizer.class_path: {module} has no {name}") from error
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class QwenImageEditTrainer:
+    """Load, cache, train, sample. Every method can be called alone, e.g. in a notebook:
+
+    >>> trainer = QwenImageEditTrainer(load_config(Config, ["--config", "configs/x.yaml"]))
+    >>> trainer.fit()
+    >>> trainer.setup_predict()
+    >>> image = trainer.predict(prompt_image, "make it snow")
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.accelerator: Any = None
+        self.optimizer: Any = None
+        self.lr_scheduler: Any = None
+        self.global_step = 0
+        self.vae: Any = None  # AutoencoderKLQwenImage
+        self.qwen_vl: Any = None  # Qwen2_5_VLForConditionalGeneration
+        self.transformer: Any = None  # QwenImageTransformer2DModel
+        self.tokenizer: Any = None  # Qwen2Tokenizer
+        self.processor: Any = None  # Qwen2VLProcessor
+        self.scheduler: Any = None  # FlowMatchEulerDiscreteScheduler
+        self.text_pipeline: Any = None  # the pipeline without VAE and transformer: encode_prompt()
+        self.use_cache = config.cache.use_cache
+        self.cache_dir = config.cache.cache_dir
+        self.quantize = config.model.quantize
+        self.weight_dtype = (
+            torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
+        )
+        self.flavour = detect_flavour(config.model.pretrained_model_name_or_path)
+        self.samples: list[Sample] = []
+        self.index = FileIndex(None)
+        self._keys: CacheKeys | None = None
+        self._base_pictures: dict[str, Image.Image] = {}  # validation pictures without the LoRA
+        self._drawn = 0  # batches of a foreign loader that got their noise here
+
+    # -- loading and devices
+
+    @property
+    def device(self) -> torch.device:
+        """The training device."""
+        if self.accelerator:
+            return self.accelerator.device
+        from accelerate import PartialState
+
+        return PartialState(cpu=not torch.accelerator.is_available()).device
+
+    @property
+    def cache_exist(self) -> bool:
+        """Whether cache_dir holds any entry."""
+        return any(self.cache_dir.glob("??/??/*.safetensors"))
+
+    @property
+    def keys(self) -> CacheKeys:
+        """Names of the cache entries for this checkpoint."""
+        if self._keys is None:
+            folder = self.checkpoint("vae/*", "text_encoder/*", "tokenizer/*", "processor/*")
+            self._keys = CacheKeys(folder, self.flavour, self.weight_dtype)
+        return self._keys
+
+    def checkpoint(self, *patterns: str) -> Path:
+        """Folder of the checkpoint; from the Hub only what the patterns name is fetched."""
+        name = self.config.model.pretrained_model_name_or_path
+        if Path(name).is_dir():
+            return Path(name)
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["model_index.json", *patterns]))
+
+    def load_model(
+        self, parts: Sequence[str] = ("vae", "text_encoder", "transformer", "scheduler")
+    ) -> None:
+        """Load what is named and not there yet, frozen, in `weight_dtype`, on the CPU."""
+        import diffusers
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+        dtype = self.weight_dtype
+        if "scheduler" in parts and self.scheduler is None:
+            folder = self.checkpoint("scheduler/*")
+            scheduler_class = diffusers.FlowMatchEulerDiscreteScheduler
+            self.scheduler = scheduler_class.from_pretrained(folder, subfolder="scheduler")
+        if "vae" in parts and self.vae is None:
+            folder = self.checkpoint("vae/*")
+            vae_class = diffusers.AutoencoderKLQwenImage
+            self.vae = vae_class.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
+            encode_stills_in_2d(self.vae.eval().requires_grad_(False))
+        if "text_encoder" in parts and self.qwen_vl is None:
+            folder = self.checkpoint("text_encoder/*", "tokenizer/*", "processor/*", "scheduler/*")
+            self.qwen_vl = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                folder / "text_encoder", dtype=dtype
+            )
+            self.qwen_vl.eval().requires_grad_(False)
+            self.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+            self.processor = load_processor(folder / "processor")
+            self.load_model(["scheduler"])
+            self.text_pipeline = getattr(diffusers, self.flavour.pipeline_class)(
+                scheduler=self.scheduler,
+                vae=None,
+                text_encoder=self.qwen_vl,
+                tokenizer=self.tokenizer,
+                processor=self.processor,
+                transformer=None,
+            )
+        if "transformer" in parts and self.transformer is None:
+            folder = self.checkpoint("transformer/*")
+            model_class = diffusers.QwenImageTransformer2DModel
+            settings = json.loads((folder / "transformer" / "config.json").read_text())
+            check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
+            self.transformer = model_class.from_pretrained(
+                folder, subfolder="transformer", torch_dtype=dtype
+            )
+            self.transformer.eval().requires_grad_(False)
+
+    def unload(self, *parts: str) -> None:
+        """Forget components ("vae", "text_encoder", "transformer") and free their memory."""
+        if "vae" in parts:
+            self.vae = None
+        if "text_encoder" in parts:
+            self.qwen_vl = self.text_pipeline = None
+        if "transformer" in parts:
+            self.transformer = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def setup_accelerator(self) -> None:
+        """Devices, precision, processes, trackers."""
+        if self.accelerator:
+            return
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+
+        log_with = self.config.logging.report_to
+        self.accelerator = Accelerator(
+            mixed_precision=self.config.train.mixed_precision,
+            cpu=not torch.accelerator.is_available(),
+            log_with=None if log_with == "none" else log_with,
+            project_dir=self.config.logging.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+        )
+        logging.basicConfig(format="%(message)s", force=True)
+        main = self.accelerator.is_main_process
+        log.setLevel(logging.INFO if main else logging.ERROR)
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=None if main else True)
+
+    def find_data(self) -> None:
+        """Pair, audit and hash the data set. Raises UserError with every problem."""
+        if self.samples:
+            return
+        self.index = open_index(self.config)
+        with self.accelerator.main_process_first():
+            self.samples, problems = find_samples(self.config, self.index)
+            if problems:
+                raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
+            index_content(all_pictures(self.samples), self.index)
+
+    # -- encoding
+
+    def encode_image_embedding(
+        self, image: Any, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """Picture (sides a multiple of 16 px) -> normalised latents (1, 16, 1, h, w)."""
+        self.load_model(["vae"])
+        self.vae.to(device or self.device)
+        return encode_image_qwen(self.vae, to_pixels(as_image(image)))
+
+    def encode_prompt_image_embedding(
+        self, prompt: str, image: Any, device: torch.device | str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Instruction and picture(s) -> embedding (1, T, D), mask (1, T) of ones."""
+        self.load_model(["text_encoder"])
+        place = torch.device(device or self.device)
+        self.qwen_vl.to(place)
+        images = [as_image(i) for i in (image if isinstance(image, list | tuple) else [image])]
+        embeds = encode_prompt_qwen(self.text_pipeline, prompt, images, place)[None]
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+
+    def _encode_empty_prompt(
+        self, image: Any, device: torch.device | str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The empty instruction with the same pictures -> embedding (T, D), mask (T,)."""
+        embeds, mask = self.encode_prompt_image_embedding("", image, device)
+        return embeds[0], mask[0]
+
+    def decode_vae_latent(self, latents: torch.Tensor) -> np.ndarray:
+        """Normalised latents (B, 16, 1, h, w) -> pictures (B, H, W, 3) uint8."""
+        self.load_model(["vae"])
+        return np.stack([np.asarray(to_image(p)) for p in decode_latents_qwen(self.vae, latents)])
+
+    def _latent(self, picture: Picture, device: torch.device | str | None) -> torch.Tensor:
+        """(16, 1, h, w) on the CPU, as it lies in the cache."""
+        return self.encode_image_embedding(load_picture(picture), device)[0].cpu()
+
+    def _embed(self, example: Example, device: torch.device | str | None) -> torch.Tensor:
+        """(T, D) on the CPU, as it lies in the cache."""
+        images = [load_picture(picture) for picture in example.vision]
+        return self.encode_prompt_image_embedding(example.caption, images, device)[0][0].cpu()
+
+    def examples_of(self, batch: dict[str, Any]) -> list[Example]:
+        """Pictures of a batch {"image": [...], "control": [[...]], "prompt": [...]} -> Examples."""
+        found = []
+        for i, (target, prompt) in enumerate(zip(batch["image"], batch["prompt"], strict=True)):
+            controls = batch["control"][i]
+            controls = controls if isinstance(controls, list | tuple) else [controls]
+            vision = batch.get("vision", batch["control"])[i]
+            vision = vision if isinstance(vision, list | tuple) else [vision]
+            image = as_image(target)
+            ready = batch.get("ready")
+            size = (
+                image.size
+                if ready
+                else pick_size(image.width * image.height, image.width / image.height)
+            )
+            area = {"1mp": AREA_1MP, "target": size[0] * size[1]}
+            area_px = float(area.get(str(self.config.data.reference_area), 0)) or float(
+                self.config.data.reference_area
+            )
+
+            def picture(value: Any, area_px: float, ready: Any = ready) -> Picture:
+                image = as_image(value)
+                size = image.size if ready else pick_size(area_px, image.width / image.height)
+                return Picture(image, hash_image(image), size)
+
+            found.append(
+                Example(
+                    name=str(batch.get("names", range(len(batch["image"])))[i]),
+                    target=Picture(image, hash_image(image), size),
+                    references=tuple(picture(c, area_px) for c in controls),
+                    vision=tuple(picture(v, self.flavour.vision_area or area_px) for v in vision),
+                    caption=prompt,
+                )
+            )
+        return found
+
+    def cache_step(
+        self,
+        batch: dict[str, Any],
+        vae_device: torch.device | str | None = None,
+        text_device: torch.device | str | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Encode the pictures and prompts of a batch and keep them in the cache.
+
+        Returns per sample: pixel_latent, control_latent (list), prompt_embed and
+        empty_prompt_embed (T, D) with their masks (T,).
+        """
+        items = []
+        for example in self.examples_of(batch):
+            empty = example._replace(caption="")
+            item: dict[str, Any] = {
+                "pixel_latent": self._through_cache(example.target, vae_device),
+                "control_latent": [self._through_cache(p, vae_device) for p in example.references],
+                "prompt_embed": self._through_cache(example, text_device),
+                "empty_prompt_embed": self._through_cache(empty, text_device),
+            }
+            for name in ("prompt_embed", "empty_prompt_embed"):
+                item[name.replace("embed", "embeds_mask")] = torch.ones(len(item[name])).long()
+            items.append(item)
+        return items
+
+    def _through_cache(
+        self, what: Picture | Example, device: torch.device | str | None
+    ) -> torch.Tensor:
+        """Read the entry of a picture's latents or an example's prompt, or encode and write it."""
+        kind = "latent" if isinstance(what, Picture) else "embed"
+        encode: Any = self._latent if isinstance(what, Picture) else self._embed
+        if not self.use_cache:
+            return encode(what, device)
+        key = self.keys.latent(what) if isinstance(what, Picture) else self.keys.prompt(what)
+        path = entry_path(self.cache_dir, key)
+        if path.exists():
+            with contextlib.suppress(ValueError):  # damaged: encode it again
+                return read_entry(path)[kind]
+        write_entry(self.cache_dir, key, {kind: encode(what, device)})
+        return read_entry(path)[kind]
+
+    def cache_jobs(self) -> dict[str, Picture | Example]:
+        """Every entry that training and validation can ask for: {key: what to encode}."""
+        jobs: dict[str, Picture | Example] = {}
+        for draw in possible_draws(self.config, self.samples):
+            example = resolve(self.config, self.flavour, self.samples, draw, self.index)
+            for picture in (example.target, *example.references):
+                jobs.setdefault(self.keys.latent(picture), picture)
+            jobs.setdefault(self.keys.prompt(example), example)
+        return jobs
+
+    def _intact(self, key: str) -> bool:
+        """Whether an entry is there and unharmed; a file that has not changed is not read again."""
+        path = entry_path(self.cache_dir, key)
+        try:
+            stat = path.stat()
+        except OSError:
+            return False
+        if self.index.get(path, stat):
+            return True
+        try:
+            read_entry(path)
+        except ValueError as error:
+            log.warning("%s; it is built again", error)
+            return False
+        self.index.put(path, stat, {"intact": True})
+        return True
+
+    def _fresh_keys(self) -> set[str]:
+        """Entries of data sets with recreate_cache."""
+        fresh = set()
+        for draw in possible_draws(self.config, self.samples):
+            dataset = self.samples[draw.sample].dataset
+            if self.config.data.dataset_configs[dataset].recreate_cache:
+                example = resolve(self.config, self.flavour, self.samples, draw, self.index)
+                fresh |= {self.keys.latent(p) for p in (example.target, *example.references)}
+                fresh.add(self.keys.prompt(example))
+        return fresh
+
+    def cache_embeddings(self, train_dataloader: Iterable[dict[str, Any]] | None = None) -> int:
+        """Encode what is missing, a share per process; VAE and text encoder one after the other.
+
+        Without an argument: all that the config can ask for. With a loader: its batches (see
+        cache_step). Returns how many entries this process encoded; with nothing to do no model is
+        loaded and no picture is read.
+        """
+        self.setup_accelerator()
+        cache = self.config.cache
+        vae_device = torch.device(cache.vae_encoder_device or self.device)
+        text_device = torch.device(cache.text_encoder_device or self.device)
+        if train_dataloader is not None:
+            batches = [self.cache_step(b, vae_device, text_device) for b in train_dataloader]
+            self.unload("vae", "text_encoder")
+            return sum(len(items) for items in batches)
+        self.find_data()
+        jobs = self.cache_jobs()
+        fresh = self._fresh_keys()
+        missing = [key for key in sorted(jobs) if key in fresh or not self._intact(key)]
+        mine = missing[self.accelerator.process_index :: self.accelerator.num_processes]
+        latents = [key for key in mine if isinstance(jobs[key], Picture)]
+        prompts = [key for key in mine if isinstance(jobs[key], Example)]
+        log.info("cache: %d entries, %d to encode", len(jobs), len(missing))
+        for key in tqdm(latents, "encode pictures", disable=not latents):
+            latent = self._latent(jobs[key], vae_device)  # type: ignore[arg-type]
+            self._keep(key, {"latent": latent})
+        self.unload("vae")  # KEEP: the encoders are never in memory together
+        for key in tqdm(prompts, "encode prompts", disable=not prompts):
+            embed = self._embed(jobs[key], text_device)  # type: ignore[arg-type]
+            self._keep(key, {"embed": embed})
+        self.unload("text_encoder")
+        self.index.commit()
+        self.accelerator.wait_for_everyone()
+        return len(mine)
+
+    def _keep(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        path = write_entry(self.cache_dir, key, tensors)
+        self.index.put(path, path.stat(), {"intact": True})
+
+    # -- LoRA and quantisation
+
+    def quantize_model(self, model: Any, device: torch.device | str | None = None) -> Any:
+        """Quantise the blocks of a transformer in place, on `device`. Do it before set_lora()."""
+        if getattr(model, "peft_config", None):
+            raise UserError("quantise before a LoRA is added: set trainer.quantize before loading")
+        precision = "fp8" if self.quantize is True else str(self.quantize or "fp8")
+        quantize_blocks(model, precision, torch.device(device or self.device))
+        model.quantized_to = precision
+        return model
+
+    def _place_transformer(self, device: torch.device | str) -> None:
+        """Load, quantise if asked and move the transformer."""
+        self.load_model(["transformer", "scheduler"])
+        if self.quantize and not hasattr(self.transformer, "quantized_to"):
+            self.quantize_model(self.transformer, device)
+        self.transformer.to(device)
+
+    def set_lora(self) -> None:
+        """Put the transformer on the training device and add the adapter to it."""
+        self.setup_accelerator()
+        self._place_transformer(self.device)
+        if getattr(self.transformer, "peft_config", None):
+            return
+        lora = self.config.model.lora
+        add_lora(self.transformer, lora, self.config.seed)
+        self.transformer.train()
+        if self.config.train.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if lora.pretrained_weight:
+            self._start_from(lora.pretrained_weight)
+        count = sum(p.numel() for p in self.trainable())
+        log.info("LoRA: %.2f million parameters, fp32", count / 1e6)
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The parameters that are trained."""
+        return [p for p in self.transformer.parameters() if p.requires_grad]
+
+    def _start_from(self, path: Path) -> None:
+        """Copy a LoRA file into the adapter; alpha is taken out of B again."""
+        from peft.utils import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        settings = self.transformer.peft_config["default"]
+        strength = settings.lora_alpha / settings.r
+        tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+        there = lora_tensors(self.transformer)
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in there.items()}:
+            raise UserError(f"{path}: other layers or another rank than model.lora asks for")
+        tensors = {k: v / strength if ".lora_B." in k else v for k, v in tensors.items()}
+        set_peft_model_state_dict(self.transformer, tensors)
+
+    def bare_transformer(self) -> Any:
+        """The transformer without its distributed wrapper."""
+        if self.accelerator:
+            return self.accelerator.unwrap_model(self.transformer)
+        return self.transformer
+
+    def about_lora(self) -> dict[str, Any]:
+        """What generate.py must know to sample as this LoRA was trained."""
+        data = self.config.data
+        areas = {
+            v.vision_area or self.flavour.vision_area for s in self.samples for v in s.variants
+        }
+        return {
+            "base_model": self.config.model.pretrained_model_name_or_path,
+            "flavour": self.flavour.name,
+            "reference_area": data.reference_area,
+            "vision_area": min((a for a in areas if a), default=self.flavour.vision_area),
+            "resolution": data.dataset_configs[0].resolution if data.dataset_configs else None,
+            "step": self.global_step,
+            "r": self.config.model.lora.r,
+            "lora_alpha": self.config.model.lora.lora_alpha or self.config.model.lora.r,
+        }
+
+    def save_lora(self, path: str | Path) -> Path:
+        """Write the adapter to a .safetensors file, or into a folder under its usual name."""
+        path = Path(path)
+        file = path if path.suffix == ".safetensors" else path / LORA_FILE
+        save_lora_file(file, self.bare_transformer(), self.about_lora())
+        return file
+
+    def load_lora(self, path: str | Path) -> None:
+        """Load a LoRA file (or folder) for inference, at the strength it was trained with."""
+        import diffusers
+
+        path = Path(path)
+        file = path if path.is_file() else path / LORA_FILE
+        if not file.is_file():
+            raise UserError(f"no LoRA file {file}")
+        self.load_model(["transformer"])
+        pipeline_class = getattr(diffusers, self.flavour.pipeline_class)
+        tensors, metadata = pipeline_class.lora_state_dict(
+            str(file), use_safetensors=True, return_lora_metadata=True
+        )
+        self.transformer.load_lora_adapter(tensors, metadata=metadata, adapter_name="default")
+
+    def merge_lora(self) -> None:
+        """Add the adapter to the base weights (W + alpha/r B A) and drop it."""
+        transformer = self.bare_transformer()
+        if hasattr(transformer, "quantized_to"):
+            raise UserError("a quantised base cannot take the LoRA up; merge into the bf16 model")
+        transformer.fuse_lora()
+        transformer.unload_lora()
+
+    # -- inference
+
+    def setup_predict(self) -> None:
+        """Load everything onto predict.devices; takes the LoRA just trained, or the config's."""
+        devices = self.config.predict.devices
+        problems = [
+            p
+            for name in PredictDevices.model_fields
+            for p in check_device(f"predict.devices.{name}", getattr(devices, name))
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
+        self.load_model()
+        self.transformer = self.bare_transformer()
+        self._place_transformer(devices.transformer or self.device)
+        start = self.config.model.lora.pretrained_weight
+        if start and not getattr(self.transformer, "peft_config", None):
+            self.load_lora(start)
+        self.vae.to(devices.vae or self.device)
+        self.qwen_vl.to(devices.text_encoder or self.device)
+        self.transformer.eval()
+
+    def predict(
+        self,
+        prompt_image: Any,
+        prompt: str,
+        negative_prompt: str | None = "",
+        num_inference_steps: int = 20,
+        true_cfg_scale: float = 4.0,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Edit a picture (or several: a list). setup_predict() comes first.
+
+        prompt_image: HWC uint8 array or PIL picture; height, width: px, a multiple of 16 (default:
+        1 MP, or the training size if references are as large as the target). Guidance is on if
+        true_cfg_scale > 1 and negative_prompt is not None ("" is the empty instruction).
+
+        Returns:
+            (H, W, 3) uint8, the pixels the diffusers pipeline gives for the same seed (CPU
+            generator) and reference area.
+        """
+        if self.transformer is None or self.vae is None or self.qwen_vl is None:
+            raise UserError("call setup_predict() first")
+        images = prompt_image if isinstance(prompt_image, list | tuple) else [prompt_image]
+        pictures = [as_image(image) for image in images]
+        main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
+        about, area = self.about_lora(), float(AREA_1MP)
+        if about["reference_area"] == "target" and about["resolution"]:
+            area = float(about["resolution"] ** 2)
+        size = pick_size(area, main.width / main.height)
+        width, height = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
+        areas = {"1mp": float(AREA_1MP), "target": float(width * height)}
+        area_px = areas.get(str(about["reference_area"])) or float(about["reference_area"])
+
+        def fit(image: Image.Image, area_px: float) -> Image.Image:
+            size = pick_size(area_px, image.width / image.height)
+            return image.resize(size, Image.Resampling.LANCZOS)
+
+        references = [
+            self.encode_image_embedding(fit(p, area_px), self.vae.device) for p in pictures
+        ]
+        shown = [fit(p, float(about["vision_area"] or area_px)) for p in pictures]
+        device = self.qwen_vl.device
+        embeds, _ = self.encode_prompt_image_embedding(prompt, shown, device)
+        negative = None
+        if negative_prompt is not None and true_cfg_scale > 1:
+            negative, _ = self.encode_prompt_image_embedding(negative_prompt, shown, device)
+        latents = self._sample(
+            height, width, references, embeds, negative, num_inference_steps, true_cfg_scale, seed
+        )
+        return self.decode_vae_latent(latents)[0]
+
+    def _sample(
+        self,
+        height: int,
+        width: int,
+        references: Sequence[torch.Tensor],
+        embeds: torch.Tensor,
+        negative: torch.Tensor | None,
+        steps: int,
+        scale: float,
+        seed: int,
+    ) -> torch.Tensor:
+        """Latents (1, 16, 1, h, w) of one picture; noise as the pipelines draw it."""
+        transformer = self.bare_transformer()
+        device, dtype = transformer.device, embeds.dtype
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, 16, 1, height // 8, width // 8)
+        noise = torch.randn(shape, generator=generator, dtype=dtype).to(device)
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        references = [reference.to(device, dtype) for reference in references]
+        negative = None if negative is None else negative.to(device)
+        # fp32 LoRA on a bf16 base: as in training
+        mixed = bool(getattr(transformer, "peft_config", None)) and dtype != torch.float32
+        with torch.autocast(device.type, dtype, enabled=mixed):
+            return denoise(
+                transformer, scheduler, noise, references, embeds.to(device), steps, negative, scale
+            )
+
+    # -- training
+
+    def configure_optimizers(self) -> None:
+        """Optimizer and learning rate schedule from the config."""
+        from diffusers.optimization import get_scheduler
+
+        settings = self.config.optimizer
+        try:
+            self.optimizer = import_class(settings.class_path)(
+                self.trainable(), **settings.init_args
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer.init_args for {settings.class_path}: {error}") from error
+        schedule = self.config.lr_scheduler
+        cycles = schedule.num_cycles
+        if schedule.scheduler_type == "cosine_with_restarts":
+            cycles = max(1, round(cycles))
+        self.lr_scheduler = get_scheduler(
+            schedule.scheduler_type,
+            self.optimizer,
+            num_warmup_steps=schedule.warmup_steps,
+            num_training_steps=self.config.train.max_train_steps,
+            num_cycles=cycles,  # type: ignore[arg-type]
+            power=schedule.power,
+        )
+
+    def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Mean loss of a batch: of cached tensors, or of pictures and prompts."""
+        if "sigma" not in batch:  # a loader of the user's: noise levels are drawn here
+            self._drawn += 1
+            chance = (self.config.seed, "loader", self._drawn)
+            count = len(batch["pixel_latent"] if "pixel_latent" in batch else batch["image"])
+            sigmas = [sample_sigma(self.config.loss, *chance, i) for i in range(count)]
+            batch = {**batch, "sigma": torch.tensor(sigmas)}
+        if "prompt_embed" in batch and "pixel_latent" in batch and "control_latent" in batch:
+            return self._training_step_cached(batch)
+        return self._training_step_compute(batch)
+
+    def _training_step_cached(self, batch: dict[str, Any]) -> torch.Tensor:
+        batch = to_device(batch, self.device)
+        control = batch["control_latent"]
+        noise = batch.get("noise")
+        if noise is None:
+            shape = batch["pixel_latent"].shape
+            noise = normal(shape, self.config.seed, "loader noise", self._drawn).to(self.device)
+        return self._compute_loss(
+            batch["pixel_latent"],
+            control if isinstance(control, list) else [control],
+            batch["prompt_embed"],
+            batch.get("prompt_embeds_mask"),
+            noise,
+            batch["sigma"],
+        ).mean()
+
+    def _training_step_compute(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Encode with the same functions the cache is filled with, then go on as from the cache."""
+        cache = self.config.cache
+        items = []
+        for example in self.examples_of(batch):
+            items.append(
+                {
+                    "pixel_latent": self._latent(example.target, cache.vae_encoder_device),
+                    "control_latent": [
+                        self._latent(p, cache.vae_encoder_device) for p in example.references
+                    ],
+                    "prompt_embed": self._embed(example, cache.text_encoder_device),
+                }
+            )
+        return self._training_step_cached(
+            collate(items) | {key: batch[key] for key in ("noise", "sigma") if key in batch}
+        )
+
+    def _compute_loss(
+        self,
+        pixel_latents: torch.Tensor,
+        control_latents: Sequence[torch.Tensor],
+        prompt_embeds: torch.Tensor,
+        prompt_embeds_mask: torch.Tensor | None,
+        noise: torch.Tensor,
+        sigma: torch.Tensor,
+    ) -> torch.Tensor:
+        """Loss per sample, (B,) fp32. Noise and sigma in fp32; sigma is shifted here."""
+        loss, dtype = self.config.loss, self.weight_dtype
+        tokens = math.prod(token_grid(pixel_latents))
+        mu = (
+            model_mu(self.scheduler.config, tokens)
+            if loss.timestep_shift == "model"
+            else math.log(float(loss.timestep_shift))
+        )
+        sigma = shift_sigma(sigma.float(), mu)
+        target = pixel_latents.float()
+        noisy = add_noise(target, noise, sigma).to(dtype)
+        with self.accelerator.autocast():
+            velocity = predict_velocity(
+                self.transformer,
+                noisy,
+                [control.to(dtype) for control in control_latents],
+                prompt_embeds.to(dtype),
+                prompt_embeds_mask,
+                sigma,
+            )
+        return LOSSES[loss.loss_type](velocity, noise, target)
+
+    def train_dataloader(self, first_step: int = 0) -> Any:
+        """The loader fit() uses: one list of micro-batches per optimizer step of this process."""
+        self.setup_accelerator()
+        self.find_data()
+        plan = self.step_plan(first_step)
+        workers = self.config.data.num_workers
+        return torch.utils.data.DataLoader(
+            PairDataset(self, self.use_cache),
+            sampler=plan,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=self.use_cache and self.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+
+    def step_plan(self, first_step: int = 0) -> StepPlan:
+        """Which samples meet in which step, for this process."""
+
+        def shape_of(draw: Draw) -> object:
+            example = resolve(self.config, self.flavour, self.samples, draw, self.index)
+            return example.target.size, tuple(p.size for p in example.references)
+
+        shapes: dict[tuple[int, int], object] = {}
+
+        def remembered(draw: Draw) -> object:  # crops and dropout do not change the shape
+            key = draw.sample, draw.variant
+            if key not in shapes:
+                shapes[key] = shape_of(draw)
+            return shapes[key]
+
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        steps = self.config.train.max_train_steps
+        plan = StepPlan(self.config, self.samples, remembered, first_step, steps, rank, processes)
+        if self.config.train.num_epochs:
+            plan.steps = min(steps, self.config.train.num_epochs * plan.steps_per_epoch)
+        return plan
+
+    def fit(self, train_dataloader: Iterable[Any] | None = None) -> None:
+        """The whole run: audit, cache, load, train, save. May be called again to go on.
+
+        train_dataloader: optional; yields batches for training_step, or lists of them (the
+        micro-batches of one optimizer step). Without it the config's data sets are used.
+        """
+        self.setup_accelerator()
+        train = self.config.train
+        if train_dataloader is None:
+            self.find_data()
+        import_class(self.config.optimizer.class_path)
+        size = self.config.data.batch_size * train.gradient_accumulation_steps
+        size *= self.accelerator.num_processes
+        found = find_checkpoint(self.config, size) if self.global_step == 0 else None
+        if self.accelerator.is_main_process:
+            run_record(self.config.logging.output_dir, self.config, Path(__file__))
+        if train_dataloader is None and self.use_cache:
+            self.cache_embeddings()
+        elif not self.use_cache:
+            self.load_model(["vae", "text_encoder"])
+        self.set_lora()
+        self.configure_optimizers()
+        if found:
+            self._restore(*found)
+        # KEEP: DDP must wrap the transformer itself, or gradients are never averaged
+        self.transformer, self.optimizer = self.accelerator.prepare(
+            self.transformer, self.optimizer
+        )
+        if self.config.logging.report_to != "none":
+            name = self.config.logging.tracker_project_name
+            self.accelerator.init_trackers(name, {"config": self.config.model_dump_json()})
+        steps = train.max_train_steps
+        loader: Iterable[Any]
+        if train_dataloader is None:
+            steps = self.step_plan().steps
+            loader = self.train_dataloader(self.global_step)
+            self._announce(steps)
+        else:
+            loader = itertools.chain.from_iterable(itertools.repeat(train_dataloader))
+        metrics = None
+        if self.accelerator.is_main_process:
+            metrics = MetricLog(self.config.logging.output_dir / "metrics.jsonl", self.global_step)
+        with StopSignal() as stop:
+            share = size // self.accelerator.num_processes
+            stopped = self._loop(loader, steps, share, stop, metrics)
+        if self.accelerator.is_main_process:
+            self.save_lora(self.config.logging.output_dir)
+            self._write_card()
+        if metrics:
+            metrics.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        word = "stopped" if stopped else "done"
+        log.info(
+            "%s at step %d: %s", word, self.global_step, self.config.logging.output_dir / LORA_FILE
+        )
+
+    def _announce(self, steps: int) -> None:
+        """Log what is about to happen; draw the first step's pictures."""
+        plan = self.step_plan(self.global_step)
+        training = sum(not sample.held_out for sample in self.samples)
+        log.info(
+            "%s on %s, %s | %d samples (%d held out) | %d samples a step, %d steps an epoch | "
+            "steps %d..%d",
+            self.flavour.name,
+            self.device,
+            self.weight_dtype,
+            training,
+            len(self.samples) - training,
+            plan.size,
+            plan.steps_per_epoch,
+            self.global_step,
+            steps,
+        )
+        if self.global_step == 0 and self.accelerator.is_main_process:
+            draws = list(itertools.chain.from_iterable(next(iter(plan), [])))[:8]
+            rows, captions = [], []
+            for draw in draws:
+                e = resolve(self.config, self.flavour, self.samples, draw, self.index)
+                rows.append([load_picture(p) for p in (*e.references, e.target)])
+                captions.append(f"{e.name}: {e.caption or '(empty)'}")
+            heads = [f"reference {i + 1}" for i in range(len(rows[0]) - 1)] + ["target"]
+            self._save_sheet("first_batch", contact_sheet(rows, heads, captions))
+
+    def _save_sheet(self, name: str, sheet: Image.Image) -> None:
+        folder = self.config.logging.output_dir / "samples"
+        save_atomic(folder / f"{name}.png", lambda file: sheet.save(file, format="PNG"))
+
+    def _loop(
+        self,
+        loader: Iterable[Any],
+        steps: int,
+        share: int,
+        stop: StopSignal,
+        metrics: MetricLog | None,
+    ) -> bool:
+        """Train up to `steps`; returns whether a signal ended it early."""
+        every, saves = self.config.logging.log_every, self.config.train.checkpointing_steps
+        window: list[tuple[list[str], torch.Tensor]] = []  # (names, loss) since the last log line
+        stopped = False
+        self._validate(metrics)
+        bar = tqdm(total=steps, initial=self.global_step, desc="train", unit="step")
+        clock = time.monotonic()  # of the window; stands still while saving and validating
+        for batches in itertools.islice(loader, max(0, steps - self.global_step)):
+            names, loss, norm = self._step(batches, share)
+            window.append((names, loss))
+            bar.update()
+            stopped = self._agree(stop.requested)
+            last = stopped or self.global_step == steps
+            saving = last or self.global_step % saves == 0
+            if saving or self.global_step % every == 0:
+                value = self._mean_loss(window)  # waits for the GPU
+                pace = (time.monotonic() - clock) / len(window)
+                values = {"loss": value, "grad_norm": float(norm), "seconds_per_step": pace}
+                self._log(bar, metrics, steps, values)
+                window, clock = [], time.monotonic()
+            pause = time.monotonic()
+            if saving:
+                self.save_checkpoint(self._epoch(), self.global_step)
+            if not stopped:
+                self._validate(metrics, last)
+            clock += time.monotonic() - pause
+            if last:
+                break
+        bar.close()
+        return stopped
+
+    def _step(self, batches: Any, share: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """One optimizer step over micro-batches; returns sample names, mean loss, gradient norm."""
+        accelerator = self.accelerator
+        batches = batches if isinstance(batches, list) else [batches]
+        total = share if "noise" in batches[0] else sum(batch_size(b) for b in batches)
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            # processes average their gradients once, with the last micro-batch
+            silent = number < len(batches) - 1
+            with accelerator.no_sync(self.transformer) if silent else contextlib.nullcontext():
+                part = self.training_step(batch) * (batch_size(batch) / total)
+                accelerator.backward(part)
+            loss += part.detach()
+        norm = accelerator.clip_grad_norm_(self.trainable(), self.config.train.max_grad_norm)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.global_step += 1
+        names = [str(name) for batch in batches for name in batch.get("names", [])]
+        return names, loss, norm
+
+    def _agree(self, requested: bool) -> bool:
+        """Whether any process got a stop signal; all must leave at the same step."""
+        if self.accelerator.num_processes == 1:
+            return requested
+        if requested:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def _mean_loss(self, window: Sequence[tuple[list[str], torch.Tensor]]) -> float:
+        """Mean over steps and processes.
+
+        Raises:
+            UserError: it is not finite; the message names the samples of the first bad step.
+        """
+        losses = self.accelerator.reduce(torch.stack([loss for _, loss in window]), "mean")
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            first = int(bad[0])
+            step = self.global_step - len(window) + first + 1
+            kept = list_checkpoints(self.config.logging.output_dir)
+            raise UserError(
+                f"the loss of step {step} is {losses[first].item()}; samples of this process: "
+                f"{', '.join(window[first][0]) or 'unknown'}. Nothing was saved since "
+                f"{kept[-1].name if kept else 'the start'}; lower the learning rate or look at "
+                "those files"
+            )
+        return losses.mean().item()
+
+    def _epoch(self) -> int:
+        return self.global_step // self.step_plan().steps_per_epoch if self.samples else 0
+
+    def _log(
+        self, bar: Any, metrics: MetricLog | None, steps: int, values: dict[str, float]
+    ) -> None:
+        """One line on the screen, the same values in metrics.jsonl and the trackers."""
+        values |= {"lr": self.lr_scheduler.get_last_lr()[0], "memory_gb": memory_gb(self.device)}
+        left = datetime.timedelta(
+            seconds=round(values["seconds_per_step"] * (steps - self.global_step))
+        )
+        line = (
+            f"step {self.global_step}/{steps} loss {values['loss']:.4f} "
+            f"grad {values['grad_norm']:.3f} lr {values['lr']:.1e} "
+            f"{values['seconds_per_step']:.3f} s/step {values['memory_gb']:.1f} GB eta {left}"
+        )
+        if metrics:
+            bar.write(line)
+            metrics.write(self.global_step, **values)
+        self.accelerator.log(values, step=self.global_step)
+
+    def save_checkpoint(self, epoch: int, global_step: int) -> None:
+        """checkpoint-<step>/: LoRA file, raw adapter, optimizer, schedule; complete or absent."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            output_dir = self.config.logging.output_dir
+            transformer = self.bare_transformer()
+            adapter = {k: v.detach().cpu().clone() for k, v in lora_tensors(transformer).items()}
+            training = {
+                "adapter": adapter,  # as it trains; the LoRA file has alpha folded in
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+            }
+            size = self.step_plan().size if self.samples else 0
+
+            def write(folder: Path) -> None:
+                save_lora_file(folder / LORA_FILE, transformer, self.about_lora())
+                torch.save(training, folder / "training_state.pt")
+                state = {
+                    "step": global_step,
+                    "epoch": epoch,
+                    "files": {file.name: hash_file(file) for file in folder.iterdir()},
+                    "trained_as": {**trained_as(self.config), "samples per step": size},
+                }
+                (folder / "state.json").write_text(json.dumps(state, indent=2))
+
+            save_folder_atomic(output_dir / f"checkpoint-{global_step}", write)
+            limit = self.config.train.checkpoints_total_limit
+            if limit:
+                for old in list_checkpoints(output_dir)[:-limit]:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Adapter, optimizer, schedule and step of a checkpoint."""
+        from peft.utils import set_peft_model_state_dict
+
+        saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        set_peft_model_state_dict(self.transformer, saved["adapter"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        self.global_step = state["step"]
+        log.info("resumed from %s (step %d)", folder, self.global_step)
+
+    def _write_card(self) -> None:
+        """README.md: the model card."""
+        about = self.about_lora()
+        prompts = sorted({v.caption for s in self.samples for v in s.variants})[:5]
+        text = MODEL_CARD.format(
+            **about,
+            prompts="\n".join(f"- {prompt}" for prompt in prompts),
+            pipeline=self.flavour.pipeline_class,
+            file=LORA_FILE,
+        )
+        path = self.config.logging.output_dir / "README.md"
+        save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+    # -- validation
+
+    def _validate(self, metrics: MetricLog | None, last: bool = False) -> None:
+        """Every validation.steps (and at the start and the end): loss and sheet on held-out pairs."""
+        settings = self.config.validation
+        held_out = [number for number, sample in enumerate(self.samples) if sample.held_out]
+        if not settings.steps or not held_out:
+            return
+        if self.global_step % settings.steps and not last:
+            return
+        if self.accelerator.is_main_process:
+            items = [self._validation_item(number) for number in held_out]
+            transformer = self.bare_transformer()
+            transformer.eval()
+            with torch.no_grad():
+                loss = self._validation_loss(items)
+                self._validation_sheet(items[: settings.max_samples])
+            transformer.train()
+            tqdm.write(f"step {self.global_step} validation loss {loss:.4f}")
+            if metrics:
+                metrics.write(self.global_step, validation_loss=loss)
+            self.accelerator.log({"validation_loss": loss}, step=self.global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _validation_item(self, number: int) -> tuple[Example, dict[str, Any], torch.Tensor]:
+        """Example, its batch of one, and the embedding of the empty instruction."""
+        draw = Draw(0, number)
+        example = resolve(self.config, self.flavour, self.samples, draw, self.index)
+        data = PairDataset(self, self.use_cache)
+        if self.use_cache:
+            item, empty = data.read(example), data.read(example._replace(caption=""))
+            return example, collate([item]), empty["prompt_embed"][None]
+        cache = self.config.cache
+        item = {
+            "pixel_latent": self._latent(example.target, cache.vae_encoder_device),
+            "control_latent": [self._latent(p, None) for p in example.references],
+            "prompt_embed": self._embed(example, cache.text_encoder_device),
+        }
+        empty_embed = self._embed(example._replace(caption=""), cache.text_encoder_device)
+        return example, collate([item]), empty_embed[None]
+
+    def _validation_loss(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> float:
+        """Mean over the held-out pairs at four noise levels, with the same noise every time."""
+        levels, total = (0.125, 0.375, 0.625, 0.875), 0.0
+        for example, batch, _ in items:
+            batch = to_device(batch, self.device)
+            for level in levels:
+                latents = batch["pixel_latent"]
+                noise = normal(latents.shape, self.config.validation.seed, example.name, level)
+                loss = self._compute_loss(
+                    latents,
+                    batch["control_latent"],
+                    batch["prompt_embed"],
+                    None,
+                    noise.to(self.device),
+                    torch.tensor([level], device=self.device),
+                )
+                total += loss.item()
+        return total / len(items) / len(levels)
+
+    def _validation_sheet(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> None:
+        """references | base | LoRA | target, one row per pair."""
+        settings, transformer = self.config.validation, self.bare_transformer()
+        vae_device = self.config.cache.vae_encoder_device or self.device
+        rows, captions = [], []
+        for example, batch, empty in tqdm(items, "validation pictures", leave=False):
+            width, height = example.target.size
+
+            def picture(
+                batch: Any = batch, empty: Any = empty, w: int = width, h: int = height
+            ) -> Any:
+                latents = self._sample(
+                    h,
+                    w,
+                    batch["control_latent"],
+                    batch["prompt_embed"],
+                    empty if settings.true_cfg_scale > 1 else None,
+                    settings.num_inference_steps,
+                    settings.true_cfg_scale,
+                    settings.seed,
+                )
+                self.load_model(["vae"])
+                self.vae.to(vae_device)
+                return to_image(decode_latents_qwen(self.vae, latents)[0])
+
+            if example.name not in self._base_pictures:
+                transformer.disable_adapters()
+                self._base_pictures[example.name] = picture()
+                transformer.enable_adapters()
+            references = [load_picture(p) for p in example.references]
+            base = self._base_pictures[example.name]
+            rows.append([*references, base, picture(), load_picture(example.target)])
+            captions.append(f"{example.name}: {example.caption}")
+        if self.use_cache:
+            self.unload("vae")
+        heads = [f"reference {i + 1}" for i in range(len(rows[0]) - 3)] + ["base", "LoRA", "target"]
+        self._save_sheet(f"step_{self.global_step:06d}", contact_sheet(rows, heads, captions))
+
+
+def _as_is(value: Any) -> Any:
+    """Collate function of a loader whose data set makes whole batches."""
+    return value
+
+
+def batch_size(batch: dict[str, Any]) -> int:
+    """Samples in a batch."""
+    return len(batch["pixel_latent"] if "pixel_latent" in batch else batch["image"])
+
+
+def hash_image(image: Image.Image) -> str:
+    """Content of a picture in memory."""
+    return f"{draw_key(image.size, image.tobytes()):016x}"
+
+
+MODEL_CARD = """---
+base_model: {base_model}
+library_name: diffusers
+tags: [image-to-image, lora, qwen-image-edit, {flavour}]
+---
+# LoRA for {base_model}
+
+Trained with train_qwen_edit.py to step {step}; r {r}, alpha {lora_alpha} (folded into the weights:
+load it at scale 1). References were encoded with `reference_area: {reference_area}`; generate.py
+applies that by itself.
+
+```python
+import torch
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
+pipe.load_lora_weights("{file}")
+```
+
+Instructions it was trained with:
+{prompts}
+"""
+
+
+# --- 9. main ---------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Config -> audit -> fit."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    config = load_config(Config, check=audit)
+    QwenImageEditTrainer(config).fit()
+
+
+if __name__ == "__main__":
+    run_script(main)
