@@ -34,6 +34,7 @@ import os
 import resource
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -605,7 +606,7 @@ def open_rgb(path: Path) -> Image.Image:
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
-            low, high = image.convert("F").getextrema()
+            _, high = image.convert("F").getextrema()
             scale = 255 / 65535 if image.mode.startswith("I;16") or float(high) > 255 else 1.0
             image = image.convert("F").point(lambda v: v * scale).convert("L")
         if "A" in image.getbands() or "transparency" in image.info:
@@ -899,6 +900,13 @@ def resolve(
     )
 
 
+def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """Cut out a box given relative to the picture, at whole pixels."""
+    left, top, right, bottom = box
+    w, h = image.size
+    return image.crop((round(left * w), round(top * h), round(right * w), round(bottom * h)))
+
+
 def load_picture(picture: Picture) -> Image.Image:
     """Open, crop and resize (Lanczos, as the pipelines do) -> RGB of picture.size."""
     source = picture.source
@@ -906,10 +914,7 @@ def load_picture(picture: Picture) -> Image.Image:
         image = source if isinstance(source, Image.Image) else open_rgb(source)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"picture {source} cannot be read: {error}") from error
-    left, top, right, bottom = picture.box
-    w, h = image.size
-    box = (left * w, top * h, right * w, bottom * h)
-    image = image.resize(picture.size, Image.Resampling.LANCZOS, box=box)
+    image = crop(image, picture.box).resize(picture.size, Image.Resampling.LANCZOS)
     return ImageOps.mirror(image) if picture.flip else image
 
 
@@ -943,10 +948,10 @@ def encode_stills_in_2d(vae: torch.nn.Module) -> torch.nn.Module:
             y = F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=side)
             return y.unsqueeze(2)
 
-        conv.forward = forward  # type: ignore[method-assign]
+        conv.forward = forward  # type: ignore
 
     for module in vae.modules():
-        if type(module).__name__ == "QwenImageCausalConv3d" and set(module.stride) == {1}:
+        if type(module).__name__ == "QwenImageCausalConv3d" and set(module.stride) == {1}:  # type: ignore
             bind(module)  # type: ignore[arg-type]
     return vae
 
@@ -1034,9 +1039,9 @@ def index_content(paths: Sequence[Path], index: FileIndex) -> None:
     new = [p for p in paths if "content" not in (index.get(p, p.stat()) or {})]
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(hash_file, new)
-        for path, content in tqdm(
-            zip(new, hashes, strict=True), "hash pictures", len(new), disable=len(new) < 500
-        ):
+        pairs = zip(new, hashes, strict=True)
+        few = len(new) < 500
+        for path, content in progress(pairs, "hash pictures", total=len(new), disable=few):
             stat = path.stat()
             index.put(path, stat, {**(index.get(path, stat) or {}), "content": content})
     index.commit()
@@ -1094,7 +1099,7 @@ def quantize_blocks(transformer: Any, precision: str, device: torch.device) -> N
     from optimum import quanto
 
     weights = getattr(quanto, QUANTO_TYPES[precision])
-    for block in tqdm(transformer.transformer_blocks, f"quantize to {precision}", leave=False):
+    for block in progress(transformer.transformer_blocks, f"quantize to {precision}", leave=False):
         block.to(device)
         quanto.quantize(block, weights=weights, exclude=["img_mod*", "txt_mod*"])
         quanto.freeze(block)
@@ -1113,24 +1118,20 @@ def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
     transformer.requires_grad_(False)
     settings = PeftConfig(
         r=lora.r,
-        lora_alpha=lora.r if lora.lora_alpha is None else lora.lora_alpha,  # type: ignore
+        lora_alpha=lora.lora_alpha or lora.r,  # type: ignore[arg-type]
         init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
         target_modules=lora.target_modules,
         # KEEP: DDP waits forever for parameters that never get a gradient
         exclude_modules=dead_modules(transformer),
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no modules were excluded.*")
         torch.manual_seed(draw_key(seed, "lora"))
         try:
             transformer.add_adapter(settings)
         except ValueError as error:
-            names = sorted(
-                {
-                    ".".join(name.split(".")[2:])
-                    for name, module in transformer.named_modules()
-                    if isinstance(module, torch.nn.Linear) and name.startswith("transformer_bl")
-                }
-            )
+            linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+            names = sorted({n.split(".", 2)[2] for n in linear if n.startswith("transformer_bl")})
             raise UserError(
                 f"model.lora.target_modules {lora.target_modules} matches no layer; "
                 f"there is: {', '.join(names)}"
@@ -1156,26 +1157,20 @@ def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
     """
     settings = transformer.peft_config["default"].to_dict()
     strength = settings["lora_alpha"] / settings["r"]
-    tensors = {
-        f"transformer.{name}": (
-            tensor * strength if ".lora_B." in name else tensor.clone()
-        ).contiguous()
-        for name, tensor in (
-            (n, t.detach().float().cpu()) for n, t in lora_tensors(transformer).items()
-        )
-    }
-    settings |= {"lora_alpha": settings["r"]}
-    adapter = {
-        f"transformer.{k}": sorted(v) if isinstance(v, set) else v
-        for k, v in settings.items()
-        if isinstance(v, str | int | float | bool | list | set | dict | None)
+    tensors = {n: t.detach().float().cpu().clone() for n, t in lora_tensors(transformer).items()}
+    layers = sorted({name.split(".lora_")[0] for name in tensors})
+    settings |= {"lora_alpha": settings["r"], "target_modules": layers, "exclude_modules": None}
+    plain = str | int | float | bool | list | dict | None
+    adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
+    weights = {
+        f"transformer.{n}": t * strength if ".lora_B." in n else t for n, t in tensors.items()
     }
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
         "image_edit_lora": json.dumps(about, sort_keys=True),
     }
-    save_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
+    save_atomic(path, lambda file: save_file(weights, file, metadata=metadata))
 
 
 # --- 5. objective ----------------------------------------------------------------------------------
@@ -1313,23 +1308,21 @@ def contact_sheet(
 ) -> Image.Image:
     """Pictures in rows on white, each fitted into a cell; column heads, a caption under each row."""
     font = ImageFont.load_default(size=15)
-    gap, line = 8, 22
-    columns = max(len(row) for row in rows)
-    step = cell_px + gap + (line if captions else 0)
-    top = gap + (line if heads else 0)
-    sheet = Image.new("RGB", (columns * (cell_px + gap) + gap, top + len(rows) * step), "white")
+    gap, line = 8, 24
+    fitted = [[ImageOps.contain(image, (cell_px, cell_px)) for image in row] for row in rows]
+    heights = [max(image.height for image in row) + (line if captions else gap) for row in fitted]
+    width = max(len(row) for row in rows) * (cell_px + gap) + gap
+    top = line if heads else gap
+    sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, head in enumerate(heads):
-        draw.text((gap + x * (cell_px + gap), 4), head, "black", font)
-    for y, row in enumerate(rows):
+        draw.text((gap + x * (cell_px + gap), 3), head, "black", font)
+    for y, row in enumerate(fitted):
         for x, image in enumerate(row):
-            scale = min(cell_px / image.width, cell_px / image.height)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            fitted = image.resize(size, Image.Resampling.LANCZOS)
-            sheet.paste(fitted, (gap + x * (cell_px + gap), top + y * step))
+            sheet.paste(image, (gap + x * (cell_px + gap), top))
+        top += heights[y]
         if captions:
-            text = captions[y][: columns * cell_px // 8]
-            draw.text((gap, top + y * step + cell_px + 1), text, "dimgray", font)
+            draw.text((gap, top - line + 3), captions[y][: width // 8], "dimgray", font)
     return sheet
 
 
@@ -1626,6 +1619,12 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
+    """A progress bar on the first process, none on the others."""
+    other = os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=label, disable=other or options.pop("disable", False), **options)
+
+
 def as_image(value: Any) -> Image.Image:
     """PIL picture, HWC uint8 array or tensor -> RGB."""
     if isinstance(value, Image.Image):
@@ -1803,7 +1802,6 @@ class QwenImageEditTrainer:
         logging.basicConfig(format="%(message)s", force=True)
         main = self.accelerator.is_main_process
         log.setLevel(logging.INFO if main else logging.ERROR)
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=None if main else True)
 
     def find_data(self) -> None:
         """Pair, audit and hash the data set. Raises UserError with every problem."""
@@ -1996,11 +1994,11 @@ class QwenImageEditTrainer:
         latents = [key for key in mine if isinstance(jobs[key], Picture)]
         prompts = [key for key in mine if isinstance(jobs[key], Example)]
         log.info("cache: %d entries, %d to encode", len(jobs), len(missing))
-        for key in tqdm(latents, "encode pictures", disable=not latents):
+        for key in progress(latents, "encode pictures", disable=not latents):
             latent = self._latent(jobs[key], vae_device)  # type: ignore[arg-type]
             self._keep(key, {"latent": latent})
         self.unload("vae")  # KEEP: the encoders are never in memory together
-        for key in tqdm(prompts, "encode prompts", disable=not prompts):
+        for key in progress(prompts, "encode prompts", disable=not prompts):
             embed = self._embed(jobs[key], text_device)  # type: ignore[arg-type]
             self._keep(key, {"embed": embed})
         self.unload("text_encoder")
@@ -2460,7 +2458,7 @@ class QwenImageEditTrainer:
         window: list[tuple[list[str], torch.Tensor]] = []  # (names, loss) since the last log line
         stopped = False
         self._validate(metrics)
-        bar = tqdm(total=steps, initial=self.global_step, desc="train", unit="step")
+        bar = progress(None, "train", total=steps, initial=self.global_step, unit="step")
         clock = time.monotonic()  # of the window; stands still while saving and validating
         for batches in itertools.islice(loader, max(0, steps - self.global_step)):
             names, loss, norm = self._step(batches, share)
@@ -2677,7 +2675,7 @@ class QwenImageEditTrainer:
         settings, transformer = self.config.validation, self.bare_transformer()
         vae_device = self.config.cache.vae_encoder_device or self.device
         rows, captions = [], []
-        for example, batch, empty in tqdm(items, "validation pictures", leave=False):
+        for example, batch, empty in progress(items, "validation pictures", leave=False):
             width, height = example.target.size
 
             def picture(

@@ -8,9 +8,11 @@ import contextlib
 import datetime
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sqlite3
@@ -21,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 import yaml
@@ -109,7 +111,12 @@ C = TypeVar("C", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys instead of silently keeping the last one."""
+    """SafeLoader with YAML 1.2 scalars (`no` is text, 1e-4 a number) that refuses duplicate keys."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, regex) for tag, regex in pairs if not tag.endswith((":bool", ":float"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep) for key, _ in node.value]
@@ -119,6 +126,20 @@ class _Loader(yaml.SafeLoader):
                     problem=f"duplicate key '{key}'", problem_mark=node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?
+                |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
+    list("-+0123456789."),
+)
 
 
 def settings(kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -155,8 +176,9 @@ def help_text(cls: type[Section]) -> str:
 
 def _assign(data: Any, key: str, value: Any) -> None:
     """Set a dotted key; missing sections are made, a list may be continued at its end."""
-    *parents, last = key.split(".")
-    for part, below in zip(parents, [*parents[1:], last], strict=True):
+    parts = key.split(".")
+    last = parts[-1]
+    for part, below in itertools.pairwise(parts):
         empty: Any = [] if below.isdigit() else {}
         if isinstance(data, list):
             data.extend([empty] if int(part) == len(data) else [])

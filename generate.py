@@ -1,0 +1,619 @@
+"""Apply Qwen-Image-Edit LoRAs: one edit, a strip over strengths, a folder, a table.
+
+Page: docs/generate.md
+
+    python generate.py --pretrained_model_name_or_path DIR --lora FILE --image a.png \\
+        --prompt "make it snow" --output snow.png
+    ... --image a.png --image b.png           # several references, in this order
+    ... --lora A.safetensors:0.8 --lora B.safetensors
+    ... --scales 0,0.5,1 --output strip.png   # every LoRA times 0, 0.5 and 1, side by side
+    ... --input_dir photos --output_dir out   # a folder; captions beside the photos or --prompt
+    ... --table jobs.jsonl --output_dir out   # {"images": [...], "prompt": "...", "name": "..."}
+
+Everything runs through the diffusers pipelines and load_lora_weights. A finished picture whose
+settings are the same is not made again, so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import functools
+import importlib.util
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from pydantic import Field, field_validator
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from utils import (
+    IMAGE_SUFFIXES,
+    Section,
+    UserError,
+    hash_file,
+    list_images,
+    load_config,
+    run_script,
+    save_atomic,
+)
+
+SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does too
+AREA_1MP = 1024 * 1024
+VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
+SETTINGS_KEY = "image_edit"  # PNG text chunk
+
+
+# --- 1. config ------------------------------------------------------------------------------------
+
+
+class Config(Section):
+    """generate.py: edit pictures with Qwen-Image-Edit and LoRAs."""
+
+    pretrained_model_name_or_path: str
+    """Folder in diffusers layout, or a Hub id."""
+    lora: list[str] = []
+    """LoRA file, or FILE:scale; repeat the flag for several."""
+    scales: list[float] | None = None
+    """Strip: every LoRA's scale times each of these, e.g. 0,0.5,1."""
+    image: list[Path] = []
+    """Reference; repeat the flag for several, in order."""
+    prompt: str | None = None
+    """The instruction."""
+    negative_prompt: str = ""
+    """Used by guidance; "" is the empty instruction."""
+    seed: list[int] = [0]
+    """Seed, or several: 0,1,2. Drawn on the CPU: the same picture on every device."""
+    num_inference_steps: int = Field(40, ge=1)
+    """Euler steps."""
+    true_cfg_scale: float = Field(4.0, ge=1)
+    """Guidance; 1 switches it off and halves the time."""
+    height: int | None = Field(None, ge=32, multiple_of=16)
+    """px; null: 1 MP in the aspect of the last picture, or the LoRA's training size."""
+    width: int | None = Field(None, ge=32, multiple_of=16)
+    """px; see height."""
+    reference_area: Literal["lora", "1mp", "target"] | int = "lora"
+    """Size of the references: what the LoRA was trained with, 1 MP, the output's, or pixels."""
+    output: Path | None = None
+    """One edit: the picture (PNG); with several scales or seeds: the strip."""
+    output_dir: Path | None = None
+    """Many edits: folder of the pictures and of contact_sheet.png."""
+    input_dir: Path | None = None
+    """Many edits: every picture of this folder."""
+    table: Path | None = None
+    """Many edits: .csv or .jsonl with images (";" between several), prompt, name, seed."""
+    device: str | None = None
+    """cuda, cpu, mps ...; null: the fastest there is."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """null: bf16, on a CPU fp32."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """Keep on the GPU only the model (or the layer) in use."""
+
+    @field_validator("image", "lora", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+    @field_validator("seed", "scales", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [part for part in value.split(",") if part.strip()]
+        return value if isinstance(value, list) or value is None else [value]
+
+
+# --- 2. jobs: what to make, checked before the model loads -----------------------------------------
+
+
+class Job(NamedTuple):
+    """One row: references, instruction, and where the pictures go."""
+
+    name: str
+    images: tuple[Path, ...]
+    prompt: str
+    seeds: tuple[int, ...]
+    folder: Path
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """ "FILE" or "FILE:scale" -> (file, scale)."""
+    head, colon, tail = text.rpartition(":")
+    if colon and not Path(text).exists():
+        with contextlib.suppress(ValueError):
+            return Path(head), float(tail)
+    return Path(text), 1.0
+
+
+def read_lora_about(path: Path) -> dict[str, Any]:
+    """What the trainer wrote into the file; {} for a LoRA from elsewhere. Raises ValueError."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--lora {path}: only .safetensors files are loaded")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("image_edit_lora", "{}"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"--lora {path}: {error}") from error
+
+
+COLUMNS = ("images", "image", "prompt", "name", "seed")
+
+
+def read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of a .csv or .jsonl table and their problems; relative paths: from here or the table."""
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+        elif path.suffix in (".jsonl", ".json"):
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            problems.append(f"--table {path}: a .csv or .jsonl file is wanted")
+    except (OSError, ValueError) as error:
+        problems.append(f"--table {path}: {error}")
+    for number, row in enumerate(rows, 1):
+        for key in set(row) - set(COLUMNS):
+            close = difflib.get_close_matches(str(key), COLUMNS, n=1)
+            hint = f", did you mean '{close[0]}'?" if close else f"; there is {', '.join(COLUMNS)}"
+            problems.append(f"{path} row {number}: unknown column '{key}'{hint}")
+        images = row.get("images") or row.get("image") or []
+        images = images.split(";") if isinstance(images, str) else images
+        row["images"] = [p if (p := Path(i.strip())).exists() else path.parent / p for i in images]
+        if not row["images"]:
+            problems.append(f"{path} row {number}: no image")
+    return rows, problems
+
+
+def make_jobs(config: Config) -> tuple[list[Job], list[str]]:
+    """All rows, and everything wrong with them."""
+    problems = []
+    ways = [w for w in ("image", "input_dir", "table") if getattr(config, w)]
+    if len(ways) != 1:
+        named = ", ".join(f"--{w}" for w in ways) or "none"
+        problems.append(f"give one of --image, --input_dir, --table (given: {named})")
+    if config.image and not config.output:
+        problems.append("--image needs --output FILE.png")
+    if config.output and config.output.suffix.lower() != ".png":
+        problems.append(
+            f"--output {config.output}: the name must end in .png (settings go into it)"
+        )
+    if (config.input_dir or config.table) and not config.output_dir:
+        problems.append("--input_dir and --table need --output_dir")
+    rows: list[dict[str, Any]] = []
+    if config.image and config.output:
+        rows = [{"images": config.image, "name": config.output.stem}]
+    elif config.input_dir and config.input_dir.is_dir():
+        found = list_images(config.input_dir)
+        rows = [{"images": [Path(e.path)], "name": stem} for stem, es in found.items() for e in es]
+        if not rows:
+            problems.append(f"--input_dir {config.input_dir}: no picture in it")
+    elif config.input_dir:
+        problems.append(f"--input_dir: no folder {config.input_dir}")
+    elif config.table:
+        rows, wrong = read_table(config.table)
+        problems += wrong
+    folder = config.output.parent if config.image and config.output else config.output_dir
+    jobs = []
+    for row in rows:
+        images = tuple(row["images"])
+        problems += [f"no picture {image}" for image in images if not Path(image).is_file()]
+        prompt = row.get("prompt") or config.prompt
+        beside = images[0].with_suffix(".txt") if images else None
+        if not prompt and beside and beside.is_file():
+            prompt = beside.read_text(encoding="utf-8-sig").strip()
+        name = str(row.get("name") or "+".join(image.stem for image in images))
+        if not prompt:
+            problems.append(f"{name}: no prompt (--prompt, a prompt column, or a .txt beside it)")
+        seeds = (int(row["seed"]),) if row.get("seed") not in (None, "") else tuple(config.seed)
+        jobs.append(Job(name, images, prompt or "", seeds, folder or Path()))
+    names = [job.name for job in jobs]
+    problems += [
+        f"two rows are called '{n}'" for n in sorted({n for n in names if names.count(n) > 1})
+    ]
+    return jobs, problems
+
+
+def check(config: Config) -> list[str]:
+    """Problems that can be seen without a model."""
+    _, problems = make_jobs(config)
+    model = Path(config.pretrained_model_name_or_path)
+    local = model.is_absolute() or len(model.parts) != 2 or model.exists()
+    if local and not (model / "model_index.json").is_file():
+        problems.append(f"--pretrained_model_name_or_path: no diffusers checkpoint in {model}")
+    for text in config.lora:
+        path, _ = parse_lora(text)
+        try:
+            read_lora_about(path)
+        except ValueError as error:
+            problems.append(str(error))
+    if config.scales and not config.lora:
+        problems.append("--scales needs a --lora")
+    if (config.height is None) != (config.width is None):
+        problems.append("give both --height and --width, or none")
+    return problems
+
+
+# --- 3. sizes: references as the LoRA was trained ---------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """How large references are, and why."""
+
+    reference_area: str | int  # 1mp | target | px
+    vision_area: int | None  # px; None: the pipeline's own
+    resolution: int | None  # training resolution, px
+    why: str
+
+
+def reference_rule(config: Config) -> Rule:
+    """From --reference_area, else from the LoRA files. Raises UserError if they disagree."""
+    about = {text: read_lora_about(parse_lora(text)[0]) for text in config.lora}
+    known = {text: values for text, values in about.items() if values}
+    rules = {(v["reference_area"], v["vision_area"], v["resolution"]) for v in known.values()}
+    vision, resolution = next(((r[1], r[2]) for r in rules), (None, None))
+    if config.reference_area != "lora":
+        return Rule(config.reference_area, vision, resolution, "as --reference_area says")
+    if len({rule[:2] for rule in rules}) > 1:
+        lines = [f"{t}: references {v['reference_area']}" for t, v in known.items()]
+        raise UserError(
+            "the LoRAs were trained with different reference sizes; choose with --reference_area\n  "
+            + "\n  ".join(lines)
+        )
+    if rules:
+        return Rule(*next(iter(rules)), "as the LoRA was trained")
+    return Rule("1mp", None, None, "as the stock pipeline does")
+
+
+def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
+    """(W, H) of that area and aspect, rounded to 32 px as diffusers' pipelines round."""
+    width = math.sqrt(area_px * aspect)
+    sides = (round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (width, width / aspect))
+    width_px, height_px = (max(side, SIZE_MULTIPLE) for side in sides)
+    return width_px, height_px
+
+
+@functools.lru_cache
+def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
+    """Target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
+    widths = range(SIZE_MULTIPLE, 2 * resolution + 1, SIZE_MULTIPLE)
+    sizes = [(w, round(resolution**2 / w / SIZE_MULTIPLE) * SIZE_MULTIPLE) for w in widths]
+    return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
+
+
+@functools.lru_cache(maxsize=4096)
+def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
+    """The bucket of nearest log aspect; among equals the one of nearest area."""
+    aspect, area = math.log(width / height), resolution**2
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        w, h = size
+        return round(abs(aspect - math.log(w / h)), 9), abs(math.log(w * h / area))
+
+    return min(buckets(resolution), key=distance)
+
+
+def cover_box(
+    aspect: float, wanted: float, scale: float = 1.0, x: float = 0.5, y: float = 0.5
+) -> tuple[float, float, float, float]:
+    """Crop of aspect `wanted` from a picture of `aspect`, `scale` of the largest one, at x, y.
+
+    Returns (left, top, right, bottom) relative to the picture, 0..1.
+    """
+    width, height = min(1.0, wanted / aspect) * scale, min(1.0, aspect / wanted) * scale
+    left, top = x * (1 - width), y * (1 - height)
+    return tuple(round(v, 6) for v in (left, top, left + width, top + height))  # type: ignore
+
+
+def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """Cut out a box given relative to the picture, at whole pixels."""
+    left, top, right, bottom = box
+    w, h = image.size
+    return image.crop((round(left * w), round(top * h), round(right * w), round(bottom * h)))
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Any still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK ...
+
+    Raises:
+        OSError: unreadable or cut off.
+    """
+    with Image.open(path) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
+            low, high = image.convert("F").getextrema()
+            scale = 255 / 65535 if image.mode.startswith("I;16") or float(high) > 255 else 1.0
+            image = image.convert("F").point(lambda v: v * scale).convert("L")
+        if "A" in image.getbands() or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def reference_sizes(pipeline: Any, area_px: int, vision_area: int | None) -> Iterator[None]:
+    """Let the pipeline encode references at `area_px` (VAE) and `vision_area` (text encoder).
+
+    The pipelines read these from their module: two constants (Plus), or the first argument of
+    calculate_dimensions (2508, one size for both).
+    """
+    module: Any = importlib.import_module(type(pipeline).__module__)
+    if hasattr(module, "VAE_IMAGE_SIZE"):
+        change: dict[str, Any] = {"VAE_IMAGE_SIZE": area_px}
+        change |= {"CONDITION_IMAGE_SIZE": vision_area or VISION_AREA}
+    else:
+        original = module.calculate_dimensions
+        change = {"calculate_dimensions": lambda area, ratio: original(area_px, ratio)}
+    before = {name: getattr(module, name) for name in change}
+    try:
+        for name, value in change.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def output_size(config: Config, rule: Rule, image: Image.Image) -> tuple[int, int]:
+    """(W, H) px of the result."""
+    if config.width and config.height:
+        return config.width, config.height
+    if rule.reference_area == "target" and rule.resolution:
+        return nearest_bucket(image.width, image.height, rule.resolution)
+    return pick_size(AREA_1MP, image.width / image.height)
+
+
+# --- 4. pipeline ------------------------------------------------------------------------------------
+
+
+def has_torchvision() -> bool:
+    """transformers' stock video processor, which nothing here needs, wants torchvision."""
+    return importlib.util.find_spec("torchvision") is not None
+
+
+def load_processor(folder: Path) -> Any:
+    """Qwen2VLProcessor; without torchvision one that handles stills only (all we need)."""
+    from transformers import ProcessorMixin, Qwen2VLProcessor
+
+    if has_torchvision():
+        return Qwen2VLProcessor.from_pretrained(folder)
+
+    class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
+        def __init__(
+            self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+        ) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    return ImageOnlyQwen2VLProcessor.from_pretrained(folder)
+
+
+def load_pipeline(config: Config) -> Any:
+    """The checkpoint's own pipeline with all LoRAs (named lora0, lora1 ...), on its device."""
+    import diffusers
+
+    folder = Path(config.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(config.pretrained_model_name_or_path))
+    accelerator = torch.accelerator.current_accelerator()
+    device = config.device or (accelerator.type if accelerator else "cpu")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
+        config.dtype or ("fp32" if device == "cpu" else "bf16")
+    ]
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        folder, processor=load_processor(folder / "processor"), torch_dtype=dtype
+    )
+    if type(pipeline).__name__ not in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+        raise UserError(f"{folder} is a {type(pipeline).__name__}, no Qwen-Image-Edit checkpoint")
+    for number, text in enumerate(config.lora):
+        pipeline.load_lora_weights(str(parse_lora(text)[0]), adapter_name=f"lora{number}")
+    pipeline.set_progress_bar_config(leave=False)
+    if config.offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif config.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return pipeline
+
+
+def set_scales(pipeline: Any, config: Config, times: float) -> None:
+    """Every LoRA at its own scale times `times`; 0 is the bare base model."""
+    if not config.lora:
+        return
+    if times == 0:
+        pipeline.disable_lora()
+        return
+    pipeline.enable_lora()
+    names = [f"lora{number}" for number in range(len(config.lora))]
+    weights = [parse_lora(text)[1] * times for text in config.lora]
+    pipeline.set_adapters(names, adapter_weights=weights)
+
+
+# --- 5. pictures ------------------------------------------------------------------------------------
+
+
+def open_references(job: Job, size: tuple[int, int], rule: Rule) -> list[Image.Image]:
+    """The pictures; with references at the output's size, cropped to its aspect as in training."""
+    images = [open_rgb(path) for path in job.images]
+    if rule.reference_area != "target":
+        return images
+    aspect = images[-1].width / images[-1].height
+    wanted = size[0] / size[1]
+
+    def cut(image: Image.Image) -> Image.Image:
+        own = image.width / image.height
+        return crop(image, cover_box(own, wanted)) if abs(math.log(own / aspect)) < 0.02 else image
+
+    return [cut(image) for image in images]
+
+
+def settings_of(
+    config: Config, rule: Rule, job: Job, seed: int, times: float, size: tuple[int, int]
+) -> dict[str, Any]:
+    """All that decides the pixels of one picture; written into its PNG."""
+    return {
+        "model": config.pretrained_model_name_or_path,
+        "loras": [
+            {"file": str(p), "scale": s * times, "blake2b": hash_file(p)}
+            for p, s in map(parse_lora, config.lora)
+        ],
+        "images": [{"file": str(path), "blake2b": hash_file(path)} for path in job.images],
+        "prompt": job.prompt,
+        "negative_prompt": config.negative_prompt,
+        "seed": seed,
+        "num_inference_steps": config.num_inference_steps,
+        "true_cfg_scale": config.true_cfg_scale,
+        "width": size[0],
+        "height": size[1],
+        "reference_area": rule.reference_area,
+        "vision_area": rule.vision_area,
+        "dtype": config.dtype,
+    }
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings inside a finished picture; None if there is none, or from elsewhere."""
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info.get(SETTINGS_KEY, "null"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def save_picture(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
+    """PNG with its settings, complete or absent."""
+    info = PngInfo()
+    info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False))
+    save_atomic(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    heads: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    cell_px: int = 256,
+) -> Image.Image:
+    """Pictures in rows on white, each fitted into a cell; column heads, a caption under each row."""
+    font = ImageFont.load_default(size=15)
+    gap, line = 8, 24
+    fitted = [[ImageOps.contain(image, (cell_px, cell_px)) for image in row] for row in rows]
+    heights = [max(image.height for image in row) + (line if captions else gap) for row in fitted]
+    width = max(len(row) for row in rows) * (cell_px + gap) + gap
+    top = line if heads else gap
+    sheet = Image.new("RGB", (width, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, head in enumerate(heads):
+        draw.text((gap + x * (cell_px + gap), 3), head, "black", font)
+    for y, row in enumerate(fitted):
+        for x, image in enumerate(row):
+            sheet.paste(image, (gap + x * (cell_px + gap), top))
+        top += heights[y]
+        if captions:
+            draw.text((gap, top - line + 3), captions[y][: width // 8], "dimgray", font)
+    return sheet
+
+
+def run_pipeline(
+    pipeline: Any, references: Sequence[Image.Image], settings: dict[str, Any]
+) -> Image.Image:
+    """One picture."""
+    plus = type(pipeline).__name__ == "QwenImageEditPlusPipeline"
+    width, height, area = settings["width"], settings["height"], settings["reference_area"]
+    area_px = {"1mp": AREA_1MP, "target": width * height}.get(str(area), area)
+    guided = settings["true_cfg_scale"] > 1
+    with reference_sizes(pipeline, int(area_px), settings["vision_area"]):
+        return pipeline(
+            image=list(references) if plus else references[0],
+            prompt=settings["prompt"],
+            negative_prompt=settings["negative_prompt"] if guided else None,
+            true_cfg_scale=settings["true_cfg_scale"],
+            num_inference_steps=settings["num_inference_steps"],
+            width=width,
+            height=height,
+            generator=torch.Generator().manual_seed(settings["seed"]),
+        ).images[0]
+
+
+def plan_pictures(config: Config, rule: Rule, jobs: Sequence[Job]) -> list[list[tuple[Path, dict]]]:
+    """Per job its pictures: (file, settings) for every seed and scale."""
+    plan = []
+    for job in jobs:
+        with Image.open(job.images[-1]) as image:
+            size = output_size(config, rule, ImageOps.exif_transpose(image))
+        pictures = []
+        for seed in job.seeds:
+            for times in config.scales or [1.0]:
+                name = job.name + (f"_seed{seed}" if len(job.seeds) > 1 else "")
+                name += f"_scale{times:g}" if config.scales else ""
+                settings = settings_of(config, rule, job, seed, times, size)
+                pictures.append((job.folder / f"{name}.png", settings | {"times": times}))
+        plan.append(pictures)
+    return plan
+
+
+def generate(config: Config) -> None:
+    """Make what is missing, then the strip or contact sheet."""
+    jobs, _ = make_jobs(config)
+    rule = reference_rule(config)
+    print(f"references: {rule.reference_area}, {rule.why}")
+    plan = plan_pictures(config, rule, jobs)
+    todo = [
+        (job, path, settings)
+        for job, pictures in zip(jobs, plan, strict=True)
+        for path, settings in pictures
+        if read_settings(path) != settings
+    ]
+    total = sum(len(pictures) for pictures in plan)
+    print(f"{total} picture(s), {total - len(todo)} already there")
+    pipeline = load_pipeline(config) if todo else None
+    for job, path, settings in tqdm(todo, "generate", unit="picture"):
+        set_scales(pipeline, config, settings["times"])
+        references = open_references(job, (settings["width"], settings["height"]), rule)
+        save_picture(path, run_pipeline(pipeline, references, settings), settings)
+    if total > 1:
+        write_sheet(config, jobs, plan)
+
+
+def write_sheet(config: Config, jobs: Sequence[Job], plan: Sequence[Sequence[Any]]) -> None:
+    """References, then every scale side by side; a row per job and seed."""
+    columns = len(config.scales or [1.0])
+    rows, captions = [], []
+    for job, pictures in zip(jobs, plan, strict=True):
+        references = [open_rgb(path) for path in job.images]
+        for start in range(0, len(pictures), columns):
+            part = pictures[start : start + columns]
+            rows.append([*references, *(open_rgb(path) for path, _ in part)])
+            captions.append(f"{job.name}, seed {part[0][1]['seed']}: {job.prompt}")
+    heads = [f"reference {i + 1}" for i in range(max(len(job.images) for job in jobs))]
+    if len({len(job.images) for job in jobs}) == 1:
+        heads += [f"scale {times:g}" for times in config.scales or [1.0]]
+    sheet = contact_sheet(rows, heads, captions)
+    path = (
+        config.output
+        if config.image and config.output
+        else (config.output_dir or Path()) / "contact_sheet.png"
+    )
+    save_atomic(path, lambda file: sheet.save(file, format="PNG"))
+    print(f"sheet: {path}")
+
+
+def main() -> None:
+    """Settings -> check -> pictures."""
+    generate(load_config(Config, check=check))
+
+
+if __name__ == "__main__":
+    run_script(main)
