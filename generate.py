@@ -71,8 +71,8 @@ class Config(Section):
     """Used by guidance; "" is the empty instruction."""
     seed: list[int] = [0]
     """Seed, or several: 0,1,2. Drawn on the CPU: the same picture on every device."""
-    num_inference_steps: int = Field(40, ge=1)
-    """Euler steps."""
+    num_inference_steps: int = Field(40, ge=2)
+    """Euler steps (a single one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Guidance; 1 switches it off and halves the time."""
     height: int | None = Field(None, ge=32, multiple_of=16)
@@ -329,7 +329,7 @@ def open_rgb(path: Path) -> Image.Image:
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
-            low, high = image.convert("F").getextrema()
+            _, high = image.convert("F").getextrema()
             scale = 255 / 65535 if image.mode.startswith("I;16") or float(high) > 255 else 1.0
             image = image.convert("F").point(lambda v: v * scale).convert("L")
         if "A" in image.getbands() or "transparency" in image.info:

@@ -337,8 +337,8 @@ class ValidationConfig(Section):
     """Samples drawn on the sheet; the loss takes all."""
     seed: int = 42
     """Noise of the pictures and of the loss; the same every time."""
-    num_inference_steps: int = Field(20, ge=1)
-    """Euler steps of the pictures."""
+    num_inference_steps: int = Field(20, ge=2)
+    """Euler steps of the pictures (a single one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """1: no guidance. Else against the empty instruction, as in the pipeline."""
 
@@ -1621,8 +1621,8 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
     """A progress bar on the first process, none on the others."""
-    other = os.environ.get("RANK", "0") != "0"
-    return tqdm(items, desc=label, disable=other or options.pop("disable", False), **options)
+    options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=label, **options)
 
 
 def as_image(value: Any) -> Image.Image:
@@ -2160,6 +2160,8 @@ class QwenImageEditTrainer:
         """
         if self.transformer is None or self.vae is None or self.qwen_vl is None:
             raise UserError("call setup_predict() first")
+        if num_inference_steps < 2:
+            raise UserError("num_inference_steps: 2 or more (1 divides by zero in the scheduler)")
         images = prompt_image if isinstance(prompt_image, list | tuple) else [prompt_image]
         pictures = [as_image(image) for image in images]
         main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]

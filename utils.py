@@ -18,6 +18,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -46,10 +47,15 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes its message and exit code 2, Ctrl-C exit code 130."""
+    rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        print(f"\n{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        text = str(error)
+        if rank != "0":
+            time.sleep(3)  # let process 0 report in full before the launcher ends it
+            text = f"process {rank}: {text.splitlines()[0]}"
+        print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print(

@@ -1,0 +1,127 @@
+"""Shared fixtures: tiny checkpoints of the true classes, small data sets, commands as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
+torch.set_num_threads(1)
+
+PAIRS = ROOT / "data" / "photo_pairs"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+def run(*args, cwd=ROOT, launch=(), check=True, timeout=300, env=None):
+    """Run a script of the project; on an unexpected exit code show what it printed."""
+    command = [*(launch or [sys.executable]), *map(str, args)]
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment
+    )
+    if check:
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def small_config(checkpoint, folder, **changes):
+    """Settings of a quick CPU run on four real pairs; `changes` are dotted overrides."""
+    settings = {
+        "model.pretrained_model_name_or_path": str(checkpoint),
+        "model.lora.r": 4,
+        "logging.output_dir": str(folder / "out"),
+        "cache.cache_dir": str(folder / "cache"),
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "data.reference_area": "target",
+        "data.dataset_configs": [suffix_dataset(PAIRS)],
+        "train.mixed_precision": "no",
+        "train.gradient_checkpointing": False,
+        "train.max_train_steps": 4,
+        "train.checkpointing_steps": 2,
+        "optimizer.init_args": {"lr": 1e-2},
+        **changes,
+    }
+    nested: dict = {}
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        place = nested
+        for part in parents:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return nested
+
+
+def suffix_dataset(folder, **changes):
+    """A data set in the suffix layout: _R (and _D) before, _T after, 64 px."""
+    return {
+        "train_data_dir": str(folder),
+        "resolution": 64,
+        "image_configs": {"after": {"suffix": "_T"}, "before": {"suffix": "_R"}},
+        "target_configs": {"after": [{"image": "after"}]},
+        "reference_configs": {"before": [{"image": "before"}]},
+        "caption_configs": {
+            "text": {
+                "image": "after",
+                "ext": ".txt",
+                "reference_list": {"reference_config": "before", "resize": 64},
+            }
+        },
+        "batch_configs": [
+            {"target_config": "after", "reference_config": "before", "caption_config": "text"}
+        ],
+        **changes,
+    }
+
+
+def write_config(folder, config):
+    """JSON is YAML: one file for --config."""
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def copy_pairs(folder, names=("astronaut1", "chelsea0", "coffee0", "hubble0")):
+    """Some of the photo pairs, with both references, in a folder of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for file in PAIRS.glob(f"{name}_*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def with_lora_noise(transformer, seed=0):
+    """Give B random values, so that an adapter changes the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return transformer
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """{"2508" | "2509" | "2511": folder} of tiny random checkpoints."""
+    import tiny
+
+    return tiny.build_all(tmp_path_factory.getbasetemp().parent / "checkpoints")
+
+
+@pytest.fixture
+def make_trainer(checkpoints, tmp_path):
+    """make_trainer("2511", **overrides) -> trainer on real pairs, CPU, fp32."""
+    import train_qwen_edit as script
+    from utils import load_config
+
+    def make(kind="2511", **changes):
+        file = write_config(tmp_path, small_config(checkpoints[kind], tmp_path, **changes))
+        return script.QwenImageEditTrainer(load_config(script.Config, ["--config", str(file)]))
+
+    return make

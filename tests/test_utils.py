@@ -1,0 +1,203 @@
+"""utils.py: config, randomness, files, cache entries, run record."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import Field
+
+import utils
+from conftest import ROOT
+from utils import Section, UserError, load_config
+
+
+class Inner(Section):
+    """Inner."""
+
+    rank: int = Field(16, ge=1)
+    """Rank."""
+    name: str = "a"
+    """Name."""
+
+
+class Outer(Section):
+    """Outer."""
+
+    inner: Inner = Inner()
+    rows: list[Inner] = []
+    table: dict[str, Inner] = {}
+    rate: float = 0.1
+    """Rate."""
+    flip: bool = False
+    args: dict = {}
+    text: str = ""
+    files: list[str] = []
+
+
+def problems_of(argv, check=None):
+    with pytest.raises(UserError) as error:
+        load_config(Outer, argv, check)
+    return str(error.value)
+
+
+def test_overrides_win_whatever_their_order(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("inner: {rank: 32}\nrate: 1e-4\nargs: {lr: 1e-4, word: no}\n")
+    config = load_config(Outer, ["--inner.rank=8", "--config", str(file), "--flip", "--text", "no"])
+    assert (config.inner.rank, config.rate, config.flip, config.text) == (8, 1e-4, True, "no")
+    assert config.args == {"lr": 1e-4, "word": "no"}  # YAML 1.1 reads "1e-4" and False
+
+
+def test_lists_grow_by_dotted_overrides_and_repeated_flags():
+    config = load_config(
+        Outer, ["--rows.0.rank", "2", "--rows.1.name", "b", "--files", "x", "--files", "y"]
+    )
+    assert [row.rank for row in config.rows] == [2, 16] and config.rows[1].name == "b"
+    assert config.files == ["x", "y"]
+
+
+def test_text_with_a_colon_is_text():
+    assert load_config(Outer, ["--text", "make it: red"]).text == "make it: red"
+
+
+def test_every_problem_is_named_at_once_with_its_path(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("inner: {rnk: 3}\nrows: [{rank: four}]\ntable: {x: {nam: y}}\n")
+    text = problems_of(["--config", str(file), "--ratt", "1"], lambda config: ["no folder z"])
+    assert "inner.rnk: unknown setting, did you mean 'rank'?" in text
+    assert "rows.0.rank" in text and "table.x.nam: unknown setting, did you mean 'name'?" in text
+    assert "ratt: unknown setting, did you mean 'rate'?" in text
+    assert "no folder z" in text  # the data is checked although the config is wrong
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\na: 2\n", "- 1\n", "a: [\n", "inner:\n  rank: 1\n  rank: 2\n"]
+)
+def test_bad_yaml_is_a_message(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert str(file) in problems_of(["--config", str(file)])
+
+
+def test_print_config_can_be_loaded_again(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load_config(Outer, ["--rows.0.rank", "2", "--print_config", "--text", "no"])
+    file = tmp_path / "c.yaml"
+    file.write_text(capsys.readouterr().out)
+    again = load_config(Outer, ["--config", str(file)])
+    assert again == load_config(Outer, ["--rows.0.rank", "2", "--text", "no"])
+
+
+def test_help_shows_every_setting_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        load_config(Outer, ["--help"])
+    text = capsys.readouterr().out
+    assert "--inner.rank  int  = 16\n        Rank." in text and "--rows.*.rank" in text
+
+
+def test_draws_belong_to_their_parts_and_not_to_the_order_of_calls():
+    first = [utils.uniform(1, "a", i) for i in range(5)]
+    assert first == [utils.uniform(1, "a", i) for i in reversed(range(5))][::-1]
+    assert utils.uniform(1, "a", 0) != utils.uniform(1, "b", 0) != utils.uniform(2, "b", 0)
+    state = torch.random.get_rng_state()
+    noise = utils.normal((1000,), 1, "noise", 3)
+    assert torch.equal(noise, utils.normal((1000,), 1, "noise", 3))
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    assert torch.equal(state, torch.random.get_rng_state())  # no global generator is touched
+    many = [utils.uniform("u", i) for i in range(4000)]
+    assert 0 <= min(many) and max(many) < 1 and abs(sum(many) / 4000 - 0.5) < 0.02
+    assert sorted(utils.shuffled(9, 1)) == list(range(9)) != utils.shuffled(9, 1)
+
+
+def test_draws_are_the_same_in_another_process():
+    code = "import utils; print(utils.draw_key(1, 'x'), utils.normal((2,), 1).tolist())"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.split()[0] == str(utils.draw_key(1, "x"))
+    assert str(utils.normal((2,), 1).tolist()) in out.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_entries_keep_every_bit(tmp_path, dtype):
+    tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.zeros(0, 2).to(dtype)}
+    path = utils.write_entry(tmp_path, "ab" * 16, tensors)
+    assert path == tmp_path / "ab" / "ab" / f"{'ab' * 16}.safetensors"
+    again = utils.read_entry(path)
+    assert all(torch.equal(again[k], v) and again[k].dtype == dtype for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])
+def test_a_damaged_entry_is_noticed_and_named(tmp_path, harm):
+    path = utils.write_entry(tmp_path, "ab" * 16, {"a": torch.arange(100.0)})
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b""}[harm])
+    with pytest.raises(ValueError, match="ab" * 16):
+        utils.read_entry(path)
+
+
+def test_every_input_changes_a_cache_key():
+    keys = {
+        utils.cache_key("latent", a=1),
+        utils.cache_key("latent", a=2),
+        utils.cache_key("prompt", a=1),
+        utils.cache_key("latent", b=1),
+        utils.cache_key("latent", a=[1]),
+    }
+    assert len(keys) == 5
+    assert utils.cache_key("x", a=1, b=2) == utils.cache_key("x", b=2, a=1)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "a.txt"
+    utils.save_atomic(file, lambda f: f.write_text("old"))
+
+    def fail(f):
+        f.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        utils.save_atomic(file, fail)
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    with pytest.raises(RuntimeError):
+        utils.save_folder_atomic(tmp_path / "c", lambda f: fail(f / "x"))
+    assert not (tmp_path / "c").exists()
+    utils.save_folder_atomic(tmp_path / "c", lambda f: (f / "x").write_text("new"))
+    assert (tmp_path / "c" / "x").read_text() == "new"
+
+
+def test_the_index_forgets_a_file_that_changed(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"one")
+    index = utils.FileIndex(tmp_path / "cache")
+    index.put(file, file.stat(), {"content": "x"})
+    index.commit()
+    again = utils.FileIndex(tmp_path / "cache")
+    assert again.get(file, file.stat()) == {"content": "x"}
+    os.utime(file, ns=(1, 1))
+    assert again.get(file, file.stat()) is None
+
+
+def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    log = utils.MetricLog(file, 0)
+    for step in (1, 2, 3):
+        log.write(step, loss=step)
+    log.close()
+    file.write_text(file.read_text() + '{"step": 4, "lo')  # cut off by a kill
+    log = utils.MetricLog(file, 2)
+    log.write(3, loss=30)
+    log.close()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 30}]
+
+
+def test_utils_needs_no_model_library():
+    code = "import sys, utils; print([m for m in ('diffusers', 'transformers', 'peft', 'accelerate') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]"
