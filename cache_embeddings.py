@@ -4,9 +4,9 @@ Page: docs/cache_embeddings.md
 
     accelerate launch cache_embeddings.py --config configs/x.yaml             # fill
     accelerate launch --multi_gpu --num_processes 4 cache_embeddings.py --config configs/x.yaml
-    python cache_embeddings.py --config configs/x.yaml --stats                # count, change nothing
-    python cache_embeddings.py --config configs/x.yaml --verify               # check every entry
-    python cache_embeddings.py --config configs/x.yaml --prune                # drop what is not used
+    python cache_embeddings.py --config configs/x.yaml --stats     # count, change nothing
+    python cache_embeddings.py --config configs/x.yaml --verify    # check all, mend the damaged
+    python cache_embeddings.py --config configs/x.yaml --prune     # drop what is not used
     ... --script my_fork.py                       # a fork of a training script; it owns its cache
 
 Takes the same --config and overrides as the training script.

@@ -23,7 +23,7 @@ import functools
 import importlib.util
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,16 +34,7 @@ from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from utils import (
-    IMAGE_SUFFIXES,
-    Section,
-    UserError,
-    hash_file,
-    list_images,
-    load_config,
-    run_script,
-    save_atomic,
-)
+from utils import Section, UserError, hash_file, list_images, load_config, run_script, save_atomic
 
 SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does too
 AREA_1MP = 1024 * 1024
@@ -109,7 +100,7 @@ class Config(Section):
         return value if isinstance(value, list) or value is None else [value]
 
 
-# --- 2. jobs: what to make, checked before the model loads -----------------------------------------
+# --- 2. jobs: what to make, checked before the model loads ----------------------------------------
 
 
 class Job(NamedTuple):
@@ -172,34 +163,41 @@ def read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, problems
 
 
-def make_jobs(config: Config) -> tuple[list[Job], list[str]]:
-    """All rows, and everything wrong with them."""
+def check_ways(config: Config) -> list[str]:
+    """Problems of what to edit and where results go."""
     problems = []
-    ways = [w for w in ("image", "input_dir", "table") if getattr(config, w)]
+    ways = [f"--{way}" for way in ("image", "input_dir", "table") if getattr(config, way)]
     if len(ways) != 1:
-        named = ", ".join(f"--{w}" for w in ways) or "none"
-        problems.append(f"give one of --image, --input_dir, --table (given: {named})")
+        given = ", ".join(ways) or "none"
+        problems.append(f"give one of --image, --input_dir, --table (given: {given})")
     if config.image and not config.output:
         problems.append("--image needs --output FILE.png")
     if config.output and config.output.suffix.lower() != ".png":
-        problems.append(
-            f"--output {config.output}: the name must end in .png (settings go into it)"
-        )
+        problems.append(f"--output {config.output}: wanted a .png, which keeps the settings")
     if (config.input_dir or config.table) and not config.output_dir:
         problems.append("--input_dir and --table need --output_dir")
-    rows: list[dict[str, Any]] = []
+    if config.input_dir and not config.input_dir.is_dir():
+        problems.append(f"--input_dir: no folder {config.input_dir}")
+    return problems
+
+
+def find_rows(config: Config) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows {images, prompt, name, seed} from whichever source is given, and their problems."""
     if config.image and config.output:
-        rows = [{"images": config.image, "name": config.output.stem}]
-    elif config.input_dir and config.input_dir.is_dir():
+        return [{"images": config.image, "name": config.output.stem}], []
+    if config.table:
+        return read_table(config.table)
+    if config.input_dir and config.input_dir.is_dir():
         found = list_images(config.input_dir)
         rows = [{"images": [Path(e.path)], "name": stem} for stem, es in found.items() for e in es]
-        if not rows:
-            problems.append(f"--input_dir {config.input_dir}: no picture in it")
-    elif config.input_dir:
-        problems.append(f"--input_dir: no folder {config.input_dir}")
-    elif config.table:
-        rows, wrong = read_table(config.table)
-        problems += wrong
+        return rows, [] if rows else [f"--input_dir {config.input_dir}: no picture in it"]
+    return [], []
+
+
+def make_jobs(config: Config) -> tuple[list[Job], list[str]]:
+    """All rows as jobs, and everything wrong with them."""
+    rows, problems = find_rows(config)
+    problems = check_ways(config) + problems
     folder = config.output.parent if config.image and config.output else config.output_dir
     jobs = []
     for row in rows:
@@ -215,10 +213,8 @@ def make_jobs(config: Config) -> tuple[list[Job], list[str]]:
         seeds = (int(row["seed"]),) if row.get("seed") not in (None, "") else tuple(config.seed)
         jobs.append(Job(name, images, prompt or "", seeds, folder or Path()))
     names = [job.name for job in jobs]
-    problems += [
-        f"two rows are called '{n}'" for n in sorted({n for n in names if names.count(n) > 1})
-    ]
-    return jobs, problems
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return jobs, problems + [f"two rows are called '{name}'" for name in twice]
 
 
 def check(config: Config) -> list[str]:
@@ -241,7 +237,7 @@ def check(config: Config) -> list[str]:
     return problems
 
 
-# --- 3. sizes: references as the LoRA was trained ---------------------------------------------------
+# --- 3. sizes: references as the LoRA was trained -------------------------------------------------
 
 
 class Rule(NamedTuple):
@@ -264,7 +260,7 @@ def reference_rule(config: Config) -> Rule:
     if len({rule[:2] for rule in rules}) > 1:
         lines = [f"{t}: references {v['reference_area']}" for t, v in known.items()]
         raise UserError(
-            "the LoRAs were trained with different reference sizes; choose with --reference_area\n  "
+            "the LoRAs were trained with different reference sizes; set --reference_area\n  "
             + "\n  ".join(lines)
         )
     if rules:
@@ -371,7 +367,7 @@ def output_size(config: Config, rule: Rule, image: Image.Image) -> tuple[int, in
     return pick_size(AREA_1MP, image.width / image.height)
 
 
-# --- 4. pipeline ------------------------------------------------------------------------------------
+# --- 4. pipeline ----------------------------------------------------------------------------------
 
 
 def has_torchvision() -> bool:
@@ -442,7 +438,7 @@ def set_scales(pipeline: Any, config: Config, times: float) -> None:
     pipeline.set_adapters(names, adapter_weights=weights)
 
 
-# --- 5. pictures ------------------------------------------------------------------------------------
+# --- 5. pictures ----------------------------------------------------------------------------------
 
 
 def open_references(job: Job, size: tuple[int, int], rule: Rule) -> list[Image.Image]:
@@ -506,7 +502,7 @@ def contact_sheet(
     captions: Sequence[str] = (),
     cell_px: int = 256,
 ) -> Image.Image:
-    """Pictures in rows on white, each fitted into a cell; column heads, a caption under each row."""
+    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row."""
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
     fitted = [[ImageOps.contain(image, (cell_px, cell_px)) for image in row] for row in rows]

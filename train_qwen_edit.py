@@ -261,12 +261,7 @@ class LrSchedulerConfig(Section):
     """Learning rate schedule of diffusers; counts optimizer steps, whatever the processes."""
 
     scheduler_type: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     """Shape after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -795,7 +790,7 @@ def audit(config: Config) -> list[str]:
     return problems
 
 
-# --- 3. geometry, encoding and cache ---------------------------------------------------------------
+# --- 3. geometry, encoding and cache --------------------------------------------------------------
 
 
 class Picture(NamedTuple):
@@ -1057,7 +1052,7 @@ def index_content(paths: Sequence[Path], index: FileIndex) -> None:
     index.commit()
 
 
-# --- 4. model, devices, LoRA -----------------------------------------------------------------------
+# --- 4. model, devices, LoRA ----------------------------------------------------------------------
 
 
 def has_torchvision() -> bool:
@@ -1183,7 +1178,7 @@ def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
     save_atomic(path, lambda file: save_file(weights, file, metadata=metadata))
 
 
-# --- 5. objective ----------------------------------------------------------------------------------
+# --- 5. objective ---------------------------------------------------------------------------------
 
 
 def sample_sigma(loss: LossConfig, *parts: object) -> float:  # EDIT HERE: timestep density
@@ -1203,7 +1198,7 @@ def model_mu(scheduler_config: Any, tokens: int) -> float:
 
 
 def shift_sigma(sigma: torch.Tensor, mu: float) -> torch.Tensor:
-    """e^mu / (e^mu + 1/sigma - 1), the exponential time shift of FlowMatchEulerDiscreteScheduler."""
+    """e^mu / (e^mu + 1/sigma - 1): exponential time shift of FlowMatchEulerDiscreteScheduler."""
     return math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
 
 
@@ -1272,7 +1267,7 @@ def flow_loss(
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": flow_loss}
 
 
-# --- 6. sampling -----------------------------------------------------------------------------------
+# --- 6. sampling ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -1316,7 +1311,7 @@ def contact_sheet(
     captions: Sequence[str] = (),
     cell_px: int = 256,
 ) -> Image.Image:
-    """Pictures in rows on white, each fitted into a cell; column heads, a caption under each row."""
+    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row."""
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
     fitted = [[ImageOps.contain(image, (cell_px, cell_px)) for image in row] for row in rows]
@@ -1336,7 +1331,7 @@ def contact_sheet(
     return sheet
 
 
-# --- 7. checkpoints --------------------------------------------------------------------------------
+# --- 7. checkpoints -------------------------------------------------------------------------------
 
 FREE_TO_CHANGE = {  # settings that may differ between a checkpoint and the run that continues it
     "train": {"max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit"}
@@ -1429,7 +1424,7 @@ def find_checkpoint(config: Config, size: int) -> tuple[Path, dict[str, Any]] | 
     return found
 
 
-# --- 8. batches and loop ---------------------------------------------------------------------------
+# --- 8. batches and loop --------------------------------------------------------------------------
 
 
 class StepPlan:
@@ -1866,6 +1861,18 @@ class QwenImageEditTrainer:
         images = [load_picture(picture) for picture in example.vision]
         return self.encode_prompt_image_embedding(example.caption, images, device)[0][0].cpu()
 
+    def _encode(self, example: Example) -> dict[str, Any]:
+        """What PairDataset.read() reads, computed."""
+        vae_device, text_device = (
+            self.config.cache.vae_encoder_device,
+            self.config.cache.text_encoder_device,
+        )
+        return {
+            "pixel_latent": self._latent(example.target, vae_device),
+            "control_latent": [self._latent(p, vae_device) for p in example.references],
+            "prompt_embed": self._embed(example, text_device),
+        }
+
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
         """Pictures of a batch {"image": [...], "control": [[...]], "prompt": [...]} -> Examples."""
         found = []
@@ -1943,10 +1950,16 @@ class QwenImageEditTrainer:
         write_entry(self.cache_dir, key, {kind: encode(what, device)})
         return read_entry(path)[kind]
 
-    def cache_jobs(self) -> dict[str, Picture | Example]:
-        """Every entry that training and validation can ask for: {key: what to encode}."""
+    def cache_jobs(self, fresh: bool = False) -> dict[str, Picture | Example]:
+        """Every entry that training and validation can ask for: {key: what to encode}.
+
+        fresh: only those of data sets with recreate_cache.
+        """
         jobs: dict[str, Picture | Example] = {}
         for draw in possible_draws(self.config, self.samples):
+            dataset = self.config.data.dataset_configs[self.samples[draw.sample].dataset]
+            if fresh and not dataset.recreate_cache:
+                continue
             example = resolve(self.config, self.flavour, self.samples, draw, self.index)
             for picture in (example.target, *example.references):
                 jobs.setdefault(self.keys.latent(picture), picture)
@@ -1970,17 +1983,6 @@ class QwenImageEditTrainer:
         self.index.put(path, stat, {"intact": True})
         return True
 
-    def _fresh_keys(self) -> set[str]:
-        """Entries of data sets with recreate_cache."""
-        fresh = set()
-        for draw in possible_draws(self.config, self.samples):
-            dataset = self.samples[draw.sample].dataset
-            if self.config.data.dataset_configs[dataset].recreate_cache:
-                example = resolve(self.config, self.flavour, self.samples, draw, self.index)
-                fresh |= {self.keys.latent(p) for p in (example.target, *example.references)}
-                fresh.add(self.keys.prompt(example))
-        return fresh
-
     def cache_embeddings(self, train_dataloader: Iterable[dict[str, Any]] | None = None) -> int:
         """Encode what is missing, a share per process; VAE and text encoder one after the other.
 
@@ -1997,8 +1999,7 @@ class QwenImageEditTrainer:
             self.unload("vae", "text_encoder")
             return sum(len(items) for items in batches)
         self.find_data()
-        jobs = self.cache_jobs()
-        fresh = self._fresh_keys()
+        jobs, fresh = self.cache_jobs(), self.cache_jobs(fresh=True)
         missing = [key for key in sorted(jobs) if key in fresh or not self._intact(key)]
         mine = missing[self.accelerator.process_index :: self.accelerator.num_processes]
         latents = [key for key in mine if isinstance(jobs[key], Picture)]
@@ -2284,21 +2285,9 @@ class QwenImageEditTrainer:
 
     def _training_step_compute(self, batch: dict[str, Any]) -> torch.Tensor:
         """Encode with the same functions the cache is filled with, then go on as from the cache."""
-        cache = self.config.cache
-        items = []
-        for example in self.examples_of(batch):
-            items.append(
-                {
-                    "pixel_latent": self._latent(example.target, cache.vae_encoder_device),
-                    "control_latent": [
-                        self._latent(p, cache.vae_encoder_device) for p in example.references
-                    ],
-                    "prompt_embed": self._embed(example, cache.text_encoder_device),
-                }
-            )
-        return self._training_step_cached(
-            collate(items) | {key: batch[key] for key in ("noise", "sigma") if key in batch}
-        )
+        items = [self._encode(example) for example in self.examples_of(batch)]
+        drawn = {key: batch[key] for key in ("noise", "sigma") if key in batch}
+        return self._training_step_cached(collate(items) | drawn)
 
     def _compute_loss(
         self,
@@ -2625,7 +2614,7 @@ class QwenImageEditTrainer:
     # -- validation
 
     def _validate(self, metrics: MetricLog | None, last: bool = False) -> None:
-        """Every validation.steps (and at the start and the end): loss and sheet on held-out pairs."""
+        """Every validation.steps, at the start and the end: loss and sheet of held-out pairs."""
         settings = self.config.validation
         held_out = [number for number, sample in enumerate(self.samples) if sample.held_out]
         if not settings.steps or not held_out:
@@ -2650,18 +2639,9 @@ class QwenImageEditTrainer:
         """Example, its batch of one, and the embedding of the empty instruction."""
         draw = Draw(0, number)
         example = resolve(self.config, self.flavour, self.samples, draw, self.index)
-        data = PairDataset(self, self.use_cache)
-        if self.use_cache:
-            item, empty = data.read(example), data.read(example._replace(caption=""))
-            return example, collate([item]), empty["prompt_embed"][None]
-        cache = self.config.cache
-        item = {
-            "pixel_latent": self._latent(example.target, cache.vae_encoder_device),
-            "control_latent": [self._latent(p, None) for p in example.references],
-            "prompt_embed": self._embed(example, cache.text_encoder_device),
-        }
-        empty_embed = self._embed(example._replace(caption=""), cache.text_encoder_device)
-        return example, collate([item]), empty_embed[None]
+        item_of = PairDataset(self, True).read if self.use_cache else self._encode
+        empty = item_of(example._replace(caption=""))["prompt_embed"]
+        return example, collate([item_of(example)]), empty[None]
 
     def _validation_loss(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> float:
         """Mean over the held-out pairs at four noise levels, with the same noise every time."""
@@ -2684,41 +2664,42 @@ class QwenImageEditTrainer:
 
     def _validation_sheet(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> None:
         """references | base | LoRA | target, one row per pair."""
-        settings, transformer = self.config.validation, self.bare_transformer()
-        vae_device = self.config.cache.vae_encoder_device or self.device
+        transformer = self.bare_transformer()
         rows, captions = [], []
         for example, batch, empty in progress(items, "validation pictures", leave=False):
-            width, height = example.target.size
-
-            def picture(
-                batch: Any = batch, empty: Any = empty, w: int = width, h: int = height
-            ) -> Any:
-                latents = self._sample(
-                    h,
-                    w,
-                    batch["control_latent"],
-                    batch["prompt_embed"],
-                    empty if settings.true_cfg_scale > 1 else None,
-                    settings.num_inference_steps,
-                    settings.true_cfg_scale,
-                    settings.seed,
-                )
-                self.load_model(["vae"])
-                self.vae.to(vae_device)
-                return to_image(decode_latents_qwen(self.vae, latents)[0])
-
             if example.name not in self._base_pictures:
                 transformer.disable_adapters()
-                self._base_pictures[example.name] = picture()
+                self._base_pictures[example.name] = self._validation_picture(example, batch, empty)
                 transformer.enable_adapters()
             references = [load_picture(p) for p in example.references]
             base = self._base_pictures[example.name]
-            rows.append([*references, base, picture(), load_picture(example.target)])
+            edited = self._validation_picture(example, batch, empty)
+            rows.append([*references, base, edited, load_picture(example.target)])
             captions.append(f"{example.name}: {example.caption}")
         if self.use_cache:
             self.unload("vae")
         heads = [f"reference {i + 1}" for i in range(len(rows[0]) - 3)] + ["base", "LoRA", "target"]
         self._save_sheet(f"step_{self.global_step:06d}", contact_sheet(rows, heads, captions))
+
+    def _validation_picture(
+        self, example: Example, batch: dict[str, Any], empty: torch.Tensor
+    ) -> Image.Image:
+        """One sampled picture at the target's size, from cached latents and embeddings."""
+        settings = self.config.validation
+        width, height = example.target.size
+        latents = self._sample(
+            height,
+            width,
+            batch["control_latent"],
+            batch["prompt_embed"],
+            empty if settings.true_cfg_scale > 1 else None,
+            settings.num_inference_steps,
+            settings.true_cfg_scale,
+            settings.seed,
+        )
+        self.load_model(["vae"])
+        self.vae.to(self.config.cache.vae_encoder_device or self.device)
+        return to_image(decode_latents_qwen(self.vae, latents)[0])
 
 
 def _as_is(value: Any) -> Any:
@@ -2760,7 +2741,7 @@ Instructions it was trained with:
 """
 
 
-# --- 9. main ---------------------------------------------------------------------------------------
+# --- 9. main --------------------------------------------------------------------------------------
 
 
 def main() -> None:

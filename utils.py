@@ -1,6 +1,9 @@
-"""What the scripts must agree on at run time, and nothing else: config files, errors, the cache on disk, randomness,
-run records. What a researcher may want to change (objective, pairing, bucketing, LoRA targets, devices) lives in the
-scripts. A script runs with only this file beside it."""
+"""What the scripts must agree on at run time, and nothing else.
+
+Config files, errors, the cache on disk, randomness, run records. What a researcher may want to
+change (objective, pairing, bucketing, LoRA targets, devices) lives in the scripts. A script runs
+with only this file beside it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import yaml
@@ -110,16 +113,16 @@ class Section(
     use_attribute_docstrings=True,
     coerce_numbers_to_str=True,
 ):
-    """Base of every config class: unknown keys are errors; the docstring under a field is its help."""
+    """Base of every config class: unknown keys are errors; a field's docstring is its help."""
 
 
 C = TypeVar("C", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars (`no` is text, 1e-4 a number) that refuses duplicate keys."""
+    """SafeLoader with YAML 1.2 scalars (`no` is text, 1e-4 a number); duplicate keys are errors."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # type: ignore[misc]
         first: [(tag, regex) for tag, regex in pairs if not tag.endswith((":bool", ":float"))]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -149,7 +152,7 @@ _Loader.add_implicit_resolver(
 
 
 def settings(kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, field) of every leaf setting, looking inside list[...] and dict[str, ...]."""
+    """Yield (dotted path, field) of every leaf setting, also inside list[...] and dict[...]."""
     for arg in get_args(kind):
         nested = (
             isinstance(arg, type) and issubclass(arg, Section) and get_args(kind)[-1] is type(None)
@@ -200,7 +203,8 @@ def _assign(data: Any, key: str, value: Any) -> None:
 def _explain(cls: type[Section], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].removeprefix('Value error, ')} (got {str(error['input'])[:60]!r})"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where}: {message} (got {str(error['input'])[:60]!r})"
     names = {part for path, _ in settings(cls) for part in path.split(".")}
     close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
     return f"{where}: unknown setting" + (
@@ -233,7 +237,7 @@ def _override_value(text: str) -> Any:
 
 
 def parse_args(argv: list[str]) -> tuple[dict[str, Any], set[str], list[str]]:
-    """Merge `--config FILE` and `--a.b value` overrides; returns (settings, bare flags such as help, problems)."""
+    """Merge `--config FILE` and `--a.b value` overrides -> (settings, {"help", ...}, problems)."""
     data: dict[str, Any] = {}
     overrides: dict[str, list[Any]] = {}
     flags: set[str] = set()
@@ -275,10 +279,10 @@ def parse_args(argv: list[str]) -> tuple[dict[str, Any], set[str], list[str]]:
 def load_config(
     cls: type[C], argv: list[str] | None = None, check: Callable[[C], list[str]] | None = None
 ) -> C:
-    """Build `cls` from `--config FILE` plus overrides such as `--model.lora.r 32`; overrides always win.
+    """Build `cls` from `--config FILE` plus overrides such as `--model.lora.r 32`, which win.
 
-    `check(config)` may name further problems (paths, data). It runs even when settings are misspelt, on what is left
-    of the config, so that one run reports everything.
+    `check(config)` may name further problems (paths, data). It runs even when settings are
+    misspelt, on what is left of the config, so that one run reports everything.
 
     Raises:
         UserError: with every problem found.
@@ -311,13 +315,13 @@ def load_config(
 
 
 def draw_key(*parts: object) -> int:
-    """63-bit hash of the parts: the same on every machine, in every process, in any order of calls."""
+    """63-bit hash of the parts: the same on every machine, in every process."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def uniform(*parts: object) -> float:
-    """A draw from [0, 1) that belongs to the parts, e.g. `uniform(seed, "caption_dropout", index)`."""
+    """A draw from [0, 1) that belongs to the parts, e.g. `uniform(seed, "view", visit)`."""
     return draw_key(*parts) / 2**63
 
 
@@ -335,7 +339,7 @@ def shuffled(n: int, *parts: object) -> list[int]:
 
 
 def list_images(folder: Path) -> dict[str, list[os.DirEntry[str]]]:
-    """{relative stem: image files}, nested folders included ("sub/a"), hidden names left out; one scandir per folder."""
+    """{relative stem ("sub/a"): image files}, nested folders included, hidden names left out."""
     found: dict[str, list[os.DirEntry[str]]] = {}
     todo = [(folder, "")]
     while todo:
@@ -406,7 +410,7 @@ def _fsync(path: Path) -> None:
 
 
 def save_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, fsync, rename: after a crash `path` is the old file or the whole new one."""
+    """`write(temporary)`, fsync, rename: after a crash `path` is the old or the whole new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -435,7 +439,7 @@ def save_folder_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def cache_key(kind: str, **inputs: object) -> str:
-    """Name of an entry: 32 hex digits of blake2b over format, kind and every input that shapes the tensors."""
+    """Name of an entry: blake2b (32 hex digits) of format, kind and every input that shapes it."""
     text = json.dumps([CACHE_FORMAT, kind, inputs], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -498,9 +502,10 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def run_record(output_dir: Path, config: Section, script: Path) -> None:
-    """Write run.json (argv, config, versions, git, hashes), config.yaml and copies of the script and of utils.py.
+    """Write run.json (argv, config, versions, git, hashes), config.yaml, the script and utils.py.
 
-    In a copy-and-modify project the code is part of the config. Earlier records stay in run.json's `earlier`.
+    In a copy-and-modify project the code is part of the config. Earlier records of the same folder
+    stay in run.json under `earlier`.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     code = {path.name: path for path in (script.resolve(), Path(__file__).resolve())}
@@ -534,7 +539,7 @@ def run_record(output_dir: Path, config: Section, script: Path) -> None:
 
 
 class MetricLog:
-    """Appends one JSON object per line to metrics.jsonl; on resume the lines after the checkpoint are dropped."""
+    """Appends one JSON object per line; on resume, lines after the checkpoint are dropped."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny checkpoints of the true classes, small data sets, commands as a user runs them."""
+"""Shared fixtures: tiny checkpoints of the true classes, small data sets, real commands."""
 
 import json
 import os

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import PAIRS, copy_pairs, run, small_config, suffix_dataset, write_config
 from PIL import Image
 
 import train_qwen_edit as script
-from conftest import PAIRS, copy_pairs, run, small_config, suffix_dataset, write_config
 from utils import FileIndex, UserError, load_config
 
 
@@ -237,8 +237,7 @@ def test_one_transform_keeps_pixels_aligned(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("policy", "size"),
-    [("1mp", (1024, 1024)), ("target", (64, 64)), (256 * 256, (256, 256))],
+    ("policy", "size"), [("1mp", (1024, 1024)), ("target", (64, 64)), (256 * 256, (256, 256))]
 )
 def test_reference_area_policies(policy, size, tmp_path):
     folder = copy_pairs(tmp_path / "data", ("chelsea0",))
@@ -398,5 +397,5 @@ def test_2508_takes_one_reference(checkpoints, tmp_path):
     dataset["reference_configs"]["before"].append({"image": "tones"})
     config = small_config(checkpoints["2508"], tmp_path, **{"data.dataset_configs": [dataset]})
     file = write_config(tmp_path, config)
-    with pytest.raises(UserError, match="2508.*takes one reference"):
+    with pytest.raises(UserError, match=r"2508.*takes one reference"):
         load_config(script.Config, ["--config", str(file)], script.audit)

@@ -6,12 +6,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import PAIRS, with_lora_noise
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 
 import train_qwen_edit as script
-from conftest import PAIRS, with_lora_noise
 from utils import UserError
 
 QWEN = {"base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
