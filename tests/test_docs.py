@@ -1,0 +1,210 @@
+"""Every command in README and docs runs; settings tables and function names are true.
+
+`python tests/test_docs.py` writes the settings tables into the docs.
+"""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import generate
+import train_qwen_edit
+from utils import UserError, load_config, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLES = {"train_qwen_edit.md": train_qwen_edit.Config, "generate.md": generate.Config}
+SECTIONS = re.compile(r"(<!-- settings -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table_of(config_class):
+    """Markdown table of every setting with its default and meaning."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    for path, field in settings(config_class):
+        default = (
+            "required" if field.is_required() else field.get_default(call_default_factory=True)
+        )
+        text = " ".join((field.description or "").split())
+        kind = field.annotation
+        if getattr(kind, "__origin__", None) is not None and "Literal" in str(kind):
+            choices = ", ".join(str(choice) for choice in get_args(kind) if isinstance(choice, str))
+            text += f" ({choices})" if choices else ""
+        default = "" if default in ("", None) else str(default)
+        row = f"| `{path}` | {default} | {text} |"
+        lines.append(row.replace("|n|", "n"))
+    return "\n".join(lines) + "\n"
+
+
+def commands():
+    """(page, command) of every bash block; a block is one command per line."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip():
+                    yield page.name, line.strip()
+
+
+# the demo and the tests are README's first two commands: .ci/run runs them as they stand
+WHOLE = ("demo.py", "-m pytest")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, checkpoints):
+    """A copy of the project in which the documents' commands run on tiny models."""
+    place = tmp_path_factory.mktemp("docs")
+    for name in ("data", "configs"):
+        shutil.copytree(ROOT / name, place / name)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, place)
+    shutil.copytree(checkpoints["2511"], place / "demo" / "qwen_edit_base")
+    photos = place / "data" / "my_pairs"
+    for name in ("before", "after"):
+        (photos / name).mkdir(parents=True)
+    for end, file in (("R", "before/a.png"), ("T", "after/a.png")):
+        shutil.copy(place / f"data/photo_pairs/coffee0_{end}.png", photos / file)
+    shutil.copy(place / "data/photo_pairs/coffee0_T.txt", photos / "after/a.txt")
+    train = "python train_qwen_edit.py --config configs/demo_qwen_edit.yaml"
+    quick = " --train.max_train_steps 1 --validation.steps null"
+    subprocess.run(shlex.split(train + quick), cwd=place, check=True, env=environment())
+    return place
+
+
+def environment():
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
+def test_every_command_runs(page, command, workplace, tmp_path):
+    if any(part in command for part in WHOLE):
+        pytest.importorskip("pytest")
+        names = [w for w in shlex.split(command) if w.endswith((".py", ".txt"))]
+        assert all((ROOT / name).exists() for name in names)
+        return
+    if command.startswith(("git clone", "python -m venv", "pip install", "cp ")):
+        names = [w for w in shlex.split(command) if w.endswith((".txt", ".py", ".yaml"))]
+        assert all((ROOT / name).exists() for name in names[:1]), command
+        return
+    if "train_qwen_edit.py" in command and "--help" not in command:
+        command += " --train.max_train_steps 2 --validation.steps null"
+        if "resume" not in command and "--print_config" not in command:
+            command += f" --logging.output_dir {tmp_path}"
+    if "configs/qwen_edit_pairs.yaml" in command:
+        command += " --model.pretrained_model_name_or_path demo/qwen_edit_base"
+        command += " --data.dataset_configs.0.resolution 64 --cache.cache_dir cache/pairs"
+    if "--input_dir" in command:  # 39 pictures: two are enough to see it run
+        few = workplace / "data" / "few"
+        few.mkdir(exist_ok=True)
+        for name in ("coffee0_R.png", "hubble0_R.png"):
+            shutil.copy(workplace / "data/photo_pairs" / name, few)
+        command = command.replace("--input_dir data/photo_pairs", "--input_dir data/few")
+    done = subprocess.run(
+        shlex.split(command), cwd=workplace, capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("page", sorted(TABLES))
+def test_settings_tables_are_the_scripts(page):
+    text = (ROOT / "docs" / page).read_text()
+    assert (
+        SECTIONS.search(text).group(0) == f"<!-- settings -->\n{table_of(TABLES[page])}<!-- end -->"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_function_and_file_a_page_names_exists(page):
+    text = page.read_text()
+    known = set()
+    for file in ROOT.glob("*.py"):
+        tree = ast.parse(file.read_text())
+        known |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    named = set(re.findall(r"`(\w+)\(\)`", text))
+    assert named <= known, f"{page.name} names {sorted(named - known)}"
+    for file in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (page.parent / file).exists(), f"{page.name} links {file}"
+
+
+@pytest.mark.parametrize("script", ["train_qwen_edit", "generate", "cache_embeddings"])
+def test_every_script_names_its_page(script):
+    assert f"docs/{script}.md" in (ROOT / f"{script}.py").read_text()[:400]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_loads_and_holds_only_what_differs(file):
+    config = load_config(train_qwen_edit.Config, ["--config", str(file)])
+    defaults = dict(settings(train_qwen_edit.Config))
+
+    def walk(value, path):
+        if isinstance(value, dict) and f"{path}.*".lstrip(".") not in defaults:
+            for key, item in value.items():
+                yield from walk(item, f"{path}.{key}".lstrip("."))
+        else:
+            yield path, value
+
+    for path, value in walk(yaml.safe_load(file.read_text()), ""):
+        if path in defaults and not defaults[path].is_required():
+            default = defaults[path].get_default(call_default_factory=True)
+            # report_to and holdout stand in the template for users to change
+            assert value != default or path.endswith(("report_to", "holdout")), f"{path} = {value}"
+    assert config
+
+
+def test_the_seeds_yaml_runs_once_paths_and_devices_are_real(checkpoints, tmp_path):
+    """The configuration example of the trainer's document, with data named by overrides."""
+    file = tmp_path / "qwen_image_edit_config.yaml"
+    file.write_text(SEED_YAML.replace("/path/to/cache", str(tmp_path / "cache")))
+    overrides = [
+        *("--config", str(file), "--model.pretrained_model_name_or_path", str(checkpoints["2511"])),
+        *("--data.dataset_configs.0.train_data_dir", str(ROOT / "data")),
+        *("--data.dataset_configs.0.target_dir", "photo_pairs"),
+        *("--data.dataset_configs.0.reference_dirs", "[photo_pairs]"),
+        *("--data.dataset_configs.0.on_missing", "skip", "--logging.output_dir", str(tmp_path)),
+    ]
+    with pytest.raises(UserError, match=r"cuda:1.*, but this machine has"):
+        load_config(train_qwen_edit.Config, overrides, train_qwen_edit.audit)
+    text = re.sub(r"cuda:\d", "cpu", file.read_text())
+    file.write_text(text)
+    config = load_config(train_qwen_edit.Config, overrides, train_qwen_edit.audit)
+    assert config.train.gradient_checkpointing and config.predict.devices.transformer == "cpu"
+    assert json.loads((tmp_path / "audit.json").read_text())["samples"] == 13
+
+
+SEED_YAML = """
+train:
+  gradient_checkpointing: true    # 梯度检查点配置
+  mixed_precision: "bf16"         # 混合精度训练
+  max_grad_norm: 1.0              # 梯度裁剪
+
+cache:
+  vae_encoder_device: cuda:1      # VAE编码器设备
+  text_encoder_device: cuda:2     # 文本编码器设备
+  cache_dir: "/path/to/cache"     # 缓存目录
+  use_cache: true                 # 是否使用缓存
+
+predict:
+  devices:
+    vae: cuda:5                   # VAE设备
+    text_encoder: cuda:6          # 文本编码器设备
+    transformer: cuda:7           # Transformer设备
+"""
+
+
+if __name__ == "__main__":
+    for name, config_class in TABLES.items():
+        path = ROOT / "docs" / name
+        path.write_text(
+            SECTIONS.sub(lambda m, c=config_class: m[1] + table_of(c) + m[2], path.read_text())
+        )
