@@ -353,7 +353,7 @@ def to_stock_vae(model: LinearAutoencoder, pixels: torch.Tensor, width: int) -> 
     weights = vae.state_dict()
     for name, value in weights.items():
         value.fill_(1.0 if name.endswith("gamma") else 0.0)
-    constant = 256.0
+    constant = 1024.0
     factor = constant / math.sqrt(width)  # what the RMS norm divides by
 
     def put(name: str, kernel: torch.Tensor, bias: torch.Tensor, paired: bool = False) -> None:
@@ -385,3 +385,56 @@ def to_stock_vae(model: LinearAutoencoder, pixels: torch.Tensor, width: int) -> 
     put("decoder.conv_out", unpaired(model.conv_out.kernel()), model.conv_out.bias)
     vae.load_state_dict(weights)
     return vae
+
+
+# --- 3. transformer: taught to copy its reference --------------------------------------------------
+
+
+def build_transformer(
+    zero_cond_t: bool, layers: int = 3, heads: int = 4, head_dim: int = 32, text_width: int = 64
+) -> Any:
+    """Random QwenImageTransformer2DModel; zero_cond_t marks the 2511 type. head_dim: 8 n."""
+    height_dim = head_dim * 3 // 8 // 2 * 2
+    return diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=LATENT_CHANNELS * 4,
+        out_channels=LATENT_CHANNELS,
+        num_layers=layers,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=text_width,
+        guidance_embeds=False,
+        axes_dims_rope=(head_dim - 2 * height_dim, height_dim, height_dim),
+        zero_cond_t=zero_cond_t,
+    )
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(B, 16, h, w) -> tokens (B, h/2 * w/2, 64), as the pipelines pack."""
+    b, c, h, w = latents.shape
+    tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(b, h * w // 4, c * 4)
+
+
+def recoloured_crop(
+    rng: np.random.RandomState, photos: list[Image.Image], size: tuple[int, int]
+) -> np.ndarray:
+    """A random crop of a random photo under a random colour change, (H, W, 3) in [-1, 1]."""
+    photo = photos[rng.randint(len(photos))]
+    scale = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(0.5, 1)
+    width, height = size[0] * scale, size[1] * scale
+    left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
+    box = (left, top, left + width, top + height)
+    pixels = np.asarray(photo.resize(size, Image.Resampling.LANCZOS, box), np.float32) / 127.5 - 1
+    if rng.rand() < 0.7:
+        pixels = pixels @ (np.eye(3) + 0.5 * rng.randn(3, 3))
+        pixels = pixels * rng.uniform(0.5, 1.2) + rng.uniform(-0.4, 0.4, 3)
+    pixels = np.clip(pixels, -1, 1).astype(np.float32)
+    return pixels[:, ::-1] if rng.rand() < 0.5 else pixels
+
+
+@torch.no_grad()
+def copy_pool(
+    rng: np.random.RandomState, vae: Any, model: LinearAutoencoder, photos: list[Image.Image]
+) -> list[torch.Tensor]:
+    """Normalised latents of crops, one tensor (N, 16, h, w) for each of SIZES_PX."""

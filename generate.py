@@ -87,17 +87,14 @@ class Config(Section):
     offload: Literal["none", "model", "sequential"] = "none"
     """Keep on the GPU only the model (or the layer) in use."""
 
-    @field_validator("image", "lora", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return value if isinstance(value, list) else [value]
-
     @field_validator("seed", "scales", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [part for part in value.split(",") if part.strip()]
-        return value if isinstance(value, list) or value is None else [value]
+        """ "0,1,2" -> ["0", "1", "2"], alone or in a list."""
+        parts = value if isinstance(value, list) else [value]
+        if value is None:
+            return None
+        return [p for part in parts for p in (part.split(",") if isinstance(part, str) else [part])]
 
 
 # --- 2. jobs: what to make, checked before the model loads ----------------------------------------

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import torch
 import yaml
@@ -236,8 +236,11 @@ def _override_value(text: str) -> Any:
     return text if isinstance(value, dict | list) and text.lstrip()[:1] not in "{[" else value
 
 
-def parse_args(argv: list[str]) -> tuple[dict[str, Any], set[str], list[str]]:
-    """Merge `--config FILE` and `--a.b value` overrides -> (settings, {"help", ...}, problems)."""
+def parse_args(argv: list[str], lists: set[str]) -> tuple[dict[str, Any], set[str], list[str]]:
+    """Merge `--config FILE` and `--a.b value` overrides -> (settings, {"help", ...}, problems).
+
+    Of a repeated flag the last value counts, but for the settings in `lists`: those collect all.
+    """
     data: dict[str, Any] = {}
     overrides: dict[str, list[Any]] = {}
     flags: set[str] = set()
@@ -267,10 +270,11 @@ def parse_args(argv: list[str]) -> tuple[dict[str, Any], set[str], list[str]]:
             value = _override_value(text) if text or equals else True
             overrides.setdefault(key[2:], []).append(value)
     for key, values in overrides.items():
+        value = values[-1]
+        if re.sub(r"\.\d+(?=\.|$)", ".*", key) in lists and not isinstance(value, list | None):
+            value = values
         try:
-            _assign(
-                data, key, values[0] if len(values) == 1 else values
-            )  # a repeated flag is a list
+            _assign(data, key, value)
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             problems.append(f"cannot set --{key}: {error}")
     return data, flags, problems
@@ -287,7 +291,8 @@ def load_config(
     Raises:
         UserError: with every problem found.
     """
-    data, flags, problems = parse_args(sys.argv[1:] if argv is None else argv)
+    lists = {path for path, field in settings(cls) if get_origin(field.annotation) is list}
+    data, flags, problems = parse_args(sys.argv[1:] if argv is None else argv, lists)
     if "help" in flags:
         print(help_text(cls))
         sys.exit(0)

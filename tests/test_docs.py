@@ -157,8 +157,9 @@ def test_every_config_loads_and_holds_only_what_differs(file):
     for path, value in walk(yaml.safe_load(file.read_text()), ""):
         if path in defaults and not defaults[path].is_required():
             default = defaults[path].get_default(call_default_factory=True)
-            # report_to and holdout stand in the template for users to change
-            assert value != default or path.endswith(("report_to", "holdout")), f"{path} = {value}"
+            # a recipe names its model; report_to and holdout stand in the template to be changed
+            named = path.endswith(("name_or_path", "report_to", "holdout"))
+            assert value != default or named, f"{path} = {value}"
     assert config
 
 

@@ -57,6 +57,8 @@ def test_lists_grow_by_dotted_overrides_and_repeated_flags():
     )
     assert [row.rank for row in config.rows] == [2, 16] and config.rows[1].name == "b"
     assert config.files == ["x", "y"]
+    assert load_config(Outer, ["--files", "x"]).files == ["x"]
+    assert load_config(Outer, ["--rate", "1", "--rate", "2"]).rate == 2  # else the last one counts
 
 
 def test_text_with_a_colon_is_text():
