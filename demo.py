@@ -1,17 +1,23 @@
 """See it work on a laptop: cache, train a LoRA, generate, score, in minutes on two CPU cores.
 
-    python demo.py              # the whole demo with the real commands; picture: outputs/demo/demo.png
-    python demo.py --rebuild    # make the tiny base model in demo/qwen_edit_base again, from nothing
+    python demo.py              # the demo with the real commands, picture: outputs/demo/demo.png
+    python demo.py --rebuild    # make the tiny base model demo/qwen_edit_base again from nothing
 
-The base is a real QwenImageEditPlusPipeline (2511 type) with 2 million parameters. It can only copy
-its reference; the edit is learned by the LoRA from ten photo pairs and judged on three other photos.
+The base is a real QwenImageEditPlusPipeline (2511 type) with 2 million parameters that can only
+copy its reference. The LoRA learns the edit from ten photo pairs; three other photos judge it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm.auto import tqdm
@@ -63,7 +70,7 @@ NEUTRAL_PROMPTS = (
 )
 
 
-# --- 1. text encoder, tokenizer, processor ---------------------------------------------------------
+# --- 1. text encoder, tokenizer, processor --------------------------------------------------------
 
 
 def build_tokenizer() -> Any:
@@ -71,7 +78,7 @@ def build_tokenizer() -> Any:
 
     The pipeline drops the first 64 tokens (the system prompt), so those words must be whole tokens.
     """
-    pipeline = diffusers.QwenImageEditPlusPipeline(*[None] * 6)
+    pipeline: Any = diffusers.QwenImageEditPlusPipeline(*[None] * 6)
     template = pipeline.prompt_template_encode.replace("{}", "")
     pieces = [piece for piece in re.split(r"<\|[a-z_]+\|>", template) if piece]
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
@@ -87,7 +94,7 @@ def build_tokenizer() -> Any:
     bpe.train_from_iterator([*pieces, *NEUTRAL_PROMPTS, "Picture 1: ", "Picture 2: "], trainer)
     model = json.loads(bpe.to_str())["model"]
     vocab = model["vocab"] | {t: len(model["vocab"]) + i for i, t in enumerate(SPECIAL_TOKENS)}
-    return transformers.Qwen2Tokenizer(
+    return transformers.Qwen2Tokenizer(  # type: ignore[misc]
         vocab=vocab,
         merges=[tuple(pair) for pair in model["merges"]],
         unk_token="<|endoftext|>",
@@ -169,7 +176,7 @@ def save_processor(processor: Any, folder: Path) -> None:
         (folder / f"{name}_config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-# --- 2. autoencoder: a linear transform inside the stock class -------------------------------------
+# --- 2. autoencoder: a linear transform inside the stock class ------------------------------------
 
 
 class Convolution(nn.Module):
@@ -237,7 +244,7 @@ class LinearAutoencoder(nn.Module):
 
 def build_vae(base_dim: int = 8, latents_std: tuple[float, ...] | None = None) -> Any:
     """Random AutoencoderKLQwenImage with one channel width and no residual blocks in its levels."""
-    return diffusers.AutoencoderKLQwenImage(
+    vae: Any = diffusers.AutoencoderKLQwenImage(
         base_dim=base_dim,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 1, 1, 1],
@@ -246,7 +253,8 @@ def build_vae(base_dim: int = 8, latents_std: tuple[float, ...] | None = None) -
         temperal_downsample=[False, True, True],
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=list(latents_std or [1.0] * LATENT_CHANNELS),
-    ).eval()
+    )
+    return vae.eval()
 
 
 def pink_noise(rng: np.random.RandomState, side_px: int, slope: float) -> np.ndarray:
@@ -316,14 +324,11 @@ def fit_autoencoder(rng: np.random.RandomState, steps: int, width: int) -> Linea
 
 
 @torch.no_grad()
-def latent_basis(
-    model: LinearAutoencoder, pixels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Principal axes of the latents, measured in pixels: (mean (16,), rotation (16, 16), std (16,)).
+def use_principal_axes(model: LinearAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Turn the latents to their principal axes, measured in pixels; returns the std, (16,).
 
-    New latents are rotation @ (old - mean). The std that the pipeline divides by is the square root
-    of the axes' own deviation: a prediction error that is equal in all channels then costs the
-    fewest pixel errors.
+    The std that the pipeline divides by is the square root of the axes' own deviation: a prediction
+    error that is equal in all channels then costs the fewest pixel errors.
     """
     latents = model.encode(pixels)
     mean = latents.mean((0, 2, 3))
@@ -334,21 +339,27 @@ def latent_basis(
     footprint = (model.decode(impulses) - model.decode(impulses * 0)).flatten(1)  # (16, pixels)
     metric = torch.linalg.cholesky(footprint @ footprint.T).T  # |metric z|^2: pixel energy of z
     variance, axes = torch.linalg.eigh(metric @ covariance @ metric.T)
+    rotation = axes.flip(1).T @ metric  # new latents = rotation @ (old - mean)
+    encoder, decoder = model.to_latents, model.from_latents
+    encoder.weight.copy_(rotation @ encoder.weight)
+    encoder.bias.copy_(rotation @ (encoder.bias - mean))
+    decoder.bias.add_(decoder.kernel().sum((2, 3)) @ mean)
+    inverse = torch.linalg.inv(rotation)
+    decoder.weight.copy_(torch.einsum("olyx,lk->okyx", decoder.kernel(), inverse).flatten(1))
     deviation = variance.flip(0).clamp_min(1e-12).sqrt()
     std = deviation.sqrt()
-    std = std * (deviation / std).square().mean().sqrt()  # normalised latents: variance 1 in all
-    return mean, axes.flip(1).T @ metric, std
+    return std * (deviation / std).square().mean().sqrt()  # all normalised latents: variance 1
 
 
 @torch.no_grad()
-def to_stock_vae(model: LinearAutoencoder, pixels: torch.Tensor, width: int) -> Any:
-    """The same transform as an AutoencoderKLQwenImage; `pixels` decide its latent axes.
+def to_stock_vae(model: LinearAutoencoder, std: torch.Tensor) -> Any:
+    """The same transform as an AutoencoderKLQwenImage.
 
     Its residual blocks become zero. Before conv_out stand an RMS norm and a SiLU, undone so: one
     channel is a large constant, which makes the norm a constant factor, and the others come in
     pairs (x, -x), because silu(x) - silu(-x) = x.
     """
-    mean, rotation, std = latent_basis(model, pixels)
+    width = model.conv_in.shape[0] + 1
     vae = build_vae(width, tuple(round(v, 6) for v in std.tolist()))
     weights = vae.state_dict()
     for name, value in weights.items():
@@ -372,11 +383,10 @@ def to_stock_vae(model: LinearAutoencoder, pixels: torch.Tensor, width: int) -> 
     put("encoder.conv_in", model.conv_in.kernel(), model.conv_in.bias)
     for i, down in enumerate(model.down):
         put(f"encoder.down_blocks.{i}.resample.1", down.kernel(), down.bias, paired=i == 2)  # type: ignore
-    rotated = torch.einsum("kl,lcyx->kcyx", rotation, model.to_latents.kernel())
-    put("encoder.conv_out", unpaired(rotated), rotation @ (model.to_latents.bias - mean))
+    put("encoder.conv_out", unpaired(model.to_latents.kernel()), model.to_latents.bias)
     weights["encoder.conv_out.bias"][LATENT_CHANNELS:] = -20  # log-variance: no noise
-    put("quant_conv", torch.eye(32)[..., None, None], torch.zeros(32))
-    put("post_quant_conv", torch.linalg.inv(rotation)[..., None, None], mean)
+    for name, size in (("quant_conv", 2 * LATENT_CHANNELS), ("post_quant_conv", LATENT_CHANNELS)):
+        put(name, torch.eye(size)[..., None, None], torch.zeros(size))
     put("decoder.conv_in", model.from_latents.kernel(), model.from_latents.bias)
     for i, (up, widen) in enumerate(zip(model.up, model.widen, strict=True)):
         put(f"decoder.up_blocks.{i}.upsamplers.0.resample.1", up.kernel(), up.bias)  # type: ignore
@@ -387,7 +397,7 @@ def to_stock_vae(model: LinearAutoencoder, pixels: torch.Tensor, width: int) -> 
     return vae
 
 
-# --- 3. transformer: taught to copy its reference --------------------------------------------------
+# --- 3. transformer: taught to copy its reference -------------------------------------------------
 
 
 def build_transformer(
@@ -434,7 +444,371 @@ def recoloured_crop(
 
 
 @torch.no_grad()
-def copy_pool(
-    rng: np.random.RandomState, vae: Any, model: LinearAutoencoder, photos: list[Image.Image]
+def draw_copy_latents(
+    rng: np.random.RandomState,
+    autoencoder: LinearAutoencoder,
+    std: torch.Tensor,
+    photos: list[Image.Image],
+    count: int = 300,
 ) -> list[torch.Tensor]:
-    """Normalised latents of crops, one tensor (N, 16, h, w) for each of SIZES_PX."""
+    """Normalised latents of random pictures, one tensor (count, 16, h, w) for each of SIZES_PX."""
+    pools = []
+    for width, height in SIZES_PX:
+        pool = []
+        for _ in tqdm(range(count), f"pictures {width} x {height}", leave=False):
+            if rng.rand() < 0.75:
+                picture = recoloured_crop(rng, photos, (width, height))
+            else:
+                picture = draw_leaves(rng, max(width, height))[:height, :width]
+            pool.append(autoencoder.encode(to_pixels([picture])) / std[:, None, None])
+        pools.append(torch.cat(pool))
+    return pools
+
+
+@torch.no_grad()
+def embed_neutral_prompts(
+    rng: np.random.RandomState, pipeline: Any, photos: list[Image.Image], count: int = 12
+) -> list[torch.Tensor]:
+    """For each neutral prompt its embeddings with `count` pictures, (count, T, D)."""
+    embeds = []
+    for prompt in NEUTRAL_PROMPTS:
+        crops = [recoloured_crop(rng, photos, (VISION_PX, VISION_PX)) for _ in range(count)]
+        images = [Image.fromarray(((crop + 1) * 127.5).astype(np.uint8)) for crop in crops]
+        embeds.append(torch.cat([pipeline.encode_prompt(prompt, [image])[0] for image in images]))
+    return embeds
+
+
+def copy_loss(transformer: Any, latents: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """Flow-matching loss with the target as its own reference; latents (B, 16, h, w)."""
+    tokens = pack(latents)
+    noise = torch.randn_like(tokens)
+    sigma = torch.sigmoid(torch.randn(len(tokens)) * 1.2 + 0.4).clamp_min(1e-3)
+    noisy = tokens + sigma[:, None, None] * (noise - tokens)
+    grid = (1, latents.shape[2] // 2, latents.shape[3] // 2)
+    velocity = transformer(
+        hidden_states=torch.cat([noisy, tokens], dim=1),
+        encoder_hidden_states=embeds,
+        timestep=sigma,
+        img_shapes=[[grid, grid]] * len(tokens),
+        return_dict=False,
+    )[0][:, : tokens.shape[1]]
+    return F.mse_loss(velocity, noise - tokens)
+
+
+def teach_copy(
+    rng: np.random.RandomState,
+    transformer: Any,
+    pools: list[torch.Tensor],
+    embeds: list[torch.Tensor],
+    steps: int,
+) -> None:
+    """Windows of 8 x 8 latents first (quick: finding the same place is learned there), then whole.
+
+    Learning rate: 50 steps warm-up, constant, linear decay over the last 70 %.
+    """
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0
+    )
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / 50, (1 - step / steps) / 0.7)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    bar = tqdm(range(steps), "copy")
+    for step in bar:
+        pool, text = pools[rng.randint(len(pools))], embeds[rng.randint(len(embeds))]
+        if step < 0.6 * steps:
+            top, left = (2 * rng.randint(0, (side - 8) // 2 + 1) for side in pool.shape[2:])
+            latents = pool[rng.randint(0, len(pool), 48), :, top : top + 8, left : left + 8]
+        else:
+            latents = pool[rng.randint(0, len(pool), 8)]
+        loss = copy_loss(transformer, latents, text[rng.randint(0, len(text), len(latents))])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+# --- 4. rebuild: the base model from nothing ------------------------------------------------------
+
+
+def build_scheduler() -> Any:
+    """With the settings of the released Qwen-Image-Edit models."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=8192,
+        max_shift=0.9,
+        shift_terminal=0.02,
+        use_dynamic_shifting=True,
+    )
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Weights in bf16, the Hub's layout; model_index.json names stock classes only."""
+    index: dict[str, Any] = {
+        "_class_name": type(pipeline).__name__,
+        "_diffusers_version": diffusers.__version__,
+    }
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module):
+            part.to(torch.bfloat16)
+        if name == "processor":
+            save_processor(part, folder / name)
+            index[name] = ["transformers", "Qwen2VLProcessor"]
+        else:
+            part.save_pretrained(folder / name)
+            index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def load_pipeline(folder: Path) -> Any:
+    """In fp32, without need of torchvision."""
+    processor = ImageOnlyQwen2VLProcessor.from_pretrained(folder / "processor")
+    return diffusers.QwenImageEditPlusPipeline.from_pretrained(
+        folder, processor=processor, dtype=torch.float32
+    )
+
+
+def psnr_db(pictures: list[np.ndarray], truths: list[np.ndarray]) -> float:
+    """Of the mean squared error over pairs of (H, W, 3) arrays in 0..1."""
+    errors = [np.mean((a - b) ** 2) for a, b in zip(pictures, truths, strict=True)]
+    return -10 * math.log10(np.mean(errors))
+
+
+def rebuild(
+    output_dir: Path, seed: int = 0, autoencoder_steps: int = 1200, copy_steps: int = 3000
+) -> None:
+    """Write the base model; it sees synthetic pictures and the befores that are not held out."""
+    torch.manual_seed(seed)
+    rng = np.random.RandomState(seed)
+    befores = {p.name[:-6]: open_rgb(p) for p in sorted((ROOT / PAIRS_DIR).glob("*_R.png"))}
+    photos = [photo for name, photo in befores.items() if name not in HELD_OUT]
+    autoencoder = fit_autoencoder(rng, autoencoder_steps, width=48)
+    std = use_principal_axes(autoencoder, to_pixels([draw_leaves(rng, 96) for _ in range(64)]))
+    tokenizer = build_tokenizer()
+    pipeline: Any = diffusers.QwenImageEditPlusPipeline(
+        scheduler=build_scheduler(),
+        vae=to_stock_vae(autoencoder, std),
+        text_encoder=build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        processor=build_processor(tokenizer),
+        transformer=build_transformer(zero_cond_t=True),
+    )
+    embeds = embed_neutral_prompts(rng, pipeline, photos)
+    pools = draw_copy_latents(rng, autoencoder, std, photos)
+    teach_copy(rng, pipeline.transformer, pools, embeds, copy_steps)
+    save_pipeline(pipeline, output_dir)
+    report_copy(load_pipeline(output_dir), photos)
+    size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
+    print(f"{output_dir}: {size / 1e6:.1f} MB")
+
+
+def report_copy(pipeline: Any, photos: list[Image.Image]) -> None:
+    """Print how well the autoencoder, and the whole base model, give back a photo."""
+    crops = [cover(photo, nearest_size(photo)) for photo in photos]
+    befores = [to_array(crop) for crop in crops]
+    decoded = [reconstruct(pipeline.vae, before) for before in befores]
+    print(f"autoencoder: {psnr_db(decoded, befores):.1f} dB")
+    plus = sys.modules[type(pipeline).__module__]
+    plus.CONDITION_IMAGE_SIZE = VISION_PX**2  # type: ignore[attr-defined]
+    copies = []
+    for crop in tqdm(crops, "copies"):
+        plus.VAE_IMAGE_SIZE = crop.width * crop.height  # type: ignore[attr-defined]
+        pipeline.set_progress_bar_config(disable=True)
+        copy = pipeline(
+            image=[crop],
+            prompt=NEUTRAL_PROMPTS[0],
+            true_cfg_scale=1.0,
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            width=crop.width,
+            height=crop.height,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+        copies.append(to_array(copy))
+    print(f"copy of the base model: {psnr_db(copies, befores):.1f} dB")
+
+
+# --- 5. pictures ----------------------------------------------------------------------------------
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """RGB, loaded."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def nearest_size(image: Image.Image) -> tuple[int, int]:
+    """The one of SIZES_PX whose aspect is nearest."""
+    aspect = math.log(image.width / image.height)
+    return min(SIZES_PX, key=lambda size: abs(aspect - math.log(size[0] / size[1])))
+
+
+def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Centre crop of the aspect of `size`, resized to it."""
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) in 0..1."""
+    return np.asarray(image, np.float64) / 255
+
+
+@torch.no_grad()
+def reconstruct(vae: Any, picture: np.ndarray) -> np.ndarray:
+    """Through the VAE and back, (H, W, 3) in 0..1."""
+    pixels = to_pixels([picture.astype(np.float32) * 2 - 1]).unsqueeze(2)
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0, :, 0]
+    return (decoded.permute(1, 2, 0).clamp(-1, 1).numpy().astype(np.float64) + 1) / 2
+
+
+# --- 6. run: the real commands --------------------------------------------------------------------
+
+
+def run_command(shown: str, module: str | None = None) -> None:
+    """Print a command, run it with this interpreter; SystemExit with its code if it fails.
+
+    module: what stands for the first word, e.g. "accelerate.commands.accelerate_cli".
+    """
+    print(f"\n$ {shown}", flush=True)
+    words = shlex.split(shown)
+    start = [sys.executable, "-m", module] if module else [sys.executable]
+    done = subprocess.run([*start, *words[1:]], cwd=ROOT, check=False)
+    if done.returncode:
+        print(f"demo: stopped, exit code {done.returncode} from: {shown}", file=sys.stderr)
+        raise SystemExit(done.returncode)
+
+
+def after_path(name: str) -> Path:
+    """The after of a pair, .png or .jpg."""
+    return next((ROOT / PAIRS_DIR).glob(f"{name}_T.[pj][np]g"))
+
+
+def write_table(path: Path) -> None:
+    """One row per held-out photo for generate.py."""
+    rows = []
+    for name in HELD_OUT:
+        prompt = (ROOT / PAIRS_DIR / f"{name}_T.txt").read_text(encoding="utf-8").strip()
+        image = (PAIRS_DIR / f"{name}_R.png").as_posix()
+        rows.append(json.dumps({"images": [image], "prompt": prompt, "name": name}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def run_demo() -> None:
+    """Cache, train, generate with and without the LoRA, score, draw."""
+    start = time.perf_counter()
+    if (ROOT / OUTPUT_DIR).exists():
+        print(f"deleting {OUTPUT_DIR} of an earlier demo")  # the trainer would not overwrite it
+        shutil.rmtree(ROOT / OUTPUT_DIR)
+    accelerate = "accelerate.commands.accelerate_cli"
+    run_command(f"accelerate launch cache_embeddings.py --config {CONFIG}", accelerate)
+    run_command(f"accelerate launch train_qwen_edit.py --config {CONFIG}", accelerate)
+    table = OUTPUT_DIR / "held_out.jsonl"
+    write_table(ROOT / table)
+    run_command(
+        f"python generate.py --pretrained_model_name_or_path {BASE_DIR}"
+        f" --lora {OUTPUT_DIR}/pytorch_lora_weights.safetensors --table {table}"
+        f" --output_dir {OUTPUT_DIR}/generated --scales 0,1 --seed 0"
+        f" --num_inference_steps {NUM_INFERENCE_STEPS} --true_cfg_scale 1"
+    )
+    photos = {name: open_results(name) for name in HELD_OUT}
+    figures = score(photos)
+    figures["seconds"] = round(time.perf_counter() - start, 1)
+    (ROOT / OUTPUT_DIR / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
+    draw_sheet(photos).save(ROOT / OUTPUT_DIR / "demo.png")
+    print(
+        f"\n{len(photos)} photos that were never trained on, {figures['seconds']:.0f} s in all:\n"
+        f"  squared error to the true after: LoRA {figures['mse_lora']:.4f}, base model"
+        f" {figures['mse_base']:.4f}, flat colour {figures['mse_flat']:.4f},"
+        f" before {figures['mse_before']:.4f}\n"
+        f"  skill {figures['skill']:.3f} (1: perfect, 0: no better than the best of the others),"
+        f" luminance correlation {figures['luminance_correlation']:.3f}\n"
+        f"  PSNR {figures['psnr_db']:.1f} dB (autoencoder alone: {figures['vae_psnr_db']:.1f} dB)\n"
+        f"picture: {OUTPUT_DIR / 'demo.png'}, figures: {OUTPUT_DIR / 'demo.json'}"
+    )
+
+
+# --- 7. score and sheet ---------------------------------------------------------------------------
+
+
+def open_results(name: str) -> dict[str, Image.Image]:
+    """before, base, LoRA, after of one photo, all at the size that was generated."""
+    folder = ROOT / OUTPUT_DIR / "generated"
+    base, lora = (open_rgb(folder / f"{name}_scale{scale}.png") for scale in (0, 1))
+    before, after = (
+        cover(open_rgb(path), lora.size)
+        for path in (ROOT / PAIRS_DIR / f"{name}_R.png", after_path(name))
+    )
+    return {"before": before, "base": base, "LoRA": lora, "after": after}
+
+
+def score(photos: dict[str, dict[str, Image.Image]]) -> dict[str, Any]:
+    """Errors (squared, 0..1 scale) against the true afters: per photo, their means, the skill."""
+    names = [path.name[:-6] for path in (ROOT / PAIRS_DIR).glob("*_R.png")]
+    trained = [to_array(open_rgb(after_path(name))) for name in sorted({*names} - {*HELD_OUT})]
+    flat = np.mean([picture.mean((0, 1)) for picture in trained], axis=0)
+    vae = diffusers.AutoencoderKLQwenImage.from_pretrained(
+        ROOT / BASE_DIR / "vae", dtype=torch.float32
+    )
+    luma = np.array([0.299, 0.587, 0.114])
+    rows = []
+    for name, images in photos.items():
+        arrays = {kind: to_array(image) for kind, image in images.items()}
+        after = arrays["after"]
+        others = {"base": arrays["base"], "flat": flat, "before": arrays["before"]}
+        others |= {"lora": arrays["LoRA"], "vae": reconstruct(vae, after)}
+        row: dict[str, Any] = {"name": name, "size": list(images["LoRA"].size)}
+        row |= {f"mse_{kind}": np.mean((picture - after) ** 2) for kind, picture in others.items()}
+        lumas = [(picture @ luma).ravel() for picture in (arrays["LoRA"], after)]
+        rows.append(row | {"luminance_correlation": np.corrcoef(*lumas)[0, 1]})
+    keys = [key for key in rows[0] if key not in ("name", "size")]
+    means: dict[str, Any] = {key: float(np.mean([row[key] for row in rows])) for key in keys}
+    rival = min(means["mse_base"], means["mse_flat"], means["mse_before"])
+    means["skill"] = 1 - means["mse_lora"] / rival
+    means["psnr_db"] = -10 * math.log10(means["mse_lora"])
+    means["vae_psnr_db"] = -10 * math.log10(means.pop("mse_vae"))
+    return means | {"photos": rows}
+
+
+def draw_sheet(photos: dict[str, dict[str, Image.Image]]) -> Image.Image:
+    """before | base | LoRA | after, twice the size, one row per photo."""
+    font, label = ImageFont.load_default(size=20), ImageFont.load_default(size=14)
+    gap, head = 16, 40
+    column = 2 * max(images["LoRA"].width for images in photos.values()) + gap
+    heights = [2 * images["LoRA"].height + head for images in photos.values()]
+    sheet = Image.new("RGB", (4 * column + gap, head + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = head
+    for (name, images), height in zip(photos.items(), heights, strict=True):
+        for i, (kind, image) in enumerate(images.items()):
+            large = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
+            left = gap + i * column
+            if top == head:
+                draw.text((left, 10), kind, "black", font)
+            sheet.paste(large, (left, top))
+        draw.text((gap, top + height - head + 6), name, "dimgray", label)
+        top += height
+    return sheet
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="The demo on two CPU cores, or its base model.")
+    parser.add_argument("demo", nargs="?", choices=["qwen_edit"], default="qwen_edit")
+    parser.add_argument("--rebuild", action="store_true", help=f"make {BASE_DIR} again and stop")
+    parser.add_argument("--seed", type=int, default=0, help="of --rebuild")
+    args = parser.parse_args()
+    if args.rebuild:
+        rebuild(ROOT / BASE_DIR, args.seed)
+        return
+    for path in (BASE_DIR / "model_index.json", CONFIG, PAIRS_DIR):
+        if not (ROOT / path).exists():
+            parser.error(f"{path} is missing (python demo.py --rebuild makes {BASE_DIR})")
+    run_demo()
+
+
+if __name__ == "__main__":
+    main()

@@ -1804,7 +1804,7 @@ class QwenImageEditTrainer:
             project_dir=self.config.logging.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
         )
-        logging.basicConfig(format="%(message)s", force=True)
+        logging.basicConfig(format="%(message)s")
         main = self.accelerator.is_main_process
         log.setLevel(logging.INFO if main else logging.ERROR)
 

@@ -56,7 +56,7 @@ def assert_same(ours, theirs, **tolerance):
             assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def straight_run(checkpoints, tmp_path_factory):
     """12 steps without interruption; its cache serves the other runs."""
     folder = tmp_path_factory.mktemp("straight")
