@@ -406,7 +406,7 @@ def load_pipeline(config: Config) -> Any:
         config.dtype or ("fp32" if device == "cpu" else "bf16")
     ]
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, processor=load_processor(folder / "processor"), torch_dtype=dtype
+        folder, processor=load_processor(folder / "processor"), dtype=dtype
     )
     if type(pipeline).__name__ not in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
         raise UserError(f"{folder} is a {type(pipeline).__name__}, no Qwen-Image-Edit checkpoint")

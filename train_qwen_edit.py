@@ -1748,7 +1748,7 @@ class QwenImageEditTrainer:
         if "vae" in parts and self.vae is None:
             folder = self.checkpoint("vae/*")
             vae_class = diffusers.AutoencoderKLQwenImage
-            self.vae = vae_class.from_pretrained(folder, subfolder="vae", torch_dtype=dtype)
+            self.vae = vae_class.from_pretrained(folder, subfolder="vae", dtype=dtype)
             encode_stills_in_2d(self.vae.eval().requires_grad_(False))
         if "text_encoder" in parts and self.qwen_vl is None:
             folder = self.checkpoint("text_encoder/*", "tokenizer/*", "processor/*", "scheduler/*")
@@ -1773,7 +1773,7 @@ class QwenImageEditTrainer:
             settings = json.loads((folder / "transformer" / "config.json").read_text())
             check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
             self.transformer = model_class.from_pretrained(
-                folder, subfolder="transformer", torch_dtype=dtype
+                folder, subfolder="transformer", dtype=dtype
             )
             self.transformer.eval().requires_grad_(False)
 
