@@ -61,10 +61,8 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "\nstopped by Ctrl-C; what was saved is complete, run the same command to go on",
-            file=sys.stderr,
-        )
+        text = "stopped; what was saved is complete (training goes on with"
+        print(f"\n{text} --train.resume_from_checkpoint latest)", file=sys.stderr)
         sys.exit(130)
 
 
@@ -123,12 +121,15 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars (`no` is text, 1e-4 a number); duplicate keys are errors."""
 
     yaml_implicit_resolvers = {  # type: ignore[misc]
-        first: [(tag, regex) for tag, regex in pairs if not tag.endswith((":bool", ":float"))]
+        first: [
+            (t, r) for t, r in pairs if not t.endswith((":bool", ":int", ":float", ":timestamp"))
+        ]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep) for key, _ in node.value]
+        named = [key for key, _ in node.value if not key.tag.endswith(":merge")]
+        keys = [self.construct_object(key, deep) for key in named]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.MarkedYAMLError(
@@ -141,10 +142,13 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 _Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile("^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"""^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?
-                |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        r"""^(?:[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?
+                |[0-9]+[eE][-+]?[0-9]+)|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
         re.VERBOSE,
     ),
     list("-+0123456789."),
@@ -200,40 +204,73 @@ def _assign(data: Any, key: str, value: Any) -> None:
         data[last] = value
 
 
-def _explain(cls: type[Section], error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "config"
+def _place(data: Any, error: Any) -> tuple[Any, ...]:
+    """Where in the given settings an error lies (pydantic adds tags of union members)."""
+    place: list[Any] = []
+    for part in error["loc"]:
+        known = part in data if isinstance(data, dict) else isinstance(part, int)
+        if not isinstance(data, dict | list) or not known:
+            break
+        place.append(part)
+        data = data[part]
+    missing = [error["loc"][-1]] if error["type"] == "missing" else []
+    return (*place, *missing)
+
+
+def _explain(cls: type[Section], error: Any, place: tuple[Any, ...]) -> str:
+    where = ".".join(str(part) for part in place) or "config"
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
-        return f"{where}: {message} (got {str(error['input'])[:60]!r})"
+        given = "" if error["type"] == "missing" else f" (got {str(error['input'])[:60]!r})"
+        return f"{where}: {message}{given}"
     names = {part for path, _ in settings(cls) for part in path.split(".")}
-    close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.5)
     return f"{where}: unknown setting" + (
         f", did you mean '{close[0]}'?" if close else " (all settings: --help)"
     )
 
 
-def _without(data: Any, places: list[tuple[Any, ...]]) -> Any:
+def _without(data: Any, places: set[tuple[Any, ...]]) -> Any:
     """Copy of `data` without the settings at `places`, so that the rest can still be checked."""
+
+    def below(key: Any) -> set[tuple[Any, ...]]:
+        return {place[1:] for place in places if place and place[0] == key}
+
     if isinstance(data, dict):
-        keep = {k: [p[1:] for p in places if p[0] == k] for k in data}
-        return {
-            k: _without(v, [p for p in keep[k] if p]) for k, v in data.items() if () not in keep[k]
-        }
+        return {k: _without(v, below(k)) for k, v in data.items() if () not in below(k)}
     if isinstance(data, list):
-        return [
-            _without(v, [p[1:] for p in places if p[0] == i and len(p) > 1])
-            for i, v in enumerate(data)
-        ]
+        return [_without(v, below(i)) for i, v in enumerate(data) if () not in below(i)]
     return data
 
 
+def _validate(cls: type[C], data: Any) -> tuple[C | None, list[str]]:
+    """The config, or what is left of it without its wrong settings, and what is wrong."""
+    problems: dict[str, str] = {}
+    for attempt in range(8):  # taking a wrong setting out may make its section incomplete
+        try:
+            return cls.model_validate(data), list(problems.values())
+        except ValidationError as error:
+            wrong = set()
+            for item in error.errors():
+                place = _place(data, item)
+                text = _explain(cls, item, place)
+                if attempt == 0:
+                    key = ".".join(map(str, place))
+                    same = problems.get(key)
+                    problems[key] = f"{same.rsplit(' (got')[0]}; or {item['msg']}" if same else text
+                wrong.add(place[:-1] if item["type"] == "missing" else place)
+            data = {} if () in wrong else _without(data, wrong)
+    return None, list(problems.values())
+
+
 def _override_value(text: str) -> Any:
-    """YAML, except that only `{...}` and `[...]` nest: a prompt such as "make it: red" is text."""
+    """Numbers, true, false, null, `{...}` and `[...]` as in YAML; all else is text as typed."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
-    return text if isinstance(value, dict | list) and text.lstrip()[:1] not in "{[" else value
+    nested = isinstance(value, dict | list) and text.lstrip()[:1] in "{["
+    return value if nested or isinstance(value, int | float | None) else text
 
 
 def parse_args(argv: list[str], lists: set[str]) -> tuple[dict[str, Any], set[str], list[str]]:
@@ -296,13 +333,8 @@ def load_config(
     if "help" in flags:
         print(help_text(cls))
         sys.exit(0)
-    config: C | None = None
-    try:
-        config = cls.model_validate(data)
-    except ValidationError as error:
-        problems += [_explain(cls, item) for item in error.errors()]
-        with contextlib.suppress(ValidationError):  # what is wrong is already on the list
-            config = cls.model_validate(_without(data, [item["loc"] for item in error.errors()]))
+    config, wrong = _validate(cls, data)
+    problems += wrong
     if "print_config" in flags and config and not problems:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         sys.exit(0)
@@ -374,11 +406,21 @@ class FileIndex:
     def __init__(self, folder: Path | None) -> None:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        where = folder / "index.sqlite" if folder else ":memory:"
-        self._db: sqlite3.Connection | None = sqlite3.connect(where, timeout=120)
-        self._db.execute("CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, stamp, fact)")
-        rows = self._db.execute("SELECT path, stamp, fact FROM files")
+        self._db: sqlite3.Connection | None = None
+        where = folder / "index.sqlite" if folder else Path(":memory:")
+        try:
+            rows = self._open(where)
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{where}: {error}") from error
+        except sqlite3.DatabaseError:  # damaged: what it remembers is found again
+            where.unlink()
+            rows = self._open(where)
         self._known = {path: (stamp, json.loads(fact)) for path, stamp, fact in rows}
+
+    def _open(self, where: Path) -> list[tuple[str, str, str]]:
+        self._db = sqlite3.connect(where, timeout=120)
+        self._db.execute("CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, stamp, fact)")
+        return self._db.execute("SELECT path, stamp, fact FROM files").fetchall()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_known": self._known, "_db": None}  # a worker process only reads
@@ -539,7 +581,7 @@ def run_record(output_dir: Path, config: Section, script: Path) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     save_atomic(output_dir / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
     for name, path in code.items():
-        if path != output_dir / name:
+        if path != (output_dir / name).resolve():
             shutil.copyfile(path, output_dir / name)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ class Inner(Section):
     """Rank."""
     name: str = "a"
     """Name."""
+
+
+class Need(Section):
+    """Need."""
+
+    name: str
 
 
 class Outer(Section):
@@ -61,8 +68,51 @@ def test_lists_grow_by_dotted_overrides_and_repeated_flags():
     assert load_config(Outer, ["--rate", "1", "--rate", "2"]).rate == 2  # else the last one counts
 
 
-def test_text_with_a_colon_is_text():
-    assert load_config(Outer, ["--text", "make it: red"]).text == "make it: red"
+@pytest.mark.parametrize(
+    "text", ["make it: red", "red # now", "010", "12:30", "2026-11-21", "a\nb", "- x", "no"]
+)
+def test_text_stays_as_typed(text, tmp_path):
+    assert load_config(Outer, ["--text", text]).text == text
+    file = tmp_path / "c.yaml"
+    file.write_text(f"text: {text}\n" if text in ("010", "12:30", "2026-11-21", "no") else "")
+    assert load_config(Outer, ["--config", str(file)]).text in (text, "")
+
+
+def test_merge_keys_work(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("table:\n  a: &a {rank: 3, name: x}\n  b: {<<: *a, name: y}\n")
+    table = load_config(Outer, ["--config", str(file)]).table
+    assert (table["b"].rank, table["b"].name) == (3, "y")
+
+
+def test_the_rest_is_checked_whatever_is_wrong(tmp_path):
+    class Choice(Section):
+        area: int | str = 1
+        side: Literal["a", "b"] | int = 1
+        need: Inner | None = None
+        rows: list[Need] = []
+
+    seen = []
+    with pytest.raises(UserError) as error:
+        load_config(
+            Choice,
+            ["--side", "foo", "--rows.0.nam", "x", "--need.rank", "0"],
+            lambda config: seen.append(config) or ["no folder z"],
+        )
+    text = str(error.value)
+    assert seen and "no folder z" in text and "side: Input should be 'a' or 'b'" in text
+    assert "rows.0.name: Field required" in text and "need.rank: Input should be" in text
+    assert "5 problem(s)" in text  # nam, name, side, need.rank, folder
+
+
+def test_a_damaged_index_is_made_anew(tmp_path):
+    (tmp_path / "index.sqlite").write_bytes(b"no database" * 100)
+    index = utils.FileIndex(tmp_path)
+    file = tmp_path / "a"
+    file.write_text("x")
+    index.put(file, file.stat(), {"content": "y"})
+    index.commit()
+    assert utils.FileIndex(tmp_path).get(file, file.stat()) == {"content": "y"}
 
 
 def test_every_problem_is_named_at_once_with_its_path(tmp_path):
