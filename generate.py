@@ -23,6 +23,7 @@ import functools
 import importlib.util
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -110,6 +111,62 @@ class Job(NamedTuple):
     folder: Path
 
 
+class Flavour(NamedTuple):
+    """Which Qwen-Image-Edit a checkpoint is; read from its own files."""
+
+    name: str  # edit-v1 (2508) | edit-v2 (2509) | edit-v3 (2511)
+    pipeline_class: str
+    vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508)
+
+
+def fetch_from_hub(repository: str, file: str) -> Path:
+    """One small file of a Hub repository, from the local copy if there is one. Raises UserError."""
+    from huggingface_hub import hf_hub_download, model_info
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        pass
+    try:
+        model_info(repository, timeout=4)  # answers at once; the download would retry for long
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # network, rights, spelling: the hub library has many classes
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no folder {repository}, and not on the Hub: {reason}") from error
+
+
+def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint folder or Hub repository. Raises UserError."""
+    path = Path(name_or_path) / file
+    if not Path(name_or_path).is_dir():
+        if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+            raise UserError(f"no folder {name_or_path}")
+        path = fetch_from_hub(name_or_path, file)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: no diffusers checkpoint: {error}") from error
+
+
+def detect_flavour(name_or_path: str) -> Flavour:
+    """2508, 2509 or 2511, from model_index.json and transformer/config.json.
+
+    Raises:
+        UserError: no such checkpoint, or not a Qwen-Image-Edit one.
+    """
+    pipeline_class = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
+    if pipeline_class == "QwenImageEditPipeline":
+        return Flavour("edit-v1", pipeline_class, None)
+    if pipeline_class == "QwenImageEditPlusPipeline":
+        conditioned = read_model_json(name_or_path, "transformer/config.json").get("zero_cond_t")
+        return Flavour("edit-v3" if conditioned else "edit-v2", pipeline_class, VISION_AREA)
+    raise UserError(
+        f"{name_or_path} is a {pipeline_class or 'checkpoint without a class name'}; "
+        "wanted QwenImageEditPipeline or QwenImageEditPlusPipeline"
+    )
+
+
 def parse_lora(text: str) -> tuple[Path, float]:
     """ "FILE" or "FILE:scale" -> (file, scale)."""
     head, colon, tail = text.rpartition(":")
@@ -125,7 +182,10 @@ def read_lora_about(path: Path) -> dict[str, Any]:
         raise ValueError(f"--lora {path}: only .safetensors files are loaded")
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("image_edit_lora", "{}"))
+            about = json.loads((file.metadata() or {}).get("image_edit_lora", "{}"))
+            if not any("transformer_blocks" in name for name in file.keys()):  # noqa: SIM118
+                raise ValueError(f"--lora {path}: no LoRA for this transformer")
+            return about
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"--lora {path}: {error}") from error
 
@@ -135,29 +195,47 @@ COLUMNS = ("images", "image", "prompt", "name", "seed")
 
 def read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a .csv or .jsonl table and their problems; relative paths: from here or the table."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Any] = []
     problems: list[str] = []
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             rows = list(csv.DictReader(text.splitlines()))
-        elif path.suffix in (".jsonl", ".json"):
+        elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             problems.append(f"--table {path}: a .csv or .jsonl file is wanted")
     except (OSError, ValueError) as error:
         problems.append(f"--table {path}: {error}")
+    good = []
     for number, row in enumerate(rows, 1):
-        for key in set(row) - set(COLUMNS):
-            close = difflib.get_close_matches(str(key), COLUMNS, n=1)
-            hint = f", did you mean '{close[0]}'?" if close else f"; there is {', '.join(COLUMNS)}"
-            problems.append(f"{path} row {number}: unknown column '{key}'{hint}")
-        images = row.get("images") or row.get("image") or []
+        wrong = check_row(row)
+        problems += [f"{path} row {number}: {problem}" for problem in wrong]
+        if wrong:
+            continue
+        images = row.get("images") or row.get("image")
         images = images.split(";") if isinstance(images, str) else images
         row["images"] = [p if (p := Path(i.strip())).exists() else path.parent / p for i in images]
-        if not row["images"]:
-            problems.append(f"{path} row {number}: no image")
-    return rows, problems
+        good.append(row)
+    return good, problems
+
+
+def check_row(row: Any) -> list[str]:
+    """Problems of one row of a table."""
+    if not isinstance(row, dict):
+        return [f'wanted {{"images": [...], "prompt": "..."}}, got {str(row)[:40]}']
+    problems = []
+    for key in set(row) - set(COLUMNS):
+        close = difflib.get_close_matches(str(key), COLUMNS, n=1)
+        hint = f", did you mean '{close[0]}'?" if close else f"; there is {', '.join(COLUMNS)}"
+        problems.append(f"unknown column '{key}'{hint}")
+    images = row.get("images") or row.get("image")
+    names = images if isinstance(images, list) else [images]
+    if not images or not all(isinstance(name, str) for name in names):
+        problems.append("no image")
+    if not str(row.get("seed") or 0).strip().isdigit():
+        problems.append(f"seed '{row['seed']}' is no whole number")
+    return problems
 
 
 def check_ways(config: Config) -> list[str]:
@@ -209,22 +287,66 @@ def make_jobs(config: Config) -> tuple[list[Job], list[str]]:
             problems.append(f"{name}: no prompt (--prompt, a prompt column, or a .txt beside it)")
         seeds = (int(row["seed"]),) if row.get("seed") not in (None, "") else tuple(config.seed)
         jobs.append(Job(name, images, prompt or "", seeds, folder or Path()))
-    names = [job.name for job in jobs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    return jobs, problems + [f"two rows are called '{name}'" for name in twice]
+    return jobs, problems + check_results(config, jobs)
+
+
+def picture_paths(config: Config, job: Job) -> list[tuple[int, float, Path]]:
+    """(seed, scale, file) of every picture of a job."""
+    found = []
+    for seed in job.seeds:
+        for times in config.scales or [1.0]:
+            name = job.name + (f"_seed{seed}" if len(job.seeds) > 1 else "")
+            name += f"_scale{times:g}" if config.scales else ""
+            found.append((seed, times, job.folder / f"{name}.png"))
+    return found
+
+
+def sheet_path(config: Config) -> Path:
+    """Where the strip or contact sheet goes."""
+    if config.image and config.output:
+        return config.output
+    return (config.output_dir or Path()) / "contact_sheet.png"
+
+
+def check_results(config: Config, jobs: Sequence[Job]) -> list[str]:
+    """Results must not meet each other, leave their folder or overwrite a reference."""
+    files = [path for job in jobs for _, _, path in picture_paths(config, job)]
+    problems = [
+        f"'{job.name}': a name must stay inside the output folder"
+        for job in jobs
+        if Path(job.name).is_absolute() or ".." in Path(job.name).parts
+    ]
+    if len(files) > 1:
+        files.append(sheet_path(config))
+    seen = Counter(path.resolve() for path in files)
+    inputs = {Path(image).resolve() for job in jobs for image in job.images}
+    problems += [f"two results are called {path}" for path, count in seen.items() if count > 1]
+    problems += [f"{path} would be overwritten: it is a reference" for path in inputs & set(seen)]
+    return problems
 
 
 def check(config: Config) -> list[str]:
     """Problems that can be seen without a model."""
-    _, problems = make_jobs(config)
-    model = Path(config.pretrained_model_name_or_path)
-    local = model.is_absolute() or len(model.parts) != 2 or model.exists()
-    if local and not (model / "model_index.json").is_file():
-        problems.append(f"--pretrained_model_name_or_path: no diffusers checkpoint in {model}")
+    jobs, problems = make_jobs(config)
+    for path in sorted({Path(image) for job in jobs for image in job.images}):
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except FileNotFoundError:
+            pass  # make_jobs has named it
+        except (OSError, SyntaxError, ValueError) as error:
+            problems.append(f"picture {path} cannot be read: {error}")
+    flavour = ""
+    try:
+        flavour = detect_flavour(config.pretrained_model_name_or_path).name
+    except UserError as error:
+        problems.append(f"--pretrained_model_name_or_path: {error}")
     for text in config.lora:
         path, _ = parse_lora(text)
         try:
-            read_lora_about(path)
+            trained = read_lora_about(path).get("flavour", flavour)
+            if flavour and trained != flavour:
+                print(f"note: {path} was trained on {trained}, this model is {flavour}")
         except ValueError as error:
             problems.append(str(error))
     if config.scales and not config.lora:
@@ -312,6 +434,14 @@ def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Im
     return image.crop((round(left * w), round(top * h), round(right * w), round(bottom * h)))
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
 def open_rgb(path: Path) -> Image.Image:
     """Any still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK ...
 
@@ -325,10 +455,7 @@ def open_rgb(path: Path) -> Image.Image:
             _, high = image.convert("F").getextrema()
             scale = 255 / 65535 if image.mode.startswith("I;16") or float(high) > 255 else 1.0
             image = image.convert("F").point(lambda v: v * scale).convert("L")
-        if "A" in image.getbands() or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return image.convert("RGB")
+        return on_white(image)
 
 
 @contextlib.contextmanager
@@ -400,13 +527,15 @@ def load_pipeline(config: Config) -> Any:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(config.pretrained_model_name_or_path))
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     device = config.device or (accelerator.type if accelerator else "cpu")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
         config.dtype or ("fp32" if device == "cpu" else "bf16")
     ]
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, processor=load_processor(folder / "processor"), dtype=dtype
+        folder, processor=load_processor(folder / "processor"), dtype=dtype, use_safetensors=True
     )
     if type(pipeline).__name__ not in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
         raise UserError(f"{folder} is a {type(pipeline).__name__}, no Qwen-Image-Edit checkpoint")
@@ -547,12 +676,9 @@ def plan_pictures(config: Config, rule: Rule, jobs: Sequence[Job]) -> list[list[
         with Image.open(job.images[-1]) as image:
             size = output_size(config, rule, ImageOps.exif_transpose(image))
         pictures = []
-        for seed in job.seeds:
-            for times in config.scales or [1.0]:
-                name = job.name + (f"_seed{seed}" if len(job.seeds) > 1 else "")
-                name += f"_scale{times:g}" if config.scales else ""
-                settings = settings_of(config, rule, job, seed, times, size)
-                pictures.append((job.folder / f"{name}.png", settings | {"times": times}))
+        for seed, times, path in picture_paths(config, job):
+            settings = settings_of(config, rule, job, seed, times, size)
+            pictures.append((path, settings | {"times": times}))
         plan.append(pictures)
     return plan
 
@@ -594,11 +720,7 @@ def write_sheet(config: Config, jobs: Sequence[Job], plan: Sequence[Sequence[Any
     if len({len(job.images) for job in jobs}) == 1:
         heads += [f"scale {times:g}" for times in config.scales or [1.0]]
     sheet = contact_sheet(rows, heads, captions)
-    path = (
-        config.output
-        if config.image and config.output
-        else (config.output_dir or Path()) / "contact_sheet.png"
-    )
+    path = sheet_path(config)
     save_atomic(path, lambda file: sheet.save(file, format="PNG"))
     print(f"sheet: {path}")
 

@@ -31,6 +31,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import time
@@ -45,7 +46,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pydantic import Field, model_validator
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from utils import (
@@ -94,8 +96,8 @@ class LoraConfig(Section):
     """Rank. File size and memory grow linearly with it."""
     lora_alpha: float | None = Field(None, gt=0)
     """Strength is lora_alpha / r; null means lora_alpha = r."""
-    init_lora_weights: Literal["gaussian", "pissa", "olora", "orthogonal"] | bool = "gaussian"
-    """How A starts (B starts at zero but for pissa and olora), see peft.LoraConfig."""
+    init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
+    """How A starts; B starts at zero, so step 0 is the base model."""
     target_modules: list[str] | str = ["to_k", "to_q", "to_v", "to_out.0"]
     """Names of linear layers (matched from the end), or one regular expression."""
     pretrained_weight: Path | None = None
@@ -211,6 +213,10 @@ class DatasetConfig(Section):
             )
         if self.target_dir and not self.reference_dirs:
             raise ValueError("reference_dirs is empty: name at least one folder")
+        if self.image_configs and (self.caption is not None or self.reference_dirs):
+            raise ValueError("caption and reference_dirs belong to the folders layout")
+        if self.views == 1 and (self.view_flip or self.view_scale < 1):
+            raise ValueError("view_flip and view_scale are about random crops: set views above 1")
         if self.image_configs and not self.batch_configs:
             raise ValueError("batch_configs is empty: name at least one combination")
         return self
@@ -591,6 +597,14 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
     return samples, problems, skipped
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
 def open_rgb(path: Path) -> Image.Image:
     """Any still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK ...
 
@@ -604,10 +618,7 @@ def open_rgb(path: Path) -> Image.Image:
             _, high = image.convert("F").getextrema()
             scale = 255 / 65535 if image.mode.startswith("I;16") or float(high) > 255 else 1.0
             image = image.convert("F").point(lambda v: v * scale).convert("L")
-        if "A" in image.getbands() or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return image.convert("RGB")
+        return on_white(image)
 
 
 VERIFY_SECONDS = 4.0  # new pictures are decoded for this long; the others when they are encoded
@@ -664,26 +675,37 @@ def open_index(config: Config) -> FileIndex:
 
 
 def find_samples(config: Config, index: FileIndex) -> tuple[list[Sample], list[str]]:
-    """Pair, read captions and check every picture. Returns (samples, problems)."""
+    """Pair, read captions and check every picture. Returns (samples, first problems of each kind).
+
+    Everything is in output_dir/audit.json.
+    """
     samples: list[Sample] = []
-    problems: list[str] = []
+    groups: list[list[str]] = []
     skipped: list[str] = []
     if not config.data.dataset_configs:
-        problems.append("data.dataset_configs: no data set is named")
+        groups.append(["data.dataset_configs: no data set is named"])
     for number in range(len(config.data.dataset_configs)):
         found, wrong, left_out = find_dataset(config, number)
         samples += found
-        problems += wrong
+        groups.append(wrong)
         skipped += left_out
-    unreadable = check_pictures(all_pictures(samples), index)
-    report = {"samples": len(samples), "problems": problems + unreadable, "skipped": skipped}
+    groups.append(check_pictures(all_pictures(samples), index))
+    report = {
+        "samples": len(samples),
+        "problems": list(itertools.chain(*groups)),
+        "skipped": skipped,
+    }
     with contextlib.suppress(OSError):  # an unwritable output_dir is reported by audit()
         config.logging.output_dir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=2, ensure_ascii=False)
         save_atomic(config.logging.output_dir / "audit.json", lambda f: f.write_text(text))
     if skipped:
         log.warning("%d sample(s) skipped (on_missing: skip)\n%s", len(skipped), listed(skipped))
-    return samples, problems + unreadable
+    shown = []
+    for group in groups:  # ten of each kind by name; a data set may lack thousands of files
+        more = [f"... and {len(group) - 10} more, all of them in audit.json"]
+        shown += group[:10] + (more if len(group) > 10 else [])
+    return samples, shown
 
 
 class Flavour(NamedTuple):
@@ -776,15 +798,16 @@ def audit(config: Config) -> list[str]:
         return [*problems, str(error)]
     problems += wrong
     if flavour and flavour.name == "edit-v1":
-        for sample in samples[:1]:
-            for variant in sample.variants:
-                if len(variant.references) > 1:
-                    problems.append("this checkpoint (2508) takes one reference; 2509 takes more")
-                if variant.vision_area or variant.vision != variant.references:
-                    problems.append(
-                        "reference_list: 2508 shows its encoder the picture that the VAE gets; "
-                        "leave out resize and use the same references"
-                    )
+        first = {sample.dataset: sample for sample in reversed(samples)}
+        for number, sample in sorted(first.items()):
+            where = f"data.dataset_configs.{number}"
+            if any(len(v.references) > 1 for v in sample.variants):
+                problems.append(f"{where}: 2508 takes one reference; 2509 and 2511 take more")
+            if any(v.vision_area or v.vision != v.references for v in sample.variants):
+                problems.append(
+                    f"{where}: 2508 shows its encoder the picture that the VAE gets; leave out "
+                    "reference_list.resize and use the same references"
+                )
     if config.validation.steps and samples and not any(s.held_out for s in samples):
         problems.append("validation.steps is set, but no data set names samples in holdout")
     return problems
@@ -864,6 +887,28 @@ def cover_box(
     return tuple(round(v, 6) for v in (left, top, left + width, top + height))  # type: ignore
 
 
+def reference_area_px(config: Config, size: tuple[int, int]) -> float:
+    """data.reference_area in pixels, for a target of `size`."""
+    area = config.data.reference_area
+    return float({"1mp": AREA_1MP, "target": size[0] * size[1]}.get(str(area), area))
+
+
+def picture_of(image: Image.Image, area_px: float) -> Picture:
+    """A picture in memory, whole, resized to about that area."""
+    content = f"{draw_key(image.size, image.tobytes()):016x}"
+    return Picture(image, content, pick_size(area_px, image.width / image.height))
+
+
+def opened(example: Example) -> Example:
+    """The same example with its pictures loaded, so that worker processes do it."""
+
+    def ready(picture: Picture) -> Picture:
+        return Picture(load_picture(picture), picture.content, picture.size)
+
+    references, vision = (tuple(map(ready, p)) for p in (example.references, example.vision))
+    return example._replace(target=ready(example.target), references=references, vision=vision)
+
+
 def resolve(
     config: Config, flavour: Flavour, samples: Sequence[Sample], draw: Draw, index: FileIndex
 ) -> Example:
@@ -871,7 +916,6 @@ def resolve(
     sample = samples[draw.sample]
     variant = sample.variants[draw.variant]
     ds = config.data.dataset_configs[sample.dataset]
-    area_setting = config.data.reference_area
 
     fact = index.known(variant.target)
     aspect = fact["width"] / fact["height"]
@@ -893,16 +937,21 @@ def resolve(
             return Picture(path, known["content"], aligned, box, flip)
         return Picture(path, known["content"], pick_size(area_px, own))
 
-    area_px = {"1mp": AREA_1MP, "target": size[0] * size[1]}.get(str(area_setting), area_setting)
+    area_px = reference_area_px(config, size)
     vision_area = variant.vision_area or flavour.vision_area or area_px
     stay = range(len(variant.vision)) if draw.vision is None else draw.vision
     return Example(
         name=sample.name,
         target=Picture(variant.target, fact["content"], size, box, flip),
-        references=tuple(reference(path, float(area_px)) for path in variant.references),
+        references=tuple(reference(path, area_px) for path in variant.references),
         vision=tuple(reference(variant.vision[i], float(vision_area)) for i in stay),
         caption="" if draw.empty else variant.caption,
     )
+
+
+def same_aspect(a: Image.Image, b: Image.Image) -> bool:
+    """Whether two pictures are taken as showing the same frame."""
+    return abs(math.log(a.width * b.height / (a.height * b.width))) < ASPECT_TOLERANCE
 
 
 def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
@@ -1010,7 +1059,9 @@ class CacheKeys:
         kind = (flavour.pipeline_class, str(dtype))
         self.vae = fingerprint([folder / "vae"], *kind)
         names = ("text_encoder", "tokenizer", "processor")
-        self.text = fingerprint([folder / name for name in names], *kind, processor_name())
+        template = template_text(flavour.pipeline_class)
+        parts = [folder / name for name in names]
+        self.text = fingerprint(parts, *kind, processor_name(), template)
 
     def latent(self, picture: Picture) -> str:
         """Entry with `latent` (16, 1, h, w)."""
@@ -1020,6 +1071,15 @@ class CacheKeys:
         """Entry with `embed` (T, D): the pictures are part of it."""
         pictures = [picture_id(picture) for picture in example.vision]
         return cache_key("prompt", encoder=self.text, caption=example.caption, pictures=pictures)
+
+
+def template_text(pipeline_class: str) -> str:
+    """The lines of the pipeline's source that hold its prompt template, without importing it."""
+    spec = importlib.util.find_spec("diffusers")
+    assert spec and spec.origin, "diffusers is in requirements.txt"
+    name = "pipeline_qwenimage_edit" + ("_plus" if "Plus" in pipeline_class else "")
+    file = Path(spec.origin).parent / "pipelines" / "qwenimage" / f"{name}.py"
+    return "".join(line for line in file.open(encoding="utf-8") if "prompt_template" in line)
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
@@ -1116,15 +1176,31 @@ def dead_modules(transformer: Any) -> str:
     return rf".*transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
 
 
+def check_targets(transformer: Any, targets: Sequence[str] | str) -> None:
+    """Every name (or the regex) must match a linear layer. Raises UserError with what there is."""
+    layers = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    if isinstance(targets, str):
+        wrong = [] if any(re.fullmatch(targets, layer) for layer in layers) else [targets]
+    else:
+        wrong = [t for t in targets if not any(f".{n}".endswith(f".{t}") for n in layers)]
+    if wrong or not targets:
+        short = sorted({n.split(".", 2)[2] for n in layers if n.startswith("transformer_blocks.")})
+        raise UserError(
+            f"model.lora.target_modules: no layer matches {', '.join(wrong) or 'an empty list'}; "
+            f"there is: {', '.join(short)}"
+        )
+
+
 def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
-    """Freeze the base, add the adapter in fp32. Raises UserError if nothing matches."""
+    """Freeze the base, add the adapter in fp32. Raises UserError for a name without a layer."""
     from peft import LoraConfig as PeftConfig
 
+    check_targets(transformer, lora.target_modules)
     transformer.requires_grad_(False)
     settings = PeftConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha or lora.r,  # type: ignore[arg-type]
-        init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
+        init_lora_weights=True if lora.init_lora_weights == "kaiming" else "gaussian",
         target_modules=lora.target_modules,
         # KEEP: DDP waits forever for parameters that never get a gradient
         exclude_modules=dead_modules(transformer),
@@ -1132,15 +1208,7 @@ def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no modules were excluded.*")
         torch.manual_seed(draw_key(seed, "lora"))
-        try:
-            transformer.add_adapter(settings)
-        except ValueError as error:
-            linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
-            names = sorted({n.split(".", 2)[2] for n in linear if n.startswith("transformer_bl")})
-            raise UserError(
-                f"model.lora.target_modules {lora.target_modules} matches no layer; "
-                f"there is: {', '.join(names)}"
-            ) from error
+        transformer.add_adapter(settings)
     for parameter in transformer.parameters():
         if parameter.requires_grad:  # KEEP: bf16 would round small updates away
             parameter.data = parameter.data.float()
@@ -1151,6 +1219,21 @@ def lora_tensors(transformer: Any) -> dict[str, torch.Tensor]:
     from peft.utils import get_peft_model_state_dict
 
     return get_peft_model_state_dict(transformer)
+
+
+def check_rank(path: Path, rank: int) -> None:
+    """Raises UserError unless the LoRA file has that rank."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+            ranks = {file.get_slice(name).get_shape()[0] for name in names}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.lora.pretrained_weight {path}: {error}") from error
+    if ranks != {rank}:
+        raise UserError(
+            f"model.lora.pretrained_weight {path}: its rank is {sorted(ranks) or 'unknown'}, "
+            f"model.lora.r is {rank}"
+        )
 
 
 def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
@@ -1334,30 +1417,23 @@ def contact_sheet(
 # --- 7. checkpoints -------------------------------------------------------------------------------
 
 FREE_TO_CHANGE = {  # settings that may differ between a checkpoint and the run that continues it
-    "train": {"max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit"}
-    | {"resume_from_checkpoint", "gradient_checkpointing", "gradient_accumulation_steps"},
-    "data": {"batch_size", "num_workers"},
-}
+    "max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "gradient_checkpointing", "gradient_accumulation_steps",
+    "batch_size", "num_workers", "recreate_cache", "train_data_dir",
+}  # fmt: skip
 TRAINS = ("model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed")
 
 
-def trained_as(config: Config) -> dict[str, Any]:
-    """The settings that decide what is learned, flat; a run that continues must have the same."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, f"{path}.{key}")
+def flat_settings(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every setting that decides what is learned."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in pairs:
+        if key in FREE_TO_CHANGE:
+            continue
+        if isinstance(item, dict | list):
+            yield from flat_settings(item, f"{path}{key}.")
         else:
-            flat[path] = value
-
-    for section in TRAINS:
-        values = config.model_dump(mode="json")[section]
-        for key in FREE_TO_CHANGE.get(section, ()):
-            values.pop(key)
-        walk(values, section)
-    return {k: v for k, v in flat.items() if not k.endswith(".recreate_cache")}
+            yield f"{path}{key}", item
 
 
 def valid_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -1379,8 +1455,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     )
 
 
-def find_checkpoint(config: Config, size: int) -> tuple[Path, dict[str, Any]] | None:
-    """What train.resume_from_checkpoint names. `size`: samples per step of this run.
+def find_checkpoint(config: Config, now: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """What train.resume_from_checkpoint names. `now`: what this run is trained as.
 
     Raises:
         UserError: a named checkpoint is missing or damaged, settings differ, or output_dir holds
@@ -1415,7 +1491,12 @@ def find_checkpoint(config: Config, size: int) -> tuple[Path, dict[str, Any]] | 
                 f" (there is: {', '.join(f.name for f in there) or 'none'})"
             )
         found = folder, named
-    now = {**trained_as(config), "samples per step": size}
+    newer = [f.name for f in there if int(f.name.rpartition("-")[2]) > found[1]["step"]]
+    if newer and wanted != "latest":
+        raise UserError(
+            f"{output_dir} also holds {', '.join(newer)}, newer than {wanted}: delete them, or "
+            "choose another --logging.output_dir"
+        )
     before = found[1]["trained_as"]
     changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
     if changed:
@@ -1563,7 +1644,10 @@ class PairDataset(torch.utils.data.Dataset):
         self.cached = cached
 
     def __getitem__(self, micro_batches: list[list[Draw]]) -> list[dict[str, Any]]:
-        return [self.batch(draws) for draws in micro_batches]
+        try:
+            return [self.batch(draws) for draws in micro_batches]
+        except (UserError, ValueError) as error:  # a worker's own would arrive as a traceback
+            return [{"error": str(error)}]
 
     def batch(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """One micro-batch, with sigma (B,) before the shift; the noise is drawn here as well."""
@@ -1574,13 +1658,7 @@ class PairDataset(torch.utils.data.Dataset):
         batch = (
             collate([self.read(example) for example in examples])
             if self.cached
-            else {
-                "image": [load_picture(example.target) for example in examples],
-                "control": [[load_picture(p) for p in e.references] for e in examples],
-                "vision": [[load_picture(p) for p in e.vision] for e in examples],
-                "prompt": [example.caption for example in examples],
-                "ready": True,  # the pictures have their final size
-            }
+            else {"examples": [opened(example) for example in examples]}
         )
         width, height = examples[0].target.size
         shape = (16, 1, height // 8, width // 8)
@@ -1631,10 +1709,13 @@ def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
 
 
 def as_image(value: Any) -> Image.Image:
-    """PIL picture, HWC uint8 array or tensor -> RGB."""
+    """PIL picture, HWC uint8 array or tensor -> RGB. Raises UserError for other arrays."""
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
-    return Image.fromarray(np.asarray(value, dtype=np.uint8)).convert("RGB")
+        return on_white(value)
+    array = np.asarray(value)
+    if array.dtype != np.uint8 or array.ndim != 3:
+        raise UserError(f"wanted a picture as (H, W, 3) uint8, got {array.shape} {array.dtype}")
+    return on_white(Image.fromarray(array))
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -1698,7 +1779,9 @@ class QwenImageEditTrainer:
         self.index = FileIndex(None)
         self._keys: CacheKeys | None = None
         self._base_pictures: dict[str, Image.Image] = {}  # validation pictures without the LoRA
-        self._drawn = 0  # batches of a foreign loader that got their noise here
+        self._drawn = 0  # batches of this step, from a loader of the user's, that got noise here
+        self._shapes: dict[tuple[int, int], object] = {}  # of (sample, variant)
+        self.samples_per_step = 1
 
     # -- loading and devices
 
@@ -1748,12 +1831,14 @@ class QwenImageEditTrainer:
         if "vae" in parts and self.vae is None:
             folder = self.checkpoint("vae/*")
             vae_class = diffusers.AutoencoderKLQwenImage
-            self.vae = vae_class.from_pretrained(folder, subfolder="vae", dtype=dtype)
+            self.vae = vae_class.from_pretrained(
+                folder, subfolder="vae", dtype=dtype, use_safetensors=True
+            )
             encode_stills_in_2d(self.vae.eval().requires_grad_(False))
         if "text_encoder" in parts and self.qwen_vl is None:
             folder = self.checkpoint("text_encoder/*", "tokenizer/*", "processor/*", "scheduler/*")
             self.qwen_vl = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                folder / "text_encoder", dtype=dtype
+                folder / "text_encoder", dtype=dtype, use_safetensors=True
             )
             self.qwen_vl.eval().requires_grad_(False)
             self.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
@@ -1773,7 +1858,7 @@ class QwenImageEditTrainer:
             settings = json.loads((folder / "transformer" / "config.json").read_text())
             check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
             self.transformer = model_class.from_pretrained(
-                folder, subfolder="transformer", dtype=dtype
+                folder, subfolder="transformer", dtype=dtype, use_safetensors=True
             )
             self.transformer.eval().requires_grad_(False)
 
@@ -1794,7 +1879,7 @@ class QwenImageEditTrainer:
         if self.accelerator:
             return
         from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         log_with = self.config.logging.report_to
         self.accelerator = Accelerator(
@@ -1802,7 +1887,11 @@ class QwenImageEditTrainer:
             cpu=not torch.accelerator.is_available(),
             log_with=None if log_with == "none" else log_with,
             project_dir=self.config.logging.output_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
+                # KEEP: quantised weights are buffers; sending them would hang validation
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
         logging.basicConfig(format="%(message)s")
         main = self.accelerator.is_main_process
@@ -1812,8 +1901,8 @@ class QwenImageEditTrainer:
         """Pair, audit and hash the data set. Raises UserError with every problem."""
         if self.samples:
             return
-        self.index = open_index(self.config)
         with self.accelerator.main_process_first():
+            self.index = open_index(self.config)  # KEEP: inside, to see what process 0 recorded
             self.samples, problems = find_samples(self.config, self.index)
             if problems:
                 raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
@@ -1874,36 +1963,27 @@ class QwenImageEditTrainer:
         }
 
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
-        """Pictures of a batch {"image": [...], "control": [[...]], "prompt": [...]} -> Examples."""
+        """Pictures of a batch {"image": [...], "control": [[...]], "prompt": [...]} -> Examples.
+
+        Pictures are PIL or HWC uint8; "control" holds a picture or a list of them per sample.
+        """
         found = []
-        for i, (target, prompt) in enumerate(zip(batch["image"], batch["prompt"], strict=True)):
-            controls = batch["control"][i]
-            controls = controls if isinstance(controls, list | tuple) else [controls]
-            vision = batch.get("vision", batch["control"])[i]
-            vision = vision if isinstance(vision, list | tuple) else [vision]
+        for target, control, prompt in zip(
+            batch["image"], batch["control"], batch["prompt"], strict=True
+        ):
             image = as_image(target)
-            ready = batch.get("ready")
-            size = (
-                image.size
-                if ready
-                else pick_size(image.width * image.height, image.width / image.height)
-            )
-            area = {"1mp": AREA_1MP, "target": size[0] * size[1]}
-            area_px = float(area.get(str(self.config.data.reference_area), 0)) or float(
-                self.config.data.reference_area
-            )
-
-            def picture(value: Any, area_px: float, ready: Any = ready) -> Picture:
-                image = as_image(value)
-                size = image.size if ready else pick_size(area_px, image.width / image.height)
-                return Picture(image, hash_image(image), size)
-
+            size = pick_size(image.width * image.height, image.width / image.height)
+            area_px = reference_area_px(self.config, size)
+            controls = control if isinstance(control, list | tuple) else [control]
+            pictures = [as_image(c) for c in controls]
             found.append(
                 Example(
-                    name=str(batch.get("names", range(len(batch["image"])))[i]),
-                    target=Picture(image, hash_image(image), size),
-                    references=tuple(picture(c, area_px) for c in controls),
-                    vision=tuple(picture(v, self.flavour.vision_area or area_px) for v in vision),
+                    name="",
+                    target=picture_of(image, image.width * image.height),
+                    references=tuple(picture_of(p, area_px) for p in pictures),
+                    vision=tuple(
+                        picture_of(p, self.flavour.vision_area or area_px) for p in pictures
+                    ),
                     caption=prompt,
                 )
             )
@@ -2000,11 +2080,12 @@ class QwenImageEditTrainer:
             return sum(len(items) for items in batches)
         self.find_data()
         jobs, fresh = self.cache_jobs(), self.cache_jobs(fresh=True)
-        missing = [key for key in sorted(jobs) if key in fresh or not self._intact(key)]
-        mine = missing[self.accelerator.process_index :: self.accelerator.num_processes]
+        # KEEP: shares of ALL entries; what is missing changes while other processes write
+        share = sorted(jobs)[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = [key for key in share if key in fresh or not self._intact(key)]
         latents = [key for key in mine if isinstance(jobs[key], Picture)]
         prompts = [key for key in mine if isinstance(jobs[key], Example)]
-        log.info("cache: %d entries, %d to encode", len(jobs), len(missing))
+        log.info("cache: %d entries, process 0 has %d to encode", len(jobs), len(mine))
         for key in progress(latents, "encode pictures", disable=not latents):
             latent = self._latent(jobs[key], vae_device)  # type: ignore[arg-type]
             self._keep(key, {"latent": latent})
@@ -2015,6 +2096,8 @@ class QwenImageEditTrainer:
         self.unload("text_encoder")
         self.index.commit()
         self.accelerator.wait_for_everyone()
+        if lost := [key for key in jobs if not entry_path(self.cache_dir, key).exists()]:
+            raise UserError(f"{len(lost)} cache entries were not written; run it again")
         return len(mine)
 
     def _keep(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -2062,7 +2145,6 @@ class QwenImageEditTrainer:
     def _start_from(self, path: Path) -> None:
         """Copy a LoRA file into the adapter; alpha is taken out of B again."""
         from peft.utils import set_peft_model_state_dict
-        from safetensors.torch import load_file
 
         settings = self.transformer.peft_config["default"]
         strength = settings.lora_alpha / settings.r
@@ -2116,6 +2198,8 @@ class QwenImageEditTrainer:
         tensors, metadata = pipeline_class.lora_state_dict(
             str(file), use_safetensors=True, return_lora_metadata=True
         )
+        if getattr(self.transformer, "peft_config", None):
+            self.transformer.delete_adapters("default")
         self.transformer.load_lora_adapter(tensors, metadata=metadata, adapter_name="default")
 
     def merge_lora(self) -> None:
@@ -2176,13 +2260,17 @@ class QwenImageEditTrainer:
         images = prompt_image if isinstance(prompt_image, list | tuple) else [prompt_image]
         pictures = [as_image(image) for image in images]
         main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
-        about, area = self.about_lora(), float(AREA_1MP)
-        if about["reference_area"] == "target" and about["resolution"]:
-            area = float(about["resolution"] ** 2)
-        size = pick_size(area, main.width / main.height)
+        data = self.config.data
+        aligned = data.reference_area == "target"
+        size = pick_size(AREA_1MP, main.width / main.height)
+        if aligned and data.dataset_configs:
+            size = nearest_bucket(main.width, main.height, data.dataset_configs[0].resolution)
         width, height = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
-        areas = {"1mp": float(AREA_1MP), "target": float(width * height)}
-        area_px = areas.get(str(about["reference_area"])) or float(about["reference_area"])
+        area_px = reference_area_px(self.config, (width, height))
+        if aligned:  # as in training: cropped to the target's aspect
+            box = cover_box(main.width / main.height, width / height)
+            pictures = [crop(p, box) if same_aspect(p, main) else p for p in pictures]
+        vision_area = float(self.about_lora()["vision_area"] or area_px)
 
         def fit(image: Image.Image, area_px: float) -> Image.Image:
             size = pick_size(area_px, image.width / image.height)
@@ -2191,7 +2279,7 @@ class QwenImageEditTrainer:
         references = [
             self.encode_image_embedding(fit(p, area_px), self.vae.device) for p in pictures
         ]
-        shown = [fit(p, float(about["vision_area"] or area_px)) for p in pictures]
+        shown = [fit(p, vision_area) for p in pictures]
         device = self.qwen_vl.device
         embeds, _ = self.encode_prompt_image_embedding(prompt, shown, device)
         negative = None
@@ -2236,21 +2324,19 @@ class QwenImageEditTrainer:
         from diffusers.optimization import get_scheduler
 
         settings = self.config.optimizer
-        try:
-            self.optimizer = import_class(settings.class_path)(
-                self.trainable(), **settings.init_args
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer.init_args for {settings.class_path}: {error}") from error
+        optimizer_class = import_class(settings.class_path)
+        self.optimizer = optimizer_class(self.trainable(), **settings.init_args)
         schedule = self.config.lr_scheduler
-        cycles = schedule.num_cycles
-        if schedule.scheduler_type == "cosine_with_restarts":
+        name, cycles = schedule.scheduler_type, schedule.num_cycles
+        if name == "constant" and schedule.warmup_steps:
+            name = "constant_with_warmup"
+        if name == "cosine_with_restarts":
             cycles = max(1, round(cycles))
         self.lr_scheduler = get_scheduler(
-            schedule.scheduler_type,
+            name,
             self.optimizer,
             num_warmup_steps=schedule.warmup_steps,
-            num_training_steps=self.config.train.max_train_steps,
+            num_training_steps=self.total_steps(),
             num_cycles=cycles,  # type: ignore[arg-type]
             power=schedule.power,
         )
@@ -2258,22 +2344,26 @@ class QwenImageEditTrainer:
     def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Mean loss of a batch: of cached tensors, or of pictures and prompts."""
         if "sigma" not in batch:  # a loader of the user's: noise levels are drawn here
-            self._drawn += 1
-            chance = (self.config.seed, "loader", self._drawn)
-            count = len(batch["pixel_latent"] if "pixel_latent" in batch else batch["image"])
-            sigmas = [sample_sigma(self.config.loss, *chance, i) for i in range(count)]
+            chance = self._loader_chance("sigma")
+            sigmas = [sample_sigma(self.config.loss, *chance, i) for i in range(batch_size(batch))]
             batch = {**batch, "sigma": torch.tensor(sigmas)}
         if "prompt_embed" in batch and "pixel_latent" in batch and "control_latent" in batch:
             return self._training_step_cached(batch)
         return self._training_step_compute(batch)
+
+    def _loader_chance(self, purpose: str) -> tuple[object, ...]:
+        """What the draws of a batch from the user's own loader belong to."""
+        rank = self.accelerator.process_index
+        return self.config.seed, "loader", purpose, rank, self.global_step, self._drawn
 
     def _training_step_cached(self, batch: dict[str, Any]) -> torch.Tensor:
         batch = to_device(batch, self.device)
         control = batch["control_latent"]
         noise = batch.get("noise")
         if noise is None:
-            shape = batch["pixel_latent"].shape
-            noise = normal(shape, self.config.seed, "loader noise", self._drawn).to(self.device)
+            chance = self._loader_chance("noise")
+            noise = normal(batch["pixel_latent"].shape, *chance).to(self.device)
+            self._drawn += 1
         return self._compute_loss(
             batch["pixel_latent"],
             control if isinstance(control, list) else [control],
@@ -2285,7 +2375,8 @@ class QwenImageEditTrainer:
 
     def _training_step_compute(self, batch: dict[str, Any]) -> torch.Tensor:
         """Encode with the same functions the cache is filled with, then go on as from the cache."""
-        items = [self._encode(example) for example in self.examples_of(batch)]
+        examples = batch.get("examples") or self.examples_of(batch)
+        items = [self._encode(example) for example in examples]
         drawn = {key: batch[key] for key in ("noise", "sigma") if key in batch}
         return self._training_step_cached(collate(items) | drawn)
 
@@ -2297,8 +2388,12 @@ class QwenImageEditTrainer:
         prompt_embeds_mask: torch.Tensor | None,
         noise: torch.Tensor,
         sigma: torch.Tensor,
+        transformer: Any = None,
     ) -> torch.Tensor:
-        """Loss per sample, (B,) fp32. Noise and sigma in fp32; sigma is shifted here."""
+        """Loss per sample, (B,) fp32. Noise and sigma in fp32; sigma is shifted here.
+
+        transformer: None for the one being trained, with its distributed wrapper.
+        """
         loss, dtype = self.config.loss, self.weight_dtype
         tokens = math.prod(token_grid(pixel_latents))
         mu = (
@@ -2311,7 +2406,7 @@ class QwenImageEditTrainer:
         noisy = add_noise(target, noise, sigma).to(dtype)
         with self.accelerator.autocast():
             velocity = predict_velocity(
-                self.transformer,
+                transformer or self.transformer,
                 noisy,
                 [control.to(dtype) for control in control_latents],
                 prompt_embeds.to(dtype),
@@ -2319,6 +2414,18 @@ class QwenImageEditTrainer:
                 sigma,
             )
         return LOSSES[loss.loss_type](velocity, noise, target)
+
+    def trained_as(self) -> dict[str, Any]:
+        """What decides the result; a run that continues must have the same."""
+        config = self.config.model_dump(mode="json")
+        values = dict(flat_settings({section: config[section] for section in TRAINS}, ""))
+        names = [(sample.dataset, sample.name, sample.held_out) for sample in self.samples]
+        values["samples (names and number)"] = cache_key("samples", names=names)
+        return values | {"samples per step": self.samples_per_step}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.step_plan().steps if self.samples else self.config.train.max_train_steps
 
     def train_dataloader(self, first_step: int = 0) -> Any:
         """The loader fit() uses: one list of micro-batches per optimizer step of this process."""
@@ -2343,13 +2450,11 @@ class QwenImageEditTrainer:
             example = resolve(self.config, self.flavour, self.samples, draw, self.index)
             return example.target.size, tuple(p.size for p in example.references)
 
-        shapes: dict[tuple[int, int], object] = {}
-
         def remembered(draw: Draw) -> object:  # crops and dropout do not change the shape
             key = draw.sample, draw.variant
-            if key not in shapes:
-                shapes[key] = shape_of(draw)
-            return shapes[key]
+            if key not in self._shapes:
+                self._shapes[key] = shape_of(draw)
+            return self._shapes[key]
 
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         steps = self.config.train.max_train_steps
@@ -2358,20 +2463,58 @@ class QwenImageEditTrainer:
             plan.steps = min(steps, self.config.train.num_epochs * plan.steps_per_epoch)
         return plan
 
+    def preflight(self) -> None:
+        """What can only be checked with the libraries loaded, but needs no weights.
+
+        Raises:
+            UserError: with every problem.
+        """
+        import diffusers
+        from accelerate import init_empty_weights
+
+        config, problems = self.config, []
+        model_class = diffusers.QwenImageTransformer2DModel
+        path = config.model.pretrained_model_name_or_path
+        settings = read_model_json(path, "transformer/config.json")
+        with init_empty_weights():
+            empty = model_class.from_config(settings)
+        start, args = config.model.lora.pretrained_weight, config.optimizer.init_args
+        try:
+            check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
+            check_targets(empty, config.model.lora.target_modules)
+            if start:
+                check_rank(start, config.model.lora.r)
+        except UserError as error:
+            problems.append(str(error))
+        try:
+            optimizer_class = import_class(config.optimizer.class_path)
+            optimizer_class([torch.nn.Parameter(torch.zeros(1))], **args)
+        except (UserError, TypeError, ValueError) as error:
+            problems.append(f"optimizer {config.optimizer.class_path} with {args}: {error}")
+        trackers: list[str] = {"none": [], "all": []}.get(
+            config.logging.report_to, [config.logging.report_to]
+        )
+        needed = [*trackers, *(["optimum"] if self.quantize else [])]
+        for package in (name for name in needed if not importlib.util.find_spec(name)):
+            problems.append(f"{package} is not installed: pip install {package}")
+        if problems:
+            raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
+
     def fit(self, train_dataloader: Iterable[Any] | None = None) -> None:
-        """The whole run: audit, cache, load, train, save. May be called again to go on.
+        """The whole run: audit, cache, load, train, save.
 
         train_dataloader: optional; yields batches for training_step, or lists of them (the
-        micro-batches of one optimizer step). Without it the config's data sets are used.
+        micro-batches of one optimizer step), and decides about caption dropout. Without it the
+        config's data sets are used.
         """
         self.setup_accelerator()
         train = self.config.train
         if train_dataloader is None:
             self.find_data()
-        import_class(self.config.optimizer.class_path)
-        size = self.config.data.batch_size * train.gradient_accumulation_steps
-        size *= self.accelerator.num_processes
-        found = find_checkpoint(self.config, size) if self.global_step == 0 else None
+        self.preflight()
+        self.samples_per_step = self.config.data.batch_size * train.gradient_accumulation_steps
+        self.samples_per_step *= self.accelerator.num_processes
+        found = find_checkpoint(self.config, self.trained_as()) if self.global_step == 0 else None
         if self.accelerator.is_main_process:
             run_record(self.config.logging.output_dir, self.config, Path(__file__))
         if train_dataloader is None and self.use_cache:
@@ -2389,19 +2532,18 @@ class QwenImageEditTrainer:
         if self.config.logging.report_to != "none":
             name = self.config.logging.tracker_project_name
             self.accelerator.init_trackers(name, {"config": self.config.model_dump_json()})
-        steps = train.max_train_steps
+        steps = self.total_steps()
         loader: Iterable[Any]
         if train_dataloader is None:
-            steps = self.step_plan().steps
             loader = self.train_dataloader(self.global_step)
             self._announce(steps)
         else:
-            loader = itertools.chain.from_iterable(itertools.repeat(train_dataloader))
+            loader = again_and_again(train_dataloader)
         metrics = None
         if self.accelerator.is_main_process:
             metrics = MetricLog(self.config.logging.output_dir / "metrics.jsonl", self.global_step)
         with StopSignal() as stop:
-            share = size // self.accelerator.num_processes
+            share = self.samples_per_step // self.accelerator.num_processes
             stopped = self._loop(loader, steps, share, stop, metrics)
         if self.accelerator.is_main_process:
             self.save_lora(self.config.logging.output_dir)
@@ -2456,14 +2598,15 @@ class QwenImageEditTrainer:
     ) -> bool:
         """Train up to `steps`; returns whether a signal ended it early."""
         every, saves = self.config.logging.log_every, self.config.train.checkpointing_steps
-        window: list[tuple[list[str], torch.Tensor]] = []  # (names, loss) since the last log line
+        window: list[tuple[list[str], torch.Tensor, torch.Tensor]] = []  # since the last log line
         stopped = False
-        self._validate(metrics)
+        if self.global_step == 0:
+            self._validate(metrics)
         bar = progress(None, "train", total=steps, initial=self.global_step, unit="step")
         clock = time.monotonic()  # of the window; stands still while saving and validating
         for batches in itertools.islice(loader, max(0, steps - self.global_step)):
             names, loss, norm = self._step(batches, share)
-            window.append((names, loss))
+            window.append((names, loss, norm))
             bar.update()
             stopped = self._agree(stop.requested)
             last = stopped or self.global_step == steps
@@ -2489,6 +2632,8 @@ class QwenImageEditTrainer:
         """One optimizer step over micro-batches; returns sample names, mean loss, gradient norm."""
         accelerator = self.accelerator
         batches = batches if isinstance(batches, list) else [batches]
+        if "error" in batches[0]:
+            raise UserError(f"{batches[0]['error']}. Repair: cache_embeddings.py --verify")
         total = share if "noise" in batches[0] else sum(batch_size(b) for b in batches)
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
@@ -2503,31 +2648,39 @@ class QwenImageEditTrainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.global_step += 1
+        self._drawn = 0
         names = [str(name) for batch in batches for name in batch.get("names", [])]
         return names, loss, norm
 
     def _agree(self, requested: bool) -> bool:
-        """Whether any process got a stop signal; all must leave at the same step."""
+        """Whether any process got a stop signal; all must leave at the same step.
+
+        Several processes ask each other only when they log, for that waits for the GPU anyway.
+        """
         if self.accelerator.num_processes == 1:
             return requested
+        if self.global_step % self.config.logging.log_every:
+            return False
         if requested:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
-    def _mean_loss(self, window: Sequence[tuple[list[str], torch.Tensor]]) -> float:
-        """Mean over steps and processes.
+    def _mean_loss(self, window: Sequence[tuple[list[str], torch.Tensor, torch.Tensor]]) -> float:
+        """Mean over steps and processes of (sample names, loss, gradient norm).
 
         Raises:
             UserError: it is not finite; the message names the samples of the first bad step.
         """
-        losses = self.accelerator.reduce(torch.stack([loss for _, loss in window]), "mean")
-        bad = (~torch.isfinite(losses)).nonzero()
+        losses = self.accelerator.reduce(torch.stack([loss for _, loss, _ in window]), "mean")
+        norms = torch.stack([norm for _, _, norm in window])
+        bad = (~torch.isfinite(losses + norms)).nonzero()
         if len(bad):
             first = int(bad[0])
             step = self.global_step - len(window) + first + 1
             kept = list_checkpoints(self.config.logging.output_dir)
             raise UserError(
-                f"the loss of step {step} is {losses[first].item()}; samples of this process: "
+                f"the loss of step {step} is {losses[first].item()}, its gradient norm "
+                f"{norms[first].item()}; samples of this process: "
                 f"{', '.join(window[first][0]) or 'unknown'}. Nothing was saved since "
                 f"{kept[-1].name if kept else 'the start'}; lower the learning rate or look at "
                 "those files"
@@ -2567,7 +2720,6 @@ class QwenImageEditTrainer:
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
             }
-            size = self.step_plan().size if self.samples else 0
 
             def write(folder: Path) -> None:
                 save_lora_file(folder / LORA_FILE, transformer, self.about_lora())
@@ -2576,7 +2728,7 @@ class QwenImageEditTrainer:
                     "step": global_step,
                     "epoch": epoch,
                     "files": {file.name: hash_file(file) for file in folder.iterdir()},
-                    "trained_as": {**trained_as(self.config), "samples per step": size},
+                    "trained_as": self.trained_as(),
                 }
                 (folder / "state.json").write_text(json.dumps(state, indent=2))
 
@@ -2658,6 +2810,7 @@ class QwenImageEditTrainer:
                     None,
                     noise.to(self.device),
                     torch.tensor([level], device=self.device),
+                    self.bare_transformer(),  # only this process validates
                 )
                 total += loss.item()
         return total / len(items) / len(levels)
@@ -2702,6 +2855,17 @@ class QwenImageEditTrainer:
         return to_image(decode_latents_qwen(self.vae, latents)[0])
 
 
+def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
+    """Pass after pass over a loader. Raises UserError when a pass yields nothing."""
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise UserError("the data loader has no more batches: give one that starts again")
+
+
 def _as_is(value: Any) -> Any:
     """Collate function of a loader whose data set makes whole batches."""
     return value
@@ -2709,12 +2873,7 @@ def _as_is(value: Any) -> Any:
 
 def batch_size(batch: dict[str, Any]) -> int:
     """Samples in a batch."""
-    return len(batch["pixel_latent"] if "pixel_latent" in batch else batch["image"])
-
-
-def hash_image(image: Image.Image) -> str:
-    """Content of a picture in memory."""
-    return f"{draw_key(image.size, image.tobytes()):016x}"
+    return len(next(batch[k] for k in ("pixel_latent", "examples", "image") if k in batch))
 
 
 MODEL_CARD = """---

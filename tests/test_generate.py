@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PAIRS, run, with_lora_noise
 from PIL import Image
+from safetensors.torch import save_file
 
 import generate
 
@@ -150,6 +151,50 @@ def test_everything_wrong_is_named_at_once(tmp_path):
         "no diffusers checkpoint",
     ):
         assert words in done.stderr, words
+
+
+def test_results_never_overwrite_references_or_leave_their_folder(checkpoints, tmp_path):
+    photo = tmp_path / "a b é.png"
+    Image.open(REFERENCE).save(photo)
+    before = photo.read_bytes()
+    cases = [
+        ["--input_dir", tmp_path, "--output_dir", tmp_path],
+        ["--image", photo, "--output", photo],
+    ]
+    for case in cases:
+        done = make(checkpoints["2511"], *case, "--prompt", "x", *QUICK, check=False)
+        assert done.returncode == 2 and "would be overwritten" in done.stderr
+        assert photo.read_bytes() == before
+    table = tmp_path / "t.jsonl"
+    rows = [
+        {"images": [photo.name], "prompt": "x", "name": "../escape"},
+        {"images": [photo.name], "prompt": "x", "name": "contact_sheet"},
+        {"images": [photo.name], "prompt": "x", "seed": "abc"},
+        ["a list"],
+        {"images": ["junk.png"], "prompt": "x"},
+    ]
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    table.write_text("\n".join(json.dumps(row) for row in rows))
+    place = ["--output_dir", tmp_path / "out"]
+    done = make(checkpoints["2511"] / "typo", "--table", table, *place, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for words in (
+        "'../escape': a name must stay inside",
+        "contact_sheet.png",
+        "row 3: seed 'abc' is no whole number",
+        "row 4: wanted",
+        "junk.png cannot be read",
+        "--pretrained_model_name_or_path: no folder",
+    ):
+        assert words in done.stderr, f"{words}\n{done.stderr}"
+
+
+def test_a_lora_of_another_model_is_refused_before_loading(checkpoints, tmp_path):
+    file = tmp_path / "unet.safetensors"
+    save_file({"unet.down.lora_A.weight": torch.zeros(1)}, file)
+    command = ["--image", REFERENCE, "--prompt", "x", "--output", tmp_path / "o.png"]
+    done = make(checkpoints["2511"], "--lora", file, *command, check=False)
+    assert done.returncode == 2 and "no LoRA for this transformer" in done.stderr
 
 
 def test_loras_of_different_reference_sizes_need_a_decision(lora, make_trainer, tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -257,6 +258,45 @@ def test_latest_passes_over_a_damaged_checkpoint(straight_run, tmp_path):
     assert_same(lora_of(tmp_path), lora_of(straight_run[0]))
 
 
+def test_an_older_checkpoint_is_not_mixed_with_newer_ones(straight_run, tmp_path):
+    shutil.copytree(straight_run[0] / "out", tmp_path / "out")
+    named = ["--train.resume_from_checkpoint", "checkpoint-4", "--train.checkpoints_total_limit", 1]
+    done = rerun(straight_run, tmp_path, *named, check=False)
+    assert done.returncode == 2 and "checkpoint-12, newer than checkpoint-4" in done.stderr
+    for step in (6, 8, 10, 12):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    rerun(straight_run, tmp_path, *named)
+    assert [f.name for f in script.list_checkpoints(tmp_path / "out")] == ["checkpoint-12"]
+    assert_same(lora_of(tmp_path), lora_of(straight_run[0]))
+
+
+def test_resume_notices_another_data_set_but_not_another_path(straight_run, tmp_path):
+    shutil.copytree(straight_run[0] / "out", tmp_path / "out")
+    shutil.copytree(straight_run[0] / "data", tmp_path / "data")
+    moved = ["--data.dataset_configs.0.train_data_dir", tmp_path / "data"]
+    latest = ["--train.resume_from_checkpoint", "latest", "--train.max_train_steps", 12]
+    rerun(straight_run, tmp_path, *moved, *latest)
+    for file in (tmp_path / "data").glob("coffee0_*"):
+        file.unlink()
+    done = rerun(straight_run, tmp_path, *moved, *latest, check=False)
+    assert done.returncode == 2 and "samples (names and number): was" in done.stderr
+
+
+def test_num_epochs_shortens_the_run_and_its_schedule(make_trainer):
+    trainer = make_trainer(
+        **{
+            "data.dataset_configs": [suffix_dataset(PAIRS)],
+            "train.num_epochs": 1,
+            "train.max_train_steps": 1000,
+            "train.checkpointing_steps": 1000,
+            "lr_scheduler.scheduler_type": "linear",
+        }
+    )
+    trainer.fit()
+    assert trainer.global_step == 7 == trainer.step_plan().steps  # 13 pairs, 2 a step
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
 def test_old_checkpoints_go_after_the_new_one_is_safe(straight_run, tmp_path):
     rerun(straight_run, tmp_path, "--train.checkpoints_total_limit", 2)
     names = [f.name for f in script.list_checkpoints(tmp_path / "out")]
@@ -276,6 +316,18 @@ def test_a_nan_names_its_samples_and_saves_nothing(straight_run, tmp_path):
     )
     assert done.returncode == 2 and "the loss of step 1 is inf" in done.stderr
     assert re.search(r"samples of this process: (astronaut1|chelsea0|coffee0|hubble0)", done.stderr)
+    assert not script.list_checkpoints(tmp_path / "out")
+
+
+def test_a_nan_gradient_is_noticed_although_the_loss_is_finite(make_trainer, tmp_path, monkeypatch):
+    def poisoned(velocity, noise, target_latents):
+        return script.flow_loss(velocity, noise, target_latents) + (velocity.sum() * 0).abs().sqrt()
+
+    monkeypatch.setitem(script.LOSSES, "mse", poisoned)
+    trainer = make_trainer(**{"train.max_train_steps": 1})
+    with pytest.raises(UserError, match="gradient norm nan"):
+        trainer.fit()
+    assert not (tmp_path / "out" / script.LORA_FILE).exists()
     assert not script.list_checkpoints(tmp_path / "out")
 
 
@@ -565,6 +617,31 @@ def test_the_seeds_notebook_examples(make_trainer, tmp_path):
     assert other.predict(photos[0], "sunset", num_inference_steps=2).shape == (64, 64, 3)
 
 
+def test_a_loader_that_runs_dry_is_an_error(make_trainer):
+    trainer = make_trainer()
+    photo = Image.open(PAIRS / "coffee0_R.png").resize((64, 64))
+    batch = {"image": [photo], "control": [photo], "prompt": ["x"]}
+    with pytest.raises(UserError, match="no more batches"):
+        trainer.fit(b for b in [batch])
+    with pytest.raises(UserError, match="uint8"):
+        make_trainer().cache_step({**batch, "image": [np.zeros((64, 64, 3))]})
+
+
+def test_what_needs_no_weights_is_checked_before_they_load(make_trainer):
+    trainer = make_trainer(
+        **{
+            "model.lora.target_modules": ["to_q", "to_kk"],
+            "optimizer.init_args": {"lrr": 1},
+            "logging.report_to": "wandb",
+        }
+    )
+    with pytest.raises(UserError) as error:
+        trainer.fit()
+    text = str(error.value)
+    assert "no layer matches to_kk" in text and "lrr" in text and "wandb is not installed" in text
+    assert trainer.transformer is trainer.vae is None
+
+
 def test_touching_one_byte_rebuilds_exactly_what_contains_it(checkpoints, tmp_path):
     pairs = copy_pairs(tmp_path / "data")
     dataset = suffix_dataset(pairs)
@@ -629,6 +706,29 @@ def test_a_damaged_entry_is_reported_and_rebuilt(straight_run, tmp_path):
     assert "not used by this config: 1" in run(*command, "--stats").stdout
     assert "pruned: 1 entries" in run(*command, "--prune").stdout and not extra.exists()
     assert sorted(cache.glob("??/??/*")) == entries
+
+
+def test_bit_rot_that_keeps_the_time_stops_training_with_a_message(straight_run, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(straight_run[0] / "cache", cache)
+    for entry in cache.glob("??/??/*"):
+        stat = entry.stat()
+        entry.write_bytes(entry.read_bytes()[:-1] + b"x")
+        os.utime(entry, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    index = sqlite3.connect(cache / "index.sqlite")
+    old, new = str(straight_run[0] / "cache"), str(cache)
+    index.execute("UPDATE files SET path = replace(path, ?, ?)", (old, new))
+    index.commit()
+    place = ["--cache.cache_dir", cache, "--validation.steps", "null"]
+    for workers in (0, 1):
+        number = ["--data.num_workers", workers]
+        done = rerun(straight_run, tmp_path, *place, *number, check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "its checksum is wrong. Repair: cache_embeddings.py --verify" in done.stderr
+    command = ["cache_embeddings.py", "--config", straight_run[1], *place[:2]]
+    assert "damaged" in run(*command, "--logging.output_dir", tmp_path / "out", "--verify").stdout
+    rerun(straight_run, tmp_path, *place)
+    assert_same(lora_of(tmp_path), lora_of(straight_run[0]))
 
 
 def test_a_second_fill_loads_no_model_and_reads_no_picture(straight_run, tmp_path):
