@@ -40,7 +40,7 @@ OUTPUT_DIR = Path("outputs/demo")
 HELD_OUT = ("astronaut0", "chelsea1", "coffee2")  # neither the base nor the LoRA ever sees them
 SIZES_PX = ((160, 160), (192, 128), (128, 192))  # (W, H) buckets of configs/demo_qwen_edit.yaml
 VISION_PX = 64  # side of the picture shown to the text encoder
-NUM_INFERENCE_STEPS = 6
+NUM_INFERENCE_STEPS = 4
 LATENT_CHANNELS = 16
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -93,10 +93,11 @@ def build_tokenizer() -> Any:
     )
     bpe.train_from_iterator([*pieces, *NEUTRAL_PROMPTS, "Picture 1: ", "Picture 2: "], trainer)
     model = json.loads(bpe.to_str())["model"]
+    merges: list[Any] = [tuple(pair) for pair in model["merges"]]
     vocab = model["vocab"] | {t: len(model["vocab"]) + i for i, t in enumerate(SPECIAL_TOKENS)}
-    return transformers.Qwen2Tokenizer(  # type: ignore[misc]
+    return transformers.Qwen2Tokenizer(
         vocab=vocab,
-        merges=[tuple(pair) for pair in model["merges"]],
+        merges=merges,
         unk_token="<|endoftext|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -288,7 +289,7 @@ def draw_leaves(rng: np.random.RandomState, side_px: int, leaves: int = 40) -> n
     return np.clip(image, -1, 1).astype(np.float32)
 
 
-def to_pixels(images: list[np.ndarray]) -> torch.Tensor:
+def stack_pixels(images: list[np.ndarray]) -> torch.Tensor:
     """(H, W, 3) arrays in [-1, 1] -> (B, 3, H, W)."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
@@ -304,7 +305,7 @@ def fit_autoencoder(rng: np.random.RandomState, steps: int, width: int) -> Linea
 
     Muon instead of Adam: every layer is ill conditioned because low frequencies dominate pictures.
     """
-    leaves = to_pixels([draw_leaves(rng, 96) for _ in tqdm(range(600), "synthetic images")])
+    leaves = stack_pixels([draw_leaves(rng, 96) for _ in tqdm(range(600), "synthetic images")])
     model = LinearAutoencoder(width)
     matrices, biases = split_parameters(model)
     muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
@@ -460,7 +461,7 @@ def draw_copy_latents(
                 picture = recoloured_crop(rng, photos, (width, height))
             else:
                 picture = draw_leaves(rng, max(width, height))[:height, :width]
-            pool.append(autoencoder.encode(to_pixels([picture])) / std[:, None, None])
+            pool.append(autoencoder.encode(stack_pixels([picture])) / std[:, None, None])
         pools.append(torch.cat(pool))
     return pools
 
@@ -564,7 +565,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def load_pipeline(folder: Path) -> Any:
+def load_base(folder: Path) -> Any:
     """In fp32, without need of torchvision."""
     processor = ImageOnlyQwen2VLProcessor.from_pretrained(folder / "processor")
     return diffusers.QwenImageEditPlusPipeline.from_pretrained(
@@ -584,10 +585,10 @@ def rebuild(
     """Write the base model; it sees synthetic pictures and the befores that are not held out."""
     torch.manual_seed(seed)
     rng = np.random.RandomState(seed)
-    befores = {p.name[:-6]: open_rgb(p) for p in sorted((ROOT / PAIRS_DIR).glob("*_R.png"))}
+    befores = {p.name[:-6]: open_photo(p) for p in sorted((ROOT / PAIRS_DIR).glob("*_R.png"))}
     photos = [photo for name, photo in befores.items() if name not in HELD_OUT]
     autoencoder = fit_autoencoder(rng, autoencoder_steps, width=48)
-    std = use_principal_axes(autoencoder, to_pixels([draw_leaves(rng, 96) for _ in range(64)]))
+    std = use_principal_axes(autoencoder, stack_pixels([draw_leaves(rng, 96) for _ in range(64)]))
     tokenizer = build_tokenizer()
     pipeline: Any = diffusers.QwenImageEditPlusPipeline(
         scheduler=build_scheduler(),
@@ -601,7 +602,7 @@ def rebuild(
     pools = draw_copy_latents(rng, autoencoder, std, photos)
     teach_copy(rng, pipeline.transformer, pools, embeds, copy_steps)
     save_pipeline(pipeline, output_dir)
-    report_copy(load_pipeline(output_dir), photos)
+    report_copy(load_base(output_dir), photos)
     size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
     print(f"{output_dir}: {size / 1e6:.1f} MB")
 
@@ -634,7 +635,7 @@ def report_copy(pipeline: Any, photos: list[Image.Image]) -> None:
 # --- 5. pictures ----------------------------------------------------------------------------------
 
 
-def open_rgb(path: Path) -> Image.Image:
+def open_photo(path: Path) -> Image.Image:
     """RGB, loaded."""
     with Image.open(path) as image:
         return image.convert("RGB")
@@ -659,7 +660,7 @@ def to_array(image: Image.Image) -> np.ndarray:
 @torch.no_grad()
 def reconstruct(vae: Any, picture: np.ndarray) -> np.ndarray:
     """Through the VAE and back, (H, W, 3) in 0..1."""
-    pixels = to_pixels([picture.astype(np.float32) * 2 - 1]).unsqueeze(2)
+    pixels = stack_pixels([picture.astype(np.float32) * 2 - 1]).unsqueeze(2)
     decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0, :, 0]
     return (decoded.permute(1, 2, 0).clamp(-1, 1).numpy().astype(np.float64) + 1) / 2
 
@@ -737,9 +738,9 @@ def run_demo() -> None:
 def open_results(name: str) -> dict[str, Image.Image]:
     """before, base, LoRA, after of one photo, all at the size that was generated."""
     folder = ROOT / OUTPUT_DIR / "generated"
-    base, lora = (open_rgb(folder / f"{name}_scale{scale}.png") for scale in (0, 1))
+    base, lora = (open_photo(folder / f"{name}_scale{scale}.png") for scale in (0, 1))
     before, after = (
-        cover(open_rgb(path), lora.size)
+        cover(open_photo(path), lora.size)
         for path in (ROOT / PAIRS_DIR / f"{name}_R.png", after_path(name))
     )
     return {"before": before, "base": base, "LoRA": lora, "after": after}
@@ -748,7 +749,7 @@ def open_results(name: str) -> dict[str, Image.Image]:
 def score(photos: dict[str, dict[str, Image.Image]]) -> dict[str, Any]:
     """Errors (squared, 0..1 scale) against the true afters: per photo, their means, the skill."""
     names = [path.name[:-6] for path in (ROOT / PAIRS_DIR).glob("*_R.png")]
-    trained = [to_array(open_rgb(after_path(name))) for name in sorted({*names} - {*HELD_OUT})]
+    trained = [to_array(open_photo(after_path(name))) for name in sorted({*names} - {*HELD_OUT})]
     flat = np.mean([picture.mean((0, 1)) for picture in trained], axis=0)
     vae = diffusers.AutoencoderKLQwenImage.from_pretrained(
         ROOT / BASE_DIR / "vae", dtype=torch.float32
