@@ -803,6 +803,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --rebuild")
     args = parser.parse_args()
     if args.rebuild:
+        if not hasattr(torch.optim, "Muon"):
+            parser.error("--rebuild needs torch 2.9 or newer (the demo itself does not)")
         rebuild(ROOT / BASE_DIR, args.seed)
         return
     for path in (BASE_DIR / "model_index.json", CONFIG, PAIRS_DIR):
