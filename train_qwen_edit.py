@@ -1952,14 +1952,13 @@ class QwenImageEditTrainer:
 
     def _encode(self, example: Example) -> dict[str, Any]:
         """What PairDataset.read() reads, computed."""
-        vae_device, text_device = (
-            self.config.cache.vae_encoder_device,
-            self.config.cache.text_encoder_device,
-        )
+        cache = self.config.cache
+        pictures = (example.target, *example.references)
+        target, *references = (self._latent(p, cache.vae_encoder_device) for p in pictures)
         return {
-            "pixel_latent": self._latent(example.target, vae_device),
-            "control_latent": [self._latent(p, vae_device) for p in example.references],
-            "prompt_embed": self._embed(example, text_device),
+            "pixel_latent": target,
+            "control_latent": references,
+            "prompt_embed": self._embed(example, cache.text_encoder_device),
         }
 
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
@@ -2090,6 +2089,7 @@ class QwenImageEditTrainer:
             latent = self._latent(jobs[key], vae_device)  # type: ignore[arg-type]
             self._keep(key, {"latent": latent})
         self.unload("vae")  # KEEP: the encoders are never in memory together
+        self.index.commit()
         for key in progress(prompts, "encode prompts", disable=not prompts):
             embed = self._embed(jobs[key], text_device)  # type: ignore[arg-type]
             self._keep(key, {"embed": embed})

@@ -407,6 +407,7 @@ class FileIndex:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         self._db: sqlite3.Connection | None = None
+        self._pending: list[tuple[str, str, str]] = []
         where = folder / "index.sqlite" if folder else Path(":memory:")
         try:
             rows = self._open(where)
@@ -423,7 +424,7 @@ class FileIndex:
         return self._db.execute("SELECT path, stamp, fact FROM files").fetchall()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_known": self._known, "_db": None}  # a worker process only reads
+        return {"_known": self._known, "_db": None, "_pending": []}  # a worker only reads
 
     def get(self, path: Path, stat: os.stat_result) -> dict[str, Any] | None:
         """The facts recorded for this file, unless its size or modification time has changed."""
@@ -438,14 +439,14 @@ class FileIndex:
         """Record the facts of a file; `commit` makes them last."""
         stamp = f"{stat.st_size}:{stat.st_mtime_ns}"
         self._known[str(path)] = stamp, fact
-        if self._db:
-            row = (str(path), stamp, json.dumps(fact))
-            self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", row)
+        self._pending.append((str(path), stamp, json.dumps(fact)))
 
     def commit(self) -> None:
-        """Write what was put; cheap when nothing was."""
-        if self._db:
-            self._db.commit()
+        """Write what was put, in one short transaction: other processes wait for it."""
+        if self._db and self._pending:
+            with self._db:
+                self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", self._pending)
+        self._pending.clear()
 
 
 def _fsync(path: Path) -> None:

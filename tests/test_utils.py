@@ -105,6 +105,20 @@ def test_the_rest_is_checked_whatever_is_wrong(tmp_path):
     assert "5 problem(s)" in text  # nam, name, side, need.rank, folder
 
 
+def test_an_index_in_use_by_one_process_is_open_to_another(tmp_path):
+    """A fill of hours must not lock the others out between its commits."""
+    first, second = utils.FileIndex(tmp_path), utils.FileIndex(tmp_path)
+    file = tmp_path / "a"
+    file.write_text("x")
+    first.put(file, file.stat(), {"content": "1"})
+    second._db.execute("PRAGMA busy_timeout = 100")
+    second.put(tmp_path, tmp_path.stat(), {"content": "2"})
+    second.commit()  # the first has not committed yet
+    first.commit()
+    third = utils.FileIndex(tmp_path)
+    assert third.known(file) == {"content": "1"} and third.known(tmp_path) == {"content": "2"}
+
+
 def test_a_damaged_index_is_made_anew(tmp_path):
     (tmp_path / "index.sqlite").write_bytes(b"no database" * 100)
     index = utils.FileIndex(tmp_path)
