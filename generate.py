@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -448,14 +449,13 @@ def open_rgb(path: Path) -> Image.Image:
     Raises:
         OSError: unreadable or cut off.
     """
-    with Image.open(path) as image:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
-            _, high = image.convert("F").getextrema()
-            scale = 255 / 65535 if image.mode.startswith("I;16") or float(high) > 255 else 1.0
-            image = image.convert("F").point(lambda v: v * scale).convert("L")
-        return on_white(image)
+    with Image.open(path) as opened_file:
+        image: Image.Image = ImageOps.exif_transpose(opened_file)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
+        deep = image.convert("F")
+        scale = 255 / max(65535 if image.mode != "F" else 255, np.asarray(deep).max())
+        image = deep.point(lambda v: v * scale).convert("L")
+    return on_white(image)
 
 
 @contextlib.contextmanager

@@ -611,14 +611,13 @@ def open_rgb(path: Path) -> Image.Image:
     Raises:
         OSError: unreadable or cut off.
     """
-    with Image.open(path) as image:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
-            _, high = image.convert("F").getextrema()
-            scale = 255 / 65535 if image.mode.startswith("I;16") or float(high) > 255 else 1.0
-            image = image.convert("F").point(lambda v: v * scale).convert("L")
-        return on_white(image)
+    with Image.open(path) as opened_file:
+        image: Image.Image = ImageOps.exif_transpose(opened_file)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
+        deep = image.convert("F")
+        scale = 255 / max(65535 if image.mode != "F" else 255, np.asarray(deep).max())
+        image = deep.point(lambda v: v * scale).convert("L")
+    return on_white(image)
 
 
 VERIFY_SECONDS = 4.0  # new pictures are decoded for this long; the others when they are encoded
@@ -1642,6 +1641,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.config, self.samples = trainer.config, trainer.samples
         self.index, self.keys, self.flavour = trainer.index, trainer.keys, trainer.flavour
         self.cached = cached
+        self._known: dict[Draw, tuple[Example, list[Path]]] = {}
 
     def __getitem__(self, micro_batches: list[list[Draw]]) -> list[dict[str, Any]]:
         try:
@@ -1651,35 +1651,43 @@ class PairDataset(torch.utils.data.Dataset):
 
     def batch(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """One micro-batch, with sigma (B,) before the shift; the noise is drawn here as well."""
-        examples = [
-            resolve(self.config, self.flavour, self.samples, draw, self.index) for draw in draws
-        ]
+        known = [self.resolved(draw) for draw in draws]
         seed, loss = self.config.seed, self.config.loss
         batch = (
-            collate([self.read(example) for example in examples])
+            collate([read_entries(paths) for _, paths in known])
             if self.cached
-            else {"examples": [opened(example) for example in examples]}
+            else {"examples": [opened(example) for example, _ in known]}
         )
-        width, height = examples[0].target.size
+        width, height = known[0][0].target.size
         shape = (16, 1, height // 8, width // 8)
         return batch | {
             "noise": torch.stack([normal(shape, seed, "noise", d.visit) for d in draws]),
             "sigma": torch.tensor([sample_sigma(loss, seed, "sigma", d.visit) for d in draws]),
-            "names": [example.name for example in examples],
+            "names": [example.name for example, _ in known],
         }
 
-    def read(self, example: Example) -> dict[str, Any]:
-        """The entries of one example."""
-        folder = self.config.cache.cache_dir
+    def resolved(self, draw: Draw) -> tuple[Example, list[Path]]:
+        """The example of a draw and its cache entries: target, references, prompt; remembered."""
+        draw = draw._replace(visit=0)
+        if draw not in self._known:
+            e = resolve(self.config, self.flavour, self.samples, draw, self.index)
+            keys: list[str] = []
+            if self.cached:
+                keys = [self.keys.latent(p) for p in (e.target, *e.references)]
+                keys.append(self.keys.prompt(e))
+            folder = self.config.cache.cache_dir
+            self._known[draw] = e, [entry_path(folder, key) for key in keys]
+        return self._known[draw]
 
-        def latent(picture: Picture) -> torch.Tensor:
-            return read_entry(entry_path(folder, self.keys.latent(picture)))["latent"]
 
-        return {
-            "pixel_latent": latent(example.target),
-            "control_latent": [latent(picture) for picture in example.references],
-            "prompt_embed": read_entry(entry_path(folder, self.keys.prompt(example)))["embed"],
-        }
+def read_entries(paths: Sequence[Path]) -> dict[str, Any]:
+    """Cache entries (target, references, prompt) -> item of a batch. Raises ValueError."""
+    target, *references = (read_entry(path)["latent"] for path in paths[:-1])
+    return {
+        "pixel_latent": target,
+        "control_latent": references,
+        "prompt_embed": read_entry(paths[-1])["embed"],
+    }
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -1951,7 +1959,7 @@ class QwenImageEditTrainer:
         return self.encode_prompt_image_embedding(example.caption, images, device)[0][0].cpu()
 
     def _encode(self, example: Example) -> dict[str, Any]:
-        """What PairDataset.read() reads, computed."""
+        """What read_entries() reads, computed."""
         cache = self.config.cache
         pictures = (example.target, *example.references)
         target, *references = (self._latent(p, cache.vae_encoder_device) for p in pictures)
@@ -2643,7 +2651,8 @@ class QwenImageEditTrainer:
                 part = self.training_step(batch) * (batch_size(batch) / total)
                 accelerator.backward(part)
             loss += part.detach()
-        norm = accelerator.clip_grad_norm_(self.trainable(), self.config.train.max_grad_norm)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = accelerator.clip_grad_norm_(trained, self.config.train.max_grad_norm)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -2789,11 +2798,14 @@ class QwenImageEditTrainer:
 
     def _validation_item(self, number: int) -> tuple[Example, dict[str, Any], torch.Tensor]:
         """Example, its batch of one, and the embedding of the empty instruction."""
-        draw = Draw(0, number)
-        example = resolve(self.config, self.flavour, self.samples, draw, self.index)
-        item_of = PairDataset(self, True).read if self.use_cache else self._encode
-        empty = item_of(example._replace(caption=""))["prompt_embed"]
-        return example, collate([item_of(example)]), empty[None]
+        data, draw = PairDataset(self, self.use_cache), Draw(0, number)
+        example, paths = data.resolved(draw)
+        if self.use_cache:
+            item = read_entries(paths)
+            empty = read_entries(data.resolved(draw._replace(empty=True))[1])
+        else:
+            item, empty = self._encode(example), self._encode(example._replace(caption=""))
+        return example, collate([item]), empty["prompt_embed"][None]
 
     def _validation_loss(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> float:
         """Mean over the held-out pairs at four noise levels, with the same noise every time."""

@@ -500,7 +500,8 @@ def entry_path(cache_dir: Path, key: str) -> Path:
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy().tobytes(), crc)
+        data = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
+        crc = zlib.crc32(data.data, crc)
     return f"{crc:08x}"
 
 
