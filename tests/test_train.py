@@ -447,6 +447,45 @@ def test_a_fresh_pipeline_loads_the_lora_at_its_strength(
     torch.testing.assert_close(reloaded, loaded, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["suffix", "folders"])
+def test_two_references_train_in_both_layouts(layout, make_trainer, tmp_path):
+    """References of another shape, mixed with single ones: batches of one shape each."""
+    pairs = copy_pairs(tmp_path / "data")
+    if layout == "suffix":
+        dataset = suffix_dataset(pairs, holdout=["hubble0"])
+        dataset["image_configs"]["tones"] = {"suffix": "_D"}
+        both = [{"image": "before"}, {"image": "tones"}]
+        dataset["reference_configs"]["both"] = both
+        batch = dataset["batch_configs"][0]
+        dataset["batch_configs"].append({**batch, "reference_config": "both"})
+        dataset["caption_configs"]["text"]["reference_list"]["reference_config"] = "both"
+    else:
+        for end, name in (("T", "after"), ("R", "before"), ("D", "tones")):
+            (pairs / name).mkdir()
+            for file in pairs.glob(f"*_{end}.*"):
+                file.rename(pairs / name / file.name.replace(f"_{end}", ""))
+        dataset = {"train_data_dir": str(pairs), "resolution": 64, "target_dir": "after"}
+        dataset |= {"reference_dirs": ["before", "tones"], "holdout": ["hubble0"]}
+    trainer = make_trainer(
+        **{
+            "data.dataset_configs": [dataset],
+            "train.max_train_steps": 6,
+            "validation.steps": 6,
+            "validation.num_inference_steps": 2,
+        }
+    )
+    trainer.fit()
+    seen = set()
+    for step in trainer.train_dataloader():
+        for batch in step:
+            seen.add(len(batch["control_latent"]))
+            assert {tuple(c.shape[-2:]) for c in batch["control_latent"][1:]} <= {(4, 16)}
+    assert trainer.global_step == 6 and seen == ({1, 2} if layout == "suffix" else {2})
+    sheet = Image.open(tmp_path / "out" / "samples" / "step_000006.png")
+    columns = 5 if layout == "folders" else 4  # references, base, LoRA, target
+    assert sheet.width == columns * 264 + 8
+
+
 def test_training_can_start_from_a_lora_file(make_trainer, tmp_path):
     trainer = make_trainer(**{"model.lora.lora_alpha": 16.0})
     trainer.set_lora()
