@@ -1454,22 +1454,38 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     )
 
 
+def set_aside(output_dir: Path) -> None:
+    """Move the checkpoints, metrics and samples of an earlier run into earlier-<n>/."""
+    if not list_checkpoints(output_dir):
+        return
+    numbers = (n for n in itertools.count(1) if not (output_dir / f"earlier-{n}").exists())
+    place = output_dir / f"earlier-{next(numbers)}"
+    place.mkdir()
+    for old in (
+        *list_checkpoints(output_dir),
+        output_dir / "samples",
+        output_dir / "metrics.jsonl",
+    ):
+        if old.exists():
+            old.rename(place / old.name)
+    log.warning(
+        "%s holds an earlier run: its checkpoints, metrics and samples are now in %s "
+        "(to go on with it: --train.resume_from_checkpoint latest)",
+        output_dir,
+        place,
+    )
+
+
 def find_checkpoint(config: Config, now: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """What train.resume_from_checkpoint names. `now`: what this run is trained as.
 
     Raises:
-        UserError: a named checkpoint is missing or damaged, settings differ, or output_dir holds
-            checkpoints that this run would mix with its own.
+        UserError: a named checkpoint is missing, damaged or older than others there, or settings
+            differ.
     """
     wanted, output_dir = config.train.resume_from_checkpoint, config.logging.output_dir
     there = list_checkpoints(output_dir)
     if wanted is None:
-        if there:
-            raise UserError(
-                f"{output_dir} holds {there[-1].name} of an earlier run: go on with "
-                "--train.resume_from_checkpoint latest, or choose another --logging.output_dir, "
-                "or delete the folder"
-            )
         return None
     if wanted == "latest":
         found = None
@@ -2524,6 +2540,8 @@ class QwenImageEditTrainer:
         self.samples_per_step *= self.accelerator.num_processes
         found = find_checkpoint(self.config, self.trained_as()) if self.global_step == 0 else None
         if self.accelerator.is_main_process:
+            if not found and self.global_step == 0:
+                set_aside(self.config.logging.output_dir)
             run_record(self.config.logging.output_dir, self.config, Path(__file__))
         if train_dataloader is None and self.use_cache:
             self.cache_embeddings()

@@ -229,10 +229,19 @@ def test_accumulation_learns_the_same(straight_run, tmp_path):
     assert_same(lora_of(tmp_path), lora_of(straight_run[0]), rtol=0, atol=2e-4)
 
 
+def test_a_new_run_in_the_folder_of_an_earlier_one_sets_that_aside(straight_run, tmp_path):
+    shutil.copytree(straight_run[0] / "out", tmp_path / "out")
+    done = rerun(straight_run, tmp_path, "--train.max_train_steps", 3)
+    assert "holds an earlier run" in done.stderr
+    names = [f.name for f in script.list_checkpoints(tmp_path / "out")]
+    assert names == ["checkpoint-2", "checkpoint-3"]
+    earlier = tmp_path / "out" / "earlier-1"
+    assert len(script.list_checkpoints(earlier)) == 6 and (earlier / "metrics.jsonl").exists()
+    assert all(script.valid_checkpoint(f) for f in script.list_checkpoints(earlier))
+
+
 def test_resume_refuses_what_would_be_another_run(straight_run, tmp_path):
     out = straight_run[0] / "out"
-    done = run(script.__file__, "--config", straight_run[1], check=False)
-    assert done.returncode == 2 and "--train.resume_from_checkpoint latest" in done.stderr
     done = run(
         script.__file__,
         "--config",
