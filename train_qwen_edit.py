@@ -968,7 +968,7 @@ def load_picture(picture: Picture) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"picture {source} cannot be read: {error}") from error
     image = crop(image, picture.box).resize(picture.size, Image.Resampling.LANCZOS)
-    return ImageOps.mirror(image) if picture.flip else image
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if picture.flip else image
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -186,15 +186,19 @@ def test_sigterm_saves_and_exits_0_and_the_rest_is_bit_equal(straight_run, tmp_p
     out = tmp_path / "out"
     command = [sys.executable, script.__file__, "--config", str(straight_run[1])]
     command += ["--logging.output_dir", str(out)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while not (out / "checkpoint-2").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, printed
-    step = int(script.list_checkpoints(out)[-1].name.split("-")[1])
+    for _ in range(3):  # on a busy machine the signal may come after the last step
+        shutil.rmtree(out, ignore_errors=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while not (out / "checkpoint-2").exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, printed
+        step = int(script.list_checkpoints(out)[-1].name.split("-")[1])
+        if step < 12:
+            break
     assert step < 12 and (out / script.LORA_FILE).exists()
     rerun(straight_run, tmp_path, "--train.resume_from_checkpoint", "latest")
     assert_same(lora_of(tmp_path), lora_of(straight_run[0]))
