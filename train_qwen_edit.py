@@ -412,10 +412,9 @@ class Sample(NamedTuple):
 def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean ...?)' or the list of what there is."""
     names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return (
-        f", did you mean '{close[0]}'?" if close else f" (there is: {', '.join(names) or 'none'})"
-    )
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
+        return f", did you mean '{close[0]}'?"
+    return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
 
 
 def check_names(ds: DatasetConfig, where: str) -> list[str]:
@@ -792,8 +791,11 @@ def audit(config: Config) -> list[str]:
         flavour = None
     try:
         config.logging.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problems.append(f"logging.output_dir: cannot write there: {error}")
+    try:
         samples, wrong = find_samples(config, open_index(config))
-    except (UserError, OSError) as error:
+    except UserError as error:
         return [*problems, str(error)]
     problems += wrong
     if flavour and flavour.name == "edit-v1":

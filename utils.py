@@ -333,6 +333,8 @@ def load_config(
     if "help" in flags:
         print(help_text(cls))
         sys.exit(0)
+    if unread := [problem for problem in problems if problem.startswith("--config ")]:
+        raise UserError("\n".join(unread))  # without the file everything else would be noise
     config, wrong = _validate(cls, data)
     problems += wrong
     if "print_config" in flags and config and not problems:

@@ -377,6 +377,8 @@ def test_refused_within_ten_seconds_and_before_any_model_library(checkpoints, tm
     [
         ("model.pretrained_model_name_or_path", "no/such/folder", "no folder no/such/folder"),
         ("data.dataset_configs", [], "no data set is named"),
+        ("logging.output_dir", "/dev/null/x", "logging.output_dir: cannot write there"),
+        ("cache.cache_dir", "/dev/null/x", "cache.cache_dir: cannot write there"),
         ("cache.vae_encoder_device", "cuda:7", "this machine has"),
         ("cache.text_encoder_device", "gpu", "is no device"),
         ("validation.steps", 2, "no data set names samples in holdout"),
