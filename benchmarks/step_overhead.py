@@ -22,7 +22,7 @@ import torch
 import train_qwen_edit as script
 from utils import MetricLog, StopSignal, load_config, run_script
 
-BLOCKS, STEPS = 12, 20
+BLOCKS, STEPS = 8, 60  # long blocks: a run opens its progress bar once, not every 20 steps
 SQUARE = ("astronaut3", "chelsea0", "coffee0", "hubble0")
 
 
