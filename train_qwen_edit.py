@@ -45,7 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -89,6 +89,21 @@ log = logging.getLogger("train_qwen_edit")
 # --- 1. config ------------------------------------------------------------------------------------
 
 
+def parse_blocks(text: str) -> set[int]:
+    """ "0-10, 50-59, 7" -> {0, ..., 10, 7, 50, ..., 59}; "" -> {}. Raises ValueError."""
+    found: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        first, dash, last = part.partition("-")
+        if not part:
+            continue
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"'{part}' is no block or range of blocks such as 0-10")
+        if dash and int(first) >= int(last):
+            raise ValueError(f"'{part}': a range goes up")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
 class LoraConfig(Section):
     """The adapter on the transformer; everything else stays frozen."""
 
@@ -96,12 +111,25 @@ class LoraConfig(Section):
     """Rank. File size and memory grow linearly with it."""
     lora_alpha: float | None = Field(None, gt=0)
     """Strength is lora_alpha / r; null means lora_alpha = r."""
+    method: Literal["lora", "dora", "lokr"] = "lora"
+    """dora: LoRA with learned column norms; lokr: Kronecker product of two small matrices."""
+    lokr_factor: int = Field(-1, ge=-1)
+    """lokr: size of the smaller matrix; -1: about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
     """How A starts; B starts at zero, so step 0 is the base model."""
-    target_modules: list[str] | str = ["to_k", "to_q", "to_v", "to_out.0"]
-    """Names of linear layers (matched from the end), or one regular expression."""
+    target_modules: list[str] | str = "attn-image"
+    """A named set (attn-image, attn-all, attn+mlp, all-linear), names of linear layers (matched
+    from the end), or one regular expression."""
+    exclude_blocks: str = ""
+    """Blocks without an adapter: "59" or "0-10, 50-59"."""
     pretrained_weight: Path | None = None
     """Start from this LoRA file (same r and target_modules) instead of from nothing."""
+
+    @field_validator("exclude_blocks")
+    @classmethod
+    def _ranges(cls, value: str) -> str:
+        parse_blocks(value)
+        return value
 
 
 class ModelConfig(Section):
@@ -109,9 +137,38 @@ class ModelConfig(Section):
 
     pretrained_model_name_or_path: str = "Qwen/Qwen-Image-Edit-2511"
     """Folder in diffusers layout, or a Hub id."""
-    quantize: Literal["fp8", "int8", "int4", "int2"] | bool = False
-    """Weights of the frozen transformer blocks (optimum-quanto); true means fp8."""
+    base_model_precision: Literal[
+        "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"
+    ] = "no_change"
+    """Weights of the frozen transformer blocks; embedders, modulation and output stay in bf16."""
+    quantize: bool = False
+    """Short for base_model_precision: fp8-quanto."""
+    quantize_via: Literal["cpu", "accelerator"] = "accelerator"
+    """Where a block is quantised while it loads."""
+    quantize_activations: bool = False
+    """Also the inputs of the quantised layers, in the same type (quanto int8 and fp8 only)."""
+    devices: list[str] = []
+    """Spread the transformer's blocks over these, e.g. [cuda:0, cuda:1]; one process."""
+    blocks_to_swap: int = Field(0, ge=0)
+    """Blocks that wait in CPU memory until they are needed; with gradient checkpointing."""
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> ModelConfig:
+        if self.quantize and self.base_model_precision not in ("no_change", "fp8-quanto"):
+            raise ValueError("quantize: true means fp8-quanto; leave it out beside another type")
+        if self.quantize_activations and self.precision not in ("int8-quanto", "fp8-quanto"):
+            raise ValueError("quantize_activations goes with int8-quanto or fp8-quanto")
+        if self.blocks_to_swap and self.precision == "nf4-bnb":
+            raise ValueError("blocks_to_swap goes with every precision but nf4-bnb")
+        if self.blocks_to_swap and len(self.devices) > 1:
+            raise ValueError("blocks_to_swap or several devices, not both")
+        return self
+
+    @property
+    def precision(self) -> str:
+        """What the blocks are stored in, `quantize` resolved."""
+        return "fp8-quanto" if self.quantize else self.base_model_precision
 
 
 class ImageConfig(Section):
@@ -121,11 +178,37 @@ class ImageConfig(Section):
     """What a stem ends with: "_T" for a_T.png. "" takes stems that end with no other suffix."""
 
 
-class ItemConfig(Section):
-    """One picture of a target or reference list."""
+class TargetItem(Section):
+    """The picture that is learned."""
+
+    image: str
+    """A name of image_configs: what training moves towards."""
+    from_image: str | None = None
+    """A name of image_configs: what is noised instead of the target."""
+    from_image_mode: Literal["bridge", "consistent", "replace"] = "bridge"
+    """x = (1 - sigma) from + sigma noise. bridge: the velocity leads to `image` as if x came from
+    it (noise - image); consistent: from x exactly to `image` ((x - image) / sigma); replace:
+    `from_image` is the target itself."""
+    resize: int | None = Field(None, ge=64)
+    """Resolution of this target instead of the data set's."""
+
+
+class ReferenceItem(Section):
+    """One picture of a reference list."""
 
     image: str
     """A name of image_configs."""
+    resize: int | None = Field(None, ge=64)
+    """Side of the square of equal area, px, instead of data.reference_area."""
+    sample_type: Literal["from_same_name", "from_subdir"] = "from_same_name"
+    """from_subdir: other pictures, at random, from the folder of `image`."""
+    suffix: str = ""
+    """from_subdir: only pictures whose stem ends with this."""
+    count: int = Field(1, ge=1)
+    """from_subdir: how many pictures."""
+    draws: int = Field(1, ge=1)
+    """from_subdir: how many such choices each sample has; one is drawn per visit, all are
+    cached."""
 
 
 class ReferenceListConfig(Section):
@@ -148,6 +231,8 @@ class CaptionConfig(Section):
     """The caption file lies beside this picture."""
     ext: str = ".txt"
     """Its extension."""
+    instruction: str | None = None
+    """Replaces the model's own system instruction; generate.py reads it from the LoRA file."""
     reference_list: ReferenceListConfig | None = None
     """null: the references of the batch config, which is what inference does."""
 
@@ -156,40 +241,69 @@ class BatchConfig(Section):
     """One combination of target, references and caption; one is drawn per visit."""
 
     target_config: str
-    reference_config: str
     caption_config: str
+    reference_config: str | None = None
+    """null: no references for the transformer."""
+    mask: str | None = None
+    """A name of image_configs: white where the loss counts more (loss.mask)."""
     caption_dropout: float | None = Field(None, ge=0, le=1)
-    """Chance of the empty instruction (with the same references); null: data's rate."""
-    weight: float = Field(1.0, gt=0)
-    """Relative chance of this combination."""
+    """Chance of training without the instruction; null: data's rate."""
+    reference_dropout: float = Field(0.0, ge=0, le=1)
+    """Chance, at each reference in turn, to leave it and all later ones out of the transformer."""
+    weight: float | None = Field(None, gt=0)
+    """Chance of this combination (all together at most 1); those without one share the rest."""
 
 
 class DatasetConfig(Section):
-    """One data set, in the suffix layout (image_configs) or the folders layout (target_dir)."""
+    """One data set: suffix layout (image_configs), folders layout (target_dir), table or Hub."""
 
-    train_data_dir: Path
+    id: str = ""
+    """Name of the data set, for validation.eval_dataset_id and the log; default: its folder's."""
+    train_data_dir: Path = Path()
     """Folder of the data set; it is only read."""
     resolution: int = Field(1024, ge=64, multiple_of=SIZE_MULTIPLE)
     """Side of the square whose area the targets get, px; aspect ratios are kept (buckets)."""
+    buckets: Literal["fine", "table"] = "fine"
+    """fine: every size in steps of 32 px; table: the 13 shapes (and their transposes) that
+    T2ITrainer's resolutions have, nearest ratio."""
     repeats: int = Field(1, ge=1)
     """Visits of each sample per epoch."""
+    loss_weight: float = Field(1.0, gt=0)
+    """Factor of this data set's loss."""
     recreate_cache: bool = False
     """Encode again even what is in the cache."""
+    recreate_cache_target: bool = False
+    """... only the targets."""
+    recreate_cache_reference: bool = False
+    """... only the references."""
+    recreate_cache_caption: bool = False
+    """... only the captions."""
     holdout: list[str] = []
     """Samples kept out of training; validation uses them."""
-    on_missing: Literal["error", "skip"] = "error"
-    """What to do with a sample that lacks a file or a caption."""
+    holdout_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the samples kept out in addition, drawn by the seed."""
+    on_missing: Literal["error", "skip", "allow_fewer"] = "error"
+    """What to do with a sample that lacks a file or a caption. allow_fewer: train it with the
+    references it has, if it has one (the rest as with error)."""
     views: int = Field(1, ge=1)
     """Cached views per sample: the whole picture, then views - 1 random crops."""
     view_scale: float = Field(1.0, gt=0, le=1)
     """Smallest side of a random crop, relative to the whole picture."""
     view_flip: bool = False
     """Mirror half of the random crops. Not for edits that know left from right."""
+    conditioning_type: Literal["auto", "reference_strict", "reference_loose"] = "auto"
+    """reference_strict: every reference gets the target's crop; reference_loose: its own frame
+    whole; auto: strict for references of the target's aspect, loose for the others."""
+    conditioning_multidataset_sampling: Literal["combined", "random"] = "combined"
+    """combined: all references of a sample; random: one of them per visit."""
+    caption_lines: bool | None = None
+    """Each line of a caption file is a caption of its own, one is drawn per visit; null: true in
+    the folders layout, false in the suffix layout."""
     image_configs: dict[str, ImageConfig] = {}
     """Suffix layout: role -> suffix."""
-    target_configs: dict[str, list[ItemConfig]] = {}
+    target_configs: dict[str, list[TargetItem]] = {}
     """Suffix layout: name -> [the target]."""
-    reference_configs: dict[str, list[ItemConfig]] = {}
+    reference_configs: dict[str, list[ReferenceItem]] = {}
     """Suffix layout: name -> references, in the order the model sees them."""
     caption_configs: dict[str, CaptionConfig] = {}
     """Suffix layout: name -> caption."""
@@ -198,28 +312,52 @@ class DatasetConfig(Section):
     target_dir: Path | None = None
     """Folders layout: folder of the targets, relative to train_data_dir."""
     reference_dirs: list[Path] = []
-    """Folders layout: folders of the references, in order; same relative stem, any extension."""
+    """Folders layout: folders of the references, in order; same relative stem, any extension.
+    More of one sample in one folder: a.png, a_control_1.png, a_control_2.png."""
+    mask_dir: Path | None = None
+    """Folders layout: masks of the same stem; without it a_mask.png beside target or reference."""
     caption_ext: str = ".txt"
-    """Folders layout: caption files lie beside the targets."""
+    """Folders layout: caption files lie beside the targets (or the first references)."""
     caption: str | None = None
-    """Folders layout: one instruction for every sample, instead of files."""
+    """One instruction for every sample, instead of files or columns."""
+    table: Path | None = None
+    """CSV or JSONL: path_target, path_control, path_control_1, ..., prompt, path_mask (or target,
+    references, prompt, mask); paths from train_data_dir or the table's folder."""
+    hf_dataset: str | None = None
+    """Hub id or folder of a Hugging Face data set with the columns target_image, control_images,
+    prompt and, if there are masks, control_mask."""
+    hf_split: str = "train"
+    """Its split."""
+    selected_control_indexes: list[int] = []
+    """Of several references per sample only these, from 1; [] means all."""
 
     @model_validator(mode="after")
     def _one_layout(self) -> DatasetConfig:
-        if bool(self.image_configs) == bool(self.target_dir):
-            raise ValueError(
-                "give image_configs (suffix layout: a_T.png a_R.png) or target_dir and "
-                "reference_dirs (folders layout), one of the two"
-            )
+        layouts = {
+            "image_configs (suffix layout: a_T.png a_R.png)": self.image_configs,
+            "target_dir and reference_dirs (folders layout)": self.target_dir,
+            "table": self.table,
+            "hf_dataset": self.hf_dataset,
+        }
+        if sum(map(bool, layouts.values())) != 1:
+            raise ValueError(f"give one of {', '.join(layouts)}")
         if self.target_dir and not self.reference_dirs:
             raise ValueError("reference_dirs is empty: name at least one folder")
-        if self.image_configs and (self.caption is not None or self.reference_dirs):
-            raise ValueError("caption and reference_dirs belong to the folders layout")
+        if self.reference_dirs and not self.target_dir:
+            raise ValueError("reference_dirs belongs to the folders layout: name target_dir too")
         if self.views == 1 and (self.view_flip or self.view_scale < 1):
             raise ValueError("view_flip and view_scale are about random crops: set views above 1")
         if self.image_configs and not self.batch_configs:
             raise ValueError("batch_configs is empty: name at least one combination")
+        if sum(b.weight or 0 for b in self.batch_configs) > 1 + 1e-9:
+            raise ValueError("the weights of batch_configs sum to more than 1")
         return self
+
+    @property
+    def name(self) -> str:
+        """`id`, or what the data set is read from."""
+        source = self.hf_dataset or self.table or self.train_data_dir
+        return self.id or Path(source).name or str(source)
 
 
 class DataConfig(Section):
@@ -229,12 +367,18 @@ class DataConfig(Section):
     """The data sets; all of them are mixed."""
     batch_size: int = Field(1, ge=1)
     """Samples per forward pass and process (of one shape: targets and references)."""
+    max_tokens_per_batch: int | None = Field(None, ge=1)
+    """Fewer samples per forward pass where pictures are large: image tokens (target and
+    references) of a pass stay below this, if one sample does."""
     num_workers: int = Field(2, ge=0)
     """Processes that read the cache; changes no result."""
     shuffle: bool = True
     """A new order every epoch."""
     caption_dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Chance of the empty instruction (with the same references)."""
+    """Chance of training without the instruction."""
+    caption_dropout_mode: Literal["empty", "zero"] = "empty"
+    """empty: the empty instruction with the same references, which is what guidance uses; zero:
+    the whole embedding (pictures too) is zeros of the same length."""
     reference_area: Literal["1mp", "target"] | int = "1mp"
     """Area of each reference in the transformer: 1mp is what the pipelines do; "target" makes it
     as large as the target (2.8 times fewer operations at 512 px); or a number of pixels. It is
@@ -258,7 +402,7 @@ class OptimizerConfig(Section):
     """The optimizer."""
 
     class_path: str = "torch.optim.AdamW"
-    """Any importable optimizer, e.g. bitsandbytes.optim.AdamW8bit, prodigyopt.Prodigy."""
+    """adamw, adamw8bit, adafactor, prodigy, schedulefree, or any importable class."""
     init_args: dict[str, Any] = {"lr": 1e-4}
     """Its arguments."""
 
@@ -267,7 +411,13 @@ class LrSchedulerConfig(Section):
     """Learning rate schedule of diffusers; counts optimizer steps, whatever the processes."""
 
     scheduler_type: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
     ] = "constant"
     """Shape after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -276,6 +426,8 @@ class LrSchedulerConfig(Section):
     """cosine: half waves / 2; cosine_with_restarts: restarts (whole)."""
     power: float = Field(1.0, gt=0)
     """polynomial: exponent."""
+    step_rules: str | None = None
+    """piecewise_constant: "1:100,0.1:200,0.01": factor 1 up to step 100, 0.1 up to 200, ..."""
 
 
 class TrainConfig(Section):
@@ -295,6 +447,14 @@ class TrainConfig(Section):
     """"latest" (the newest valid one; from step 0 if there is none) or a checkpoint folder."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
+    use_ema: bool = False
+    """Keep a moving average of the adapter in fp32; saved beside it, under its own name."""
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    """Share that stays per step; at step n at most (1 + n) / (10 + n)."""
+    ema_device: Literal["accelerator", "cpu"] = "accelerator"
+    """cpu saves its memory on the GPU; the loop then waits at every update."""
+    ema_update_interval: int = Field(1, ge=1)
+    """Steps between two updates; the decay is raised to that power."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """bf16: base in bf16, LoRA, loss and optimizer in fp32. no: all in fp32. (No fp16: the
     activations of Qwen-Image leave its range.)"""
@@ -329,41 +489,106 @@ class PredictConfig(Section):
     devices: PredictDevices = PredictDevices()
 
 
+class ValidationSample(Section):
+    """An edit without a target."""
+
+    prompt: str
+    """The instruction."""
+    images: list[Path]
+    """References, in order."""
+    negative_prompt: str | None = None
+    """null: validation's."""
+    height: int | None = Field(None, ge=32, multiple_of=16)
+    """px; null: validation.resolution."""
+    width: int | None = Field(None, ge=32, multiple_of=16)
+    """px; see height."""
+    num_inference_steps: int | None = Field(None, ge=2)
+    """null: validation's."""
+    true_cfg_scale: float | None = Field(None, ge=1)
+    """null: validation's."""
+    seed: int | None = None
+    """null: validation's."""
+
+
 class ValidationConfig(Section):
-    """Pictures and loss on the samples named in holdout."""
+    """Pictures and loss on held-out samples (holdout, holdout_ratio, eval_dataset_id)."""
 
     steps: int | None = Field(None, ge=1)
     """Steps between two validations; null: none."""
+    eval_dataset_id: list[str] = []
+    """Data sets (id) that are kept out of training whole."""
+    samples: list[ValidationSample] = []
+    """More edits to draw, without a target."""
     max_samples: int = Field(4, ge=1)
-    """Samples drawn on the sheet; the loss takes all."""
+    """Held-out samples drawn on the sheet; the loss takes all."""
     seed: int = 42
     """Noise of the pictures and of the loss; the same every time."""
+    resolution: int | None = Field(None, ge=64)
+    """Side of the square of equal area, px; null: the target's own size (samples: 1 MP)."""
     num_inference_steps: int = Field(20, ge=2)
     """Euler steps of the pictures (a single one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
-    """1: no guidance. Else against the empty instruction, as in the pipeline."""
+    """1: no guidance. Else against negative_prompt, as in the pipeline."""
+    negative_prompt: str = ""
+    """"" is the empty instruction with the same references."""
 
 
 class LossConfig(Section):
     """What is minimised, and at which noise levels."""
 
-    loss_type: Literal["mse"] = "mse"  # EDIT HERE: add yours here and to LOSSES
+    loss_type: Literal["mse", "huber"] = "mse"  # EDIT HERE: add yours here and to LOSSES
     """A name of LOSSES."""
-    timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
-    """Density of sigma before the shift."""
+    huber_c: float = Field(0.1, gt=0)
+    """huber: errors above this count linearly."""
+    mask: Literal["none", "file", "difference"] = "none"
+    """Weigh the loss by region: a mask file (where there is none, all counts alike), or where the
+    target differs from the first reference. Divided by the sum of the weights."""
+    mask_loss: bool = False
+    """Short for mask: file."""
+    foreground_weight: float = Field(2.0, ge=0)
+    """Weight where the mask is white."""
+    background_weight: float = Field(1.0, ge=0)
+    """Weight where it is black."""
+    difference_threshold: float = Field(0.1, gt=0, le=1)
+    """difference: mean change of a channel (0..1) that counts as changed altogether."""
+    timestep_density: Literal["logit_normal", "uniform", "mode", "sigmoid"] = "logit_normal"
+    """Density of sigma before the shift (mode: SD3's; sigmoid: of sigmoid_scale x normal)."""
     logit_mean: float = 0.0
     """logit_normal: larger means noisier."""
     logit_std: float = Field(1.0, gt=0)
     """logit_normal: larger means wider."""
+    mode_scale: float = 1.29
+    """mode: above 0 favours the middle."""
+    sigmoid_scale: float = Field(1.0, gt=0)
+    """sigmoid: larger means wider."""
     timestep_shift: Literal["model"] | float = "model"
     """"model": the shift that inference uses at this resolution; a number s > 0:
     sigma' = s sigma / (1 + (s - 1) sigma); 1: none."""
+    rollout_steps: int = Field(0, ge=0)
+    """Scheduled sampling: Euler steps of the model itself that lead to the noisy picture it is
+    then trained on; 0: off."""
+    rollout_probability: float = Field(0.5, ge=0, le=1)
+    """Share of the samples that are rolled out."""
+    rollout_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the share grows from 0."""
+    rollout_span: float = Field(1 / 30, gt=0, le=1)
+    """Sigma that one rollout step covers; 1/30: a step of an inference with 30."""
+    rollout_target: Literal["corrected", "plain"] = "corrected"
+    """corrected: velocity from where the rollout ended to the picture, (x - x0) / sigma; plain:
+    noise - x0, as if it had not moved."""
 
     @model_validator(mode="after")
-    def _positive_shift(self) -> LossConfig:
+    def _possible(self) -> LossConfig:
         if self.timestep_shift != "model" and float(self.timestep_shift) <= 0:
             raise ValueError("timestep_shift must be 'model' or a number above 0")
+        if self.region != "none" and self.foreground_weight + self.background_weight == 0:
+            raise ValueError("foreground_weight and background_weight are both 0")
         return self
+
+    @property
+    def region(self) -> str:
+        """`mask`, with `mask_loss` resolved."""
+        return "file" if self.mask_loss and self.mask == "none" else self.mask
 
 
 class Config(Section):
