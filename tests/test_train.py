@@ -352,7 +352,7 @@ def test_a_fork_of_two_files_trains_with_another_loss(straight_run, tmp_path):
         shutil.copy(ROOT / name, folder / name)
     file = folder / "train_qwen_edit.py"
     text = file.read_text().replace(
-        "return error.square().flatten(1).mean(1)", "return error.abs().flatten(1).mean(1)"
+        "target_velocity.float()).square(), weight)", "target_velocity.float()).abs(), weight)"
     )
     assert text != file.read_text()
     file.write_text(text)
