@@ -24,7 +24,7 @@ import importlib.util
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -366,6 +366,7 @@ class Rule(NamedTuple):
     reference_area: str | int  # 1mp | target | px
     vision_area: int | None  # px; None: the pipeline's own
     resolution: int | None  # training resolution, px
+    instruction: str | None  # system instruction; None: the model's own
     why: str
 
 
@@ -373,19 +374,23 @@ def reference_rule(config: Config) -> Rule:
     """From --reference_area, else from the LoRA files. Raises UserError if they disagree."""
     about = {text: read_lora_about(parse_lora(text)[0]) for text in config.lora}
     known = {text: values for text, values in about.items() if values}
-    rules = {(v["reference_area"], v["vision_area"], v["resolution"]) for v in known.values()}
-    vision, resolution = next(((r[1], r[2]) for r in rules), (None, None))
+    first: dict[str, Any] = next(iter(known.values()), {})
+    area, why = first.get("reference_area", "1mp"), "as the LoRA was trained"
     if config.reference_area != "lora":
-        return Rule(config.reference_area, vision, resolution, "as --reference_area says")
-    if len({rule[:2] for rule in rules}) > 1:
-        lines = [f"{t}: references {v['reference_area']}" for t, v in known.items()]
-        raise UserError(
-            "the LoRAs were trained with different reference sizes; set --reference_area\n  "
-            + "\n  ".join(lines)
-        )
-    if rules:
-        return Rule(*next(iter(rules)), "as the LoRA was trained")
-    return Rule("1mp", None, None, "as the stock pipeline does")
+        area, why = config.reference_area, "as --reference_area says"
+    elif not known:
+        why = "as the stock pipeline does"
+    for name in ("reference_area", "vision_area", "instruction"):
+        values = {text: values.get(name) for text, values in known.items()}
+        if len(set(values.values())) > 1 and config.reference_area == "lora":
+            lines = "\n  ".join(f"{text}: {value}" for text, value in values.items())
+            raise UserError(
+                f"the LoRAs were trained with different {name}; set --reference_area to go by the "
+                f"first one\n  {lines}"
+            )
+    names = ("vision_area", "resolution", "instruction")
+    vision, resolution, instruction = (first.get(name) for name in names)
+    return Rule(area, vision, resolution, instruction, why)
 
 
 def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
@@ -405,7 +410,12 @@ def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
 
 
 @functools.lru_cache(maxsize=4096)
-def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
+def nearest_bucket(
+    width: int,
+    height: int,
+    resolution: int,
+    sizes: Callable[[int], list[tuple[int, int]]] = buckets,
+) -> tuple[int, int]:
     """The bucket of nearest log aspect; among equals the one of nearest area."""
     aspect, area = math.log(width / height), resolution**2
 
@@ -413,7 +423,7 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
         w, h = size
         return round(abs(aspect - math.log(w / h)), 9), abs(math.log(w * h / area))
 
-    return min(buckets(resolution), key=distance)
+    return min(sizes(resolution), key=distance)
 
 
 def cover_box(
@@ -480,6 +490,23 @@ def reference_sizes(pipeline: Any, area_px: int, vision_area: int | None) -> Ite
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def system_instruction(pipe: Any, instruction: str | None) -> Iterator[None]:
+    """Let a pipeline's prompt template begin with another system instruction; None: its own."""
+    template, start = pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
+    turn = "<|im_start|>user\n"
+    if instruction:
+        head = f"<|im_start|>system\n{instruction}<|im_end|>\n{turn}"
+        # KEEP: all tokens before the user's turn are dropped from the embedding, as in the original
+        pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(head).input_ids)
+        escaped = head.replace("{", "{{").replace("}", "}}")
+        pipe.prompt_template_encode = escaped + template.split(turn, 1)[1]
+    try:
+        yield
+    finally:
+        pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = template, start
 
 
 def output_size(config: Config, rule: Rule, image: Image.Image) -> tuple[int, int]:
@@ -602,6 +629,7 @@ def settings_of(
         "height": size[1],
         "reference_area": rule.reference_area,
         "vision_area": rule.vision_area,
+        "instruction": rule.instruction,
         "dtype": config.dtype,
     }
 
@@ -656,7 +684,10 @@ def run_pipeline(
     width, height, area = settings["width"], settings["height"], settings["reference_area"]
     area_px = {"1mp": AREA_1MP, "target": width * height}.get(str(area), area)
     guided = settings["true_cfg_scale"] > 1
-    with reference_sizes(pipeline, int(area_px), settings["vision_area"]):
+    with (
+        reference_sizes(pipeline, int(area_px), settings["vision_area"]),
+        system_instruction(pipeline, settings["instruction"]),
+    ):
         return pipeline(
             image=list(references) if plus else references[0],
             prompt=settings["prompt"],

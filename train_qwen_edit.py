@@ -85,6 +85,23 @@ AREA_1MP = 1024 * 1024
 VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
 ASPECT_TOLERANCE = 0.02  # references whose log aspect differs less share the target's crop
 
+TABLES = {  # T2ITrainer's shapes, width x height; each is used transposed as well
+    2048: "1024x2560 1152x2816 1280x3072 1280x2816 1408x3008 1536x2816 1664x2688 1792x2368 "
+    "1920x2240 2048x2560 2176x2304 2048x2048 2048x2304",
+    1536: "768x1920 896x2112 960x2304 960x2112 1056x2240 1152x2112 1248x2048 1344x1792 1408x1664 "
+    "1536x1920 1632x1728 1536x1536 1536x1728",
+    1328: "640x1664 768x1856 832x1984 832x1856 896x1920 1024x1856 1088x1728 1152x1536 1280x1472 "
+    "1344x1664 1408x1472 1344x1344 1344x1472",
+    1024: "512x1280 576x1408 640x1536 640x1408 704x1504 768x1408 832x1344 896x1184 960x1120 "
+    "1024x1280 1088x1152 1024x1024 1024x1152",
+    768: "384x960 448x1056 512x1152 512x1056 512x1088 576x1056 640x1024 672x896 704x832 768x960 "
+    "832x896 768x768 768x832",
+    512: "256x640 320x704 320x768 320x640 384x768 384x704 448x704 448x576 512x576 512x640 576x576 "
+    "512x512 576x640",
+    384: "192x480 240x528 240x576 240x480 288x576 288x528 336x528 336x432 384x432 384x480 432x432 "
+    "384x384 432x480",
+}
+
 log = logging.getLogger("train_qwen_edit")
 
 
@@ -353,6 +370,10 @@ class DatasetConfig(Section):
             raise ValueError("batch_configs is empty: name at least one combination")
         if sum(b.weight or 0 for b in self.batch_configs) > 1 + 1e-9:
             raise ValueError("the weights of batch_configs sum to more than 1")
+        resized = [t.resize for targets in self.target_configs.values() for t in targets]
+        missing = {r for r in (self.resolution, *resized) if r} - set(TABLES)
+        if self.buckets == "table" and missing:
+            raise ValueError(f"buckets: table has {', '.join(map(str, TABLES))}")
         return self
 
     @property
@@ -799,7 +820,7 @@ def group_by_folder(ds: DatasetConfig, root: Path) -> Found:
     return Found(rows, [role for role in folders if role != "mask"], problems)
 
 
-COLUMNS = {  # what a table may call them
+TABLE_COLUMNS = {  # what a table may call them
     "target": ("target", "path_target", "target_image", "image"),
     "references": ("references", "control_images", "path_control", "control"),
     "prompt": ("prompt", "caption"),
@@ -811,7 +832,7 @@ COLUMNS = {  # what a table may call them
 def from_columns(record: dict[str, Any]) -> dict[str, Any]:
     """A record of a table under our names; control, control_1, ... control_10 become a list."""
     row: dict[str, Any] = {}
-    for column, names in COLUMNS.items():
+    for column, names in TABLE_COLUMNS.items():
         row[column] = next((record[n] for n in names if record.get(n) not in (None, "")), None)
     if not isinstance(row["references"], list):
         numbered = [(0, row["references"])] + [
@@ -848,7 +869,7 @@ def rows_of_records(
     return Found(rows, ["target"], problems)
 
 
-def read_table(ds: DatasetConfig, root: Path) -> Found:
+def read_records(ds: DatasetConfig, root: Path) -> Found:
     """A CSV or JSONL table; relative paths count from train_data_dir or the table's folder."""
     assert ds.table is not None
     table = next((t for t in (root / ds.table, ds.table) if t.is_file()), None)
@@ -1057,7 +1078,7 @@ def batch_weights(configs: Sequence[BatchConfig]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def find_rows(config: Config, ds: DatasetConfig) -> Found:
+def scan_dataset(config: Config, ds: DatasetConfig) -> Found:
     """The rows of a data set, whatever its layout."""
     root = ds.train_data_dir
     if not root.is_dir():
@@ -1065,7 +1086,7 @@ def find_rows(config: Config, ds: DatasetConfig) -> Found:
     if ds.hf_dataset:
         return read_hub_dataset(ds, config.cache.cache_dir)
     if ds.table:
-        return read_table(ds, root)
+        return read_records(ds, root)
     return (group_by_folder if ds.target_dir else group_by_suffix)(ds, root)
 
 
@@ -1075,7 +1096,7 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
     where = f"data.dataset_configs.{number}"
     if problems := check_names(ds, where):
         return [], problems, []
-    rows, needed, problems = find_rows(config, ds)
+    rows, needed, problems = scan_dataset(config, ds)
     if problems:
         return [], [f"{where}: {p}" for p in problems], []
     maker, variants, broken = VariantMaker(config, ds), {}, []
@@ -1447,37 +1468,28 @@ def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
     return width_px, height_px
 
 
-TABLES = {  # T2ITrainer's shapes, width x height; each is used transposed as well
-    2048: "1024x2560 1152x2816 1280x3072 1280x2816 1408x3008 1536x2816 1664x2688 1792x2368 "
-    "1920x2240 2048x2560 2176x2304 2048x2048 2048x2304",
-    1536: "768x1920 896x2112 960x2304 960x2112 1056x2240 1152x2112 1248x2048 1344x1792 1408x1664 "
-    "1536x1920 1632x1728 1536x1536 1536x1728",
-    1328: "640x1664 768x1856 832x1984 832x1856 896x1920 1024x1856 1088x1728 1152x1536 1280x1472 "
-    "1344x1664 1408x1472 1344x1344 1344x1472",
-    1024: "512x1280 576x1408 640x1536 640x1408 704x1504 768x1408 832x1344 896x1184 960x1120 "
-    "1024x1280 1088x1152 1024x1024 1024x1152",
-    768: "384x960 448x1056 512x1152 512x1056 512x1088 576x1056 640x1024 672x896 704x832 768x960 "
-    "832x896 768x768 768x832",
-    512: "256x640 320x704 320x768 320x640 384x768 384x704 448x704 448x576 512x576 512x640 576x576 "
-    "512x512 576x640",
-    384: "192x480 240x528 240x576 240x480 288x576 288x528 336x528 336x432 384x432 384x480 432x432 "
-    "384x384 432x480",
-}
-
-
 @functools.lru_cache
-def buckets(resolution: int, kind: str = "fine") -> list[tuple[int, int]]:  # EDIT HERE: bucketing
-    """Target sizes (W, H): every one of about resolution^2 px from 1:3 to 3:1, or a table's."""
-    if kind == "table":
-        sizes = [tuple(map(int, size.split("x"))) for size in TABLES[resolution].split()]
-        return sorted({(w, h) for a, b in sizes for w, h in ((a, b), (b, a))})
+def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
+    """Target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
     widths = range(SIZE_MULTIPLE, 2 * resolution + 1, SIZE_MULTIPLE)
     sizes = [(w, round(resolution**2 / w / SIZE_MULTIPLE) * SIZE_MULTIPLE) for w in widths]
     return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
 
 
+@functools.lru_cache
+def table_buckets(resolution: int) -> list[tuple[int, int]]:
+    """The shapes of TABLES (W, H), upright and lying."""
+    sizes = [tuple(map(int, size.split("x"))) for size in TABLES[resolution].split()]
+    return sorted({(w, h) for a, b in sizes for w, h in ((a, b), (b, a))})
+
+
 @functools.lru_cache(maxsize=4096)
-def nearest_bucket(width: int, height: int, resolution: int, kind: str = "fine") -> tuple[int, int]:
+def nearest_bucket(
+    width: int,
+    height: int,
+    resolution: int,
+    sizes: Callable[[int], list[tuple[int, int]]] = buckets,
+) -> tuple[int, int]:
     """The bucket of nearest log aspect; among equals the one of nearest area."""
     aspect, area = math.log(width / height), resolution**2
 
@@ -1485,7 +1497,7 @@ def nearest_bucket(width: int, height: int, resolution: int, kind: str = "fine")
         w, h = size
         return round(abs(aspect - math.log(w / h)), 9), abs(math.log(w * h / area))
 
-    return min(buckets(resolution, kind), key=distance)
+    return min(sizes(resolution), key=distance)
 
 
 def cover_box(
@@ -1548,7 +1560,8 @@ def choose_frame(
     variant = sample.variants[draw.variant]
     fact = index.known(variant.target)
     aspect = fact["width"] / fact["height"]
-    size = nearest_bucket(fact["width"], fact["height"], variant.resolution, ds.buckets)
+    sizes = table_buckets if ds.buckets == "table" else buckets
+    size = nearest_bucket(fact["width"], fact["height"], variant.resolution, sizes)
     box, flip = cover_box(aspect, size[0] / size[1]), False
     if draw.view:  # EDIT HERE: augmentation (each view is cached)
         chance = ("view", seed, sample.dataset, sample.name, draw.view)
@@ -1889,11 +1902,9 @@ def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
     """Freeze the base, add the adapter in fp32. Raises UserError for a name without a layer."""
     from peft import LoraConfig as PeftConfig
 
-    targets = (
-        "to_q to_k to_v to_out.0".split()
-        if lora.target_modules == "attn-image"
-        else lora.target_modules
-    )
+    targets = lora.target_modules  # TEMP
+    if targets == "attn-image":
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
     check_targets(transformer, targets)
     transformer.requires_grad_(False)
     settings = PeftConfig(
@@ -2430,7 +2441,7 @@ def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
 
 def possible_draws(config: Config, samples: Sequence[Sample]) -> Iterator[Draw]:
     """Every Draw that can happen, so that everything it needs is cached."""
-    guided = bool(config.validation.steps) and config.validation.true_cfg_scale > 1
+    guided = config.validation.true_cfg_scale > 1
     for number, sample in enumerate(samples):
         views = 1 if sample.held_out else config.data.dataset_configs[sample.dataset].views
         for which, variant in enumerate(sample.variants):

@@ -133,7 +133,7 @@ def test_names_inside_the_config_must_point_at_something(tmp_path):
     dataset["batch_configs"][0]["reference_config"] = "after"  # a target's name
     dataset["caption_configs"]["text"]["image"] = "aftr"
     _, problems = samples_of(dataset, tmp_path)
-    wrong = "batch_configs.0.reference_config: 'after' is one of image_configs, not of reference_configs"
+    wrong = "reference_config: 'after' is one of image_configs, not of reference_configs"
     assert any(wrong in p and "did you mean 'before'?" in p for p in problems)
     assert any("did you mean 'after'?" in p for p in problems)
 
