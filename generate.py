@@ -120,6 +120,13 @@ class Flavour(NamedTuple):
     vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508)
 
 
+PUBLISHED = {  # so that a plan and an audit need no network
+    "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None),
+    "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", "QwenImageEditPlusPipeline", VISION_AREA),
+    "Qwen/Qwen-Image-Edit-2511": Flavour("edit-v3", "QwenImageEditPlusPipeline", VISION_AREA),
+}
+
+
 def fetch_from_hub(repository: str, file: str) -> Path:
     """One small file of a Hub repository, from the local copy if there is one. Raises UserError."""
     from huggingface_hub import hf_hub_download, model_info
@@ -156,6 +163,8 @@ def detect_flavour(name_or_path: str) -> Flavour:
     Raises:
         UserError: no such checkpoint, or not a Qwen-Image-Edit one.
     """
+    if name_or_path in PUBLISHED:
+        return PUBLISHED[name_or_path]
     pipeline_class = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
     if pipeline_class == "QwenImageEditPipeline":
         return Flavour("edit-v1", pipeline_class, None)

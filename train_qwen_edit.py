@@ -6,7 +6,7 @@ Page: docs/train_qwen_edit.md
     accelerate launch train_qwen_edit.py --config configs/x.yaml                       # one GPU
     accelerate launch --multi_gpu --num_processes 2 train_qwen_edit.py --config configs/x.yaml
     ... --train.resume_from_checkpoint latest        # go on after a stop
-    ... --print_config | --help
+    ... --plan | --print_config | --help             # memory and time; settings; all settings
 
 This is no library: copy the file, change it, run it; only utils.py must lie beside it.
 `# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
@@ -35,8 +35,10 @@ import os
 import re
 import resource
 import shutil
+import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -615,7 +617,9 @@ class LossConfig(Section):
 
 
 class Config(Section):
-    """train_qwen_edit.py: a LoRA for Qwen-Image-Edit from before/after pairs."""
+    """train_qwen_edit.py: a LoRA for Qwen-Image-Edit from before/after pairs.
+
+    --plan shows data, tokens, memory, disk and time; it loads and downloads nothing."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -1286,6 +1290,13 @@ class Flavour(NamedTuple):
     vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508)
 
 
+PUBLISHED = {  # so that a plan and an audit need no network
+    "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None),
+    "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", "QwenImageEditPlusPipeline", VISION_AREA),
+    "Qwen/Qwen-Image-Edit-2511": Flavour("edit-v3", "QwenImageEditPlusPipeline", VISION_AREA),
+}
+
+
 def fetch_from_hub(repository: str, file: str) -> Path:
     """One small file of a Hub repository, from the local copy if there is one. Raises UserError."""
     from huggingface_hub import hf_hub_download, model_info
@@ -1322,6 +1333,8 @@ def detect_flavour(name_or_path: str) -> Flavour:
     Raises:
         UserError: no such checkpoint, or not a Qwen-Image-Edit one.
     """
+    if name_or_path in PUBLISHED:
+        return PUBLISHED[name_or_path]
     pipeline_class = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
     if pipeline_class == "QwenImageEditPipeline":
         return Flavour("edit-v1", pipeline_class, None)
@@ -3893,14 +3906,321 @@ Instructions it was trained with:
 """
 
 
-# --- 9. main --------------------------------------------------------------------------------------
+# --- 9. plan: memory, disk and time, before anything is loaded ------------------------------------
+
+TEXT_ENCODER_GB, VAE_GB = 16.6, 0.25  # Qwen2.5-VL-7B and the VAE of the three checkpoints, bf16
+CONTEXT_GB = 1.0  # what CUDA and its libraries keep for themselves
+ACTIVATION_BYTES = (
+    44  # per token, block and channel; saved for backward, fp32 LoRA in bf16 autocast
+)
+BITS = {  # of a quantised weight, its scale included
+    "no_change": 16, "int8-quanto": 8.01, "fp8-quanto": 8.01, "int4-quanto": 4.25,
+    "int2-quanto": 2.25, "nf4-bnb": 4.5,
+}  # fmt: skip
+TFLOPS = {
+    "RTX 4090": 165,
+    "A100": 312,
+    "H100, H200": 790,
+}  # bf16, what they reach in dense products
+
+
+class Load(NamedTuple):
+    """How large one kind of sample is."""
+
+    shape: Shape
+    text: int  # tokens
+    visits: float  # per epoch
+
+    @property
+    def tokens(self) -> int:
+        """Of target, references and text together."""
+        return image_tokens(self.shape) + self.text
+
+
+def text_tokens(example: Example) -> int:
+    """About how many tokens an instruction with its pictures has: 28 x 28 px are one token."""
+    pictures = (round(w / 28) * round(h / 28) + 6 for w, h in (p.size for p in example.vision))
+    return 5 + math.ceil(len(example.caption) / 4) + sum(pictures)
+
+
+def empty_transformer(config: Config, flavour: Flavour) -> Any:
+    """The transformer without weights, from its config.json, or as published (Hub ids)."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    name = config.model.pretrained_model_name_or_path
+    model_class = diffusers.QwenImageTransformer2DModel
+    local = Path(name).is_dir()
+    settings = read_model_json(name, "transformer/config.json") if local else {}
+    with init_empty_weights():
+        if local:
+            return model_class.from_config(settings)
+        return model_class(zero_cond_t=flavour.name == "edit-v3")
+
+
+def weights_gb(config: Config, transformer: Any) -> tuple[float, float]:
+    """Size of the transformer in the precision asked for, and of one of its blocks."""
+    plain = 2 if config.train.mixed_precision == "bf16" else 4
+    bits = BITS[config.model.precision]
+    quantised = 0
+    for name, module in transformer.named_modules():
+        inside = name.startswith("transformer_blocks.") and "_mod." not in name
+        if inside and isinstance(module, torch.nn.Linear):
+            quantised += module.weight.numel()
+    total = sum(p.numel() for p in transformer.parameters())
+    quantised = quantised if config.model.precision != "no_change" else 0
+    size = ((total - quantised) * plain + quantised * bits / 8) / 1e9
+    return size, size / len(transformer.transformer_blocks)
+
+
+def activations_gb(config: Config, transformer: Any, tokens: int) -> float:
+    """What one forward pass keeps for its backward pass, for so many tokens."""
+    layers, width = len(transformer.transformer_blocks), transformer.inner_dim
+    if not config.train.gradient_checkpointing:
+        return tokens * width * layers * ACTIVATION_BYTES / 1e9
+    # the input of every block, and one block computed again
+    return tokens * width * (layers * 2 + ACTIVATION_BYTES) / 1e9
+
+
+def step_tflop(config: Config, transformer: Any, tokens: int) -> float:
+    """Operations of one sample: forward and backward through a frozen base."""
+    layers, width = len(transformer.transformer_blocks), transformer.inner_dim
+    linear, attention = layers * tokens * 24 * width**2, layers * 4 * tokens**2 * width
+    again = config.train.gradient_checkpointing
+    return (linear * (3 if again else 2) + attention * (4.5 if again else 3.5)) / 1e12
+
+
+def peak_gb(config: Config, transformer: Any, trained: int, loads: Sequence[Load]) -> float:
+    """Estimated peak of a training step on the (first) training device."""
+    weights, block = weights_gb(config, transformer)
+    swapped = config.model.blocks_to_swap
+    if swapped:
+        weights -= max(0, swapped - 2) * block
+    devices = max(1, len(config.model.devices))
+    most = max((load.tokens * fits(config, load) for load in loads), default=0)
+    adapter = trained * (16 + 4 * config.train.use_ema) / 1e9  # weight, gradient, Adam's moments
+    return (weights + activations_gb(config, transformer, most) + adapter) / devices + CONTEXT_GB
+
+
+def fits(config: Config, load: Load) -> int:
+    """Samples of this shape in one forward pass."""
+    return StepPlan(config, [], lambda draw: load.shape, 0, 0).room(load.shape)
+
+
+def ways_out(config: Config) -> Iterator[tuple[str, Config]]:
+    """Settings that need less memory than the config's, from the cheapest to the dearest."""
+
+    def changed(**settings: Any) -> tuple[str, Config]:
+        data = config.model_dump()
+        words = []
+        for path, value in settings.items():
+            section, name = path.split("__")
+            if data[section][name] != value:
+                data[section][name] = value
+                words.append(f"{section}.{name}: {str(value).lower()}")
+        return ", ".join(words), Config.model_validate(data)
+
+    if not config.train.gradient_checkpointing:
+        yield changed(train__gradient_checkpointing=True)
+    if config.data.batch_size > 1:
+        yield changed(data__batch_size=1)
+    if config.data.reference_area == "1mp":
+        yield changed(data__reference_area="target")
+    for precision in ("int8-quanto", "nf4-bnb"):
+        if BITS[precision] < BITS[config.model.precision] and not config.model.blocks_to_swap:
+            yield changed(model__base_model_precision=precision, model__quantize=False)
+    if not config.model.blocks_to_swap and config.model.precision != "nf4-bnb":
+        yield changed(
+            model__blocks_to_swap=50, train__gradient_checkpointing=True, model__devices=[]
+        )
+
+
+class Outlook(NamedTuple):
+    """What a run will see: its samples, and what the cache will hold."""
+
+    samples: list[Sample]
+    loads: list[Load]
+    latents: int  # entries
+    prompts: int
+    cache_gb: float
+
+
+def look_ahead(config: Config, flavour: Flavour, width: int) -> Outlook:
+    """Shapes, tokens and cache size of the data; only picture headers are read."""
+    index = open_index(config)
+    samples, _ = find_samples(config, index)
+    for path in all_pictures(samples):  # the hashes themselves do not matter here
+        index.put(path, path.stat(), {**index.known(path), "content": str(path)})
+    loads: Counter[tuple[Shape, int]] = Counter()
+    latents: dict[Any, int] = {}
+    prompts: dict[Any, int] = {}
+    for draw in possible_draws(config, samples):
+        sample = samples[draw.sample]
+        variant = sample.variants[draw.variant]
+        e = resolve(config, flavour, samples, draw, index)
+        text = text_tokens(e)
+        for picture in (e.target, *e.references, *([e.start] if e.start else [])):
+            latents[str(picture_id(picture))] = image_tokens((picture.size,))
+        prompts[str([picture_id(p) for p in e.vision]), e.caption, e.instruction] = text
+        if not (sample.held_out or draw.view or draw.dropped):
+            ds = config.data.dataset_configs[sample.dataset]
+            shape = tuple(p.size for p in (e.target, *e.references))
+            chance = variant.weight / sum(v.weight for v in sample.variants)
+            loads[shape, -(-text // 64) * 64] += ds.repeats * chance  # type: ignore[assignment]
+    size = 2 if config.train.mixed_precision == "bf16" else 4
+    total = sum(latents.values()) * 64 * size + sum(prompts.values()) * width * size
+    found = [Load(shape, text, n) for (shape, text), n in loads.most_common()]
+    return Outlook(samples, found, len(latents), len(prompts), total / 1e9)
+
+
+def plan(config: Config) -> str:
+    """What a run would be: data, tokens, memory, disk, time. Loads nothing, downloads nothing."""
+    from accelerate import init_empty_weights
+
+    flavour = detect_flavour(config.model.pretrained_model_name_or_path)
+    transformer = empty_transformer(config, flavour)
+    parameters = sum(p.numel() for p in transformer.parameters())
+    with init_empty_weights():
+        add_lora(transformer, config.model.lora, config.seed)
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    outlook = look_ahead(config, flavour, transformer.config.joint_attention_dim)
+    lines = plan_data(config, outlook)
+    heaviest = max(outlook.loads, key=lambda load: load.tokens * fits(config, load))
+    lines += plan_compute(config, transformer, outlook)
+    weights, _ = weights_gb(config, transformer)
+    lines += [
+        "",
+        f"Transformer  {parameters:,} parameters, {config.model.precision}: {weights:.1f} GB",
+        f"Adapter      {trained:,} parameters ({config.model.lora.method}, fp32)",
+        "",
+        *plan_devices(config),
+        "",
+        "Estimated peak of GPU memory",
+    ]
+    encoder, vae = encoder_sizes(config)
+    peak = peak_gb(config, transformer, trained, outlook.loads)
+    lines += [
+        f"  cache     {max(encoder, vae) + CONTEXT_GB + 1:5.1f} GB: one encoder at a time"
+        if config.cache.use_cache
+        else f"  encoders  {encoder + vae:5.1f} GB, beside the transformer (use_cache: false)",
+        f"  training  {peak:5.1f} GB, {fits(config, heaviest)} x {heaviest.tokens} tokens a pass",
+    ]
+    return "\n".join([*lines, *plan_fit(config, transformer, trained, outlook, peak)])
+
+
+def plan_data(config: Config, outlook: Outlook) -> list[str]:
+    """Samples per data set, buckets, cache."""
+    lines = ["Data"]
+    for number, ds in enumerate(config.data.dataset_configs):
+        mine = [s for s in outlook.samples if s.dataset == number]
+        held = sum(s.held_out for s in mine)
+        combinations = max((len(s.variants) for s in mine), default=0)
+        lines.append(
+            f"  {ds.name}: {len(mine)} samples, {held} held out, x {ds.repeats} repeats, "
+            f"{combinations} combination(s), {ds.views} view(s)"
+        )
+    lines.append(
+        "Shapes       target + references (px): text tokens, tokens in all, visits an epoch"
+    )
+    for load in outlook.loads[:8]:
+        sizes = " + ".join(f"{w}x{h}" for w, h in load.shape)
+        lines.append(f"  {sizes}: {load.text}, {load.tokens}, {load.visits:g}")
+    if len(outlook.loads) > 8:
+        lines.append(f"  ... and {len(outlook.loads) - 8} more")
+    entries = f"{outlook.latents} latents, {outlook.prompts} prompts"
+    if config.cache.use_cache:
+        free = shutil.disk_usage(existing_parent(config.cache.cache_dir)).free / 1e9
+        lines.append(f"Cache        {entries}: {outlook.cache_gb:.2f} GB on disk ({free:.0f} free)")
+    return lines
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def plan_compute(config: Config, transformer: Any, outlook: Outlook) -> list[str]:
+    """Operations and time of a step and of the run."""
+    visits = sum(load.visits for load in outlook.loads)
+    mean = sum(step_tflop(config, transformer, o.tokens) * o.visits for o in outlook.loads) / visits
+    per_step = config.data.batch_size * config.train.gradient_accumulation_steps
+    each = math.ceil(visits / per_step)
+    steps = min(config.train.max_train_steps, each * (config.train.num_epochs or 10**9))
+    lines = [
+        f"Steps        {steps} of {per_step} sample(s) on each process, {each} an epoch; "
+        f"{mean * per_step:.1f} TFLOP a step"
+    ]
+    for name, speed in TFLOPS.items():
+        seconds = mean * per_step / (speed / 2)
+        lines.append(
+            f"  {name} at half its speed: {seconds:.2f} s a step, {steps * seconds / 3600:.1f} h"
+        )
+    return lines
+
+
+def encoder_sizes(config: Config) -> tuple[float, float]:
+    """GB of the text encoder and of the VAE."""
+    folder = Path(config.model.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        return TEXT_ENCODER_GB, VAE_GB
+    parts = (folder / name for name in ("text_encoder", "vae"))
+    text, vae = (sum(f.stat().st_size for f in p.glob("*.safetensors")) / 1e9 for p in parts)
+    return text, vae
+
+
+def plan_devices(config: Config) -> list[str]:
+    """Where each model will live."""
+    here = "the training device"
+    cache, model = config.cache, config.model
+    when = "while the cache is filled, then freed" if cache.use_cache else "all the time"
+    where = ", ".join(model.devices) or here
+    swap = f", {model.blocks_to_swap} blocks in CPU memory" if model.blocks_to_swap else ""
+    return [
+        f"Text encoder on {cache.text_encoder_device or here} {when}",
+        f"VAE          on {cache.vae_encoder_device or here} {when}",
+        f"Transformer  on {where}{swap}",
+    ]
+
+
+def plan_fit(
+    config: Config, transformer: Any, trained: int, outlook: Outlook, peak: float
+) -> list[str]:
+    """Whether it fits, and what to change if it does not."""
+    cards = [
+        torch.cuda.get_device_properties(i).total_memory / 1e9
+        for i in range(torch.cuda.device_count())
+    ]
+    room = min(cards, default=None)
+    if room is None:
+        lines = ["  this machine has no CUDA device; the figures are for one of them"]
+    else:
+        word = "fits" if peak < room else "DOES NOT FIT"
+        lines = [f"  {word}: {len(cards)} CUDA device(s) here, the smallest with {room:.1f} GB"]
+    lines.append("What would lower it")
+    for words, other in ways_out(config):
+        loads = outlook.loads
+        if other.data.reference_area != config.data.reference_area:
+            flavour = detect_flavour(other.model.pretrained_model_name_or_path)
+            loads = look_ahead(other, flavour, 1).loads
+        lower = peak_gb(other, transformer, trained, loads)
+        if lower < peak - 0.05:
+            enough = "" if room is None or lower >= room else ", fits"
+            lines.append(f"  {words}: {lower:.1f} GB{enough}")
+    return lines
+
+
+# --- 10. main -------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Config -> audit -> fit."""
+    """Config -> audit -> fit, or with --plan only what it would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    config = load_config(Config, check=audit)
-    QwenImageEditTrainer(config).fit()
+    given = [arg for arg in sys.argv[1:] if arg != "--plan"]
+    config = load_config(Config, given, check=audit)
+    if len(given) < len(sys.argv) - 1:
+        print(plan(config))
+    else:
+        QwenImageEditTrainer(config).fit()
 
 
 if __name__ == "__main__":
