@@ -24,7 +24,7 @@ import importlib.util
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -120,6 +120,13 @@ class Flavour(NamedTuple):
     vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508)
 
 
+PUBLISHED = {  # so that a plan and an audit need no network
+    "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None),
+    "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", "QwenImageEditPlusPipeline", VISION_AREA),
+    "Qwen/Qwen-Image-Edit-2511": Flavour("edit-v3", "QwenImageEditPlusPipeline", VISION_AREA),
+}
+
+
 def fetch_from_hub(repository: str, file: str) -> Path:
     """One small file of a Hub repository, from the local copy if there is one. Raises UserError."""
     from huggingface_hub import hf_hub_download, model_info
@@ -156,6 +163,8 @@ def detect_flavour(name_or_path: str) -> Flavour:
     Raises:
         UserError: no such checkpoint, or not a Qwen-Image-Edit one.
     """
+    if name_or_path in PUBLISHED:
+        return PUBLISHED[name_or_path]
     pipeline_class = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
     if pipeline_class == "QwenImageEditPipeline":
         return Flavour("edit-v1", pipeline_class, None)
@@ -366,6 +375,7 @@ class Rule(NamedTuple):
     reference_area: str | int  # 1mp | target | px
     vision_area: int | None  # px; None: the pipeline's own
     resolution: int | None  # training resolution, px
+    instruction: str | None  # system instruction; None: the model's own
     why: str
 
 
@@ -373,19 +383,23 @@ def reference_rule(config: Config) -> Rule:
     """From --reference_area, else from the LoRA files. Raises UserError if they disagree."""
     about = {text: read_lora_about(parse_lora(text)[0]) for text in config.lora}
     known = {text: values for text, values in about.items() if values}
-    rules = {(v["reference_area"], v["vision_area"], v["resolution"]) for v in known.values()}
-    vision, resolution = next(((r[1], r[2]) for r in rules), (None, None))
+    first: dict[str, Any] = next(iter(known.values()), {})
+    area, why = first.get("reference_area", "1mp"), "as the LoRA was trained"
     if config.reference_area != "lora":
-        return Rule(config.reference_area, vision, resolution, "as --reference_area says")
-    if len({rule[:2] for rule in rules}) > 1:
-        lines = [f"{t}: references {v['reference_area']}" for t, v in known.items()]
-        raise UserError(
-            "the LoRAs were trained with different reference sizes; set --reference_area\n  "
-            + "\n  ".join(lines)
-        )
-    if rules:
-        return Rule(*next(iter(rules)), "as the LoRA was trained")
-    return Rule("1mp", None, None, "as the stock pipeline does")
+        area, why = config.reference_area, "as --reference_area says"
+    elif not known:
+        why = "as the stock pipeline does"
+    for name in ("reference_area", "vision_area", "instruction"):
+        values = {text: values.get(name) for text, values in known.items()}
+        if len(set(values.values())) > 1 and config.reference_area == "lora":
+            lines = "\n  ".join(f"{text}: {value}" for text, value in values.items())
+            raise UserError(
+                f"the LoRAs were trained with different {name}; set --reference_area to go by the "
+                f"first one\n  {lines}"
+            )
+    names = ("vision_area", "resolution", "instruction")
+    vision, resolution, instruction = (first.get(name) for name in names)
+    return Rule(area, vision, resolution, instruction, why)
 
 
 def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
@@ -405,7 +419,12 @@ def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
 
 
 @functools.lru_cache(maxsize=4096)
-def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
+def nearest_bucket(
+    width: int,
+    height: int,
+    resolution: int,
+    sizes: Callable[[int], list[tuple[int, int]]] = buckets,
+) -> tuple[int, int]:
     """The bucket of nearest log aspect; among equals the one of nearest area."""
     aspect, area = math.log(width / height), resolution**2
 
@@ -413,7 +432,7 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
         w, h = size
         return round(abs(aspect - math.log(w / h)), 9), abs(math.log(w * h / area))
 
-    return min(buckets(resolution), key=distance)
+    return min(sizes(resolution), key=distance)
 
 
 def cover_box(
@@ -480,6 +499,23 @@ def reference_sizes(pipeline: Any, area_px: int, vision_area: int | None) -> Ite
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def system_instruction(pipe: Any, instruction: str | None) -> Iterator[None]:
+    """Let a pipeline's prompt template begin with another system instruction; None: its own."""
+    template, start = pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
+    turn = "<|im_start|>user\n"
+    if instruction:
+        head = f"<|im_start|>system\n{instruction}<|im_end|>\n{turn}"
+        # KEEP: all tokens before the user's turn are dropped from the embedding, as in the original
+        pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(head).input_ids)
+        escaped = head.replace("{", "{{").replace("}", "}}")
+        pipe.prompt_template_encode = escaped + template.split(turn, 1)[1]
+    try:
+        yield
+    finally:
+        pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = template, start
 
 
 def output_size(config: Config, rule: Rule, image: Image.Image) -> tuple[int, int]:
@@ -602,6 +638,7 @@ def settings_of(
         "height": size[1],
         "reference_area": rule.reference_area,
         "vision_area": rule.vision_area,
+        "instruction": rule.instruction,
         "dtype": config.dtype,
     }
 
@@ -656,7 +693,10 @@ def run_pipeline(
     width, height, area = settings["width"], settings["height"], settings["reference_area"]
     area_px = {"1mp": AREA_1MP, "target": width * height}.get(str(area), area)
     guided = settings["true_cfg_scale"] > 1
-    with reference_sizes(pipeline, int(area_px), settings["vision_area"]):
+    with (
+        reference_sizes(pipeline, int(area_px), settings["vision_area"]),
+        system_instruction(pipeline, settings["instruction"]),
+    ):
         return pipeline(
             image=list(references) if plus else references[0],
             prompt=settings["prompt"],

@@ -6,7 +6,7 @@ Page: docs/train_qwen_edit.md
     accelerate launch train_qwen_edit.py --config configs/x.yaml                       # one GPU
     accelerate launch --multi_gpu --num_processes 2 train_qwen_edit.py --config configs/x.yaml
     ... --train.resume_from_checkpoint latest        # go on after a stop
-    ... --print_config | --help
+    ... --plan | --print_config | --help             # memory and time; settings; all settings
 
 This is no library: copy the file, change it, run it; only utils.py must lie beside it.
 `# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
@@ -19,6 +19,7 @@ latents are normalised per channel, sigma runs from 0 (picture) to 1 (noise), ve
 from __future__ import annotations
 
 import contextlib
+import csv
 import datetime
 import difflib
 import functools
@@ -34,8 +35,10 @@ import os
 import re
 import resource
 import shutil
+import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +54,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from utils import (
+    IMAGE_SUFFIXES,
     FileIndex,
     MetricLog,
     Section,
@@ -82,6 +86,23 @@ SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does
 AREA_1MP = 1024 * 1024
 VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
 ASPECT_TOLERANCE = 0.02  # references whose log aspect differs less share the target's crop
+
+TABLES = {  # T2ITrainer's shapes, width x height; each is used transposed as well
+    2048: "1024x2560 1152x2816 1280x3072 1280x2816 1408x3008 1536x2816 1664x2688 1792x2368 "
+    "1920x2240 2048x2560 2176x2304 2048x2048 2048x2304",
+    1536: "768x1920 896x2112 960x2304 960x2112 1056x2240 1152x2112 1248x2048 1344x1792 1408x1664 "
+    "1536x1920 1632x1728 1536x1536 1536x1728",
+    1328: "640x1664 768x1856 832x1984 832x1856 896x1920 1024x1856 1088x1728 1152x1536 1280x1472 "
+    "1344x1664 1408x1472 1344x1344 1344x1472",
+    1024: "512x1280 576x1408 640x1536 640x1408 704x1504 768x1408 832x1344 896x1184 960x1120 "
+    "1024x1280 1088x1152 1024x1024 1024x1152",
+    768: "384x960 448x1056 512x1152 512x1056 512x1088 576x1056 640x1024 672x896 704x832 768x960 "
+    "832x896 768x768 768x832",
+    512: "256x640 320x704 320x768 320x640 384x768 384x704 448x704 448x576 512x576 512x640 576x576 "
+    "512x512 576x640",
+    384: "192x480 240x528 240x576 240x480 288x576 288x528 336x528 336x432 384x432 384x480 432x432 "
+    "384x384 432x480",
+}
 
 log = logging.getLogger("train_qwen_edit")
 
@@ -351,6 +372,10 @@ class DatasetConfig(Section):
             raise ValueError("batch_configs is empty: name at least one combination")
         if sum(b.weight or 0 for b in self.batch_configs) > 1 + 1e-9:
             raise ValueError("the weights of batch_configs sum to more than 1")
+        resized = [t.resize for targets in self.target_configs.values() for t in targets]
+        missing = {r for r in (self.resolution, *resized) if r} - set(TABLES)
+        if self.buckets == "table" and missing:
+            raise ValueError(f"buckets: table has {', '.join(map(str, TABLES))}")
         return self
 
     @property
@@ -592,7 +617,9 @@ class LossConfig(Section):
 
 
 class Config(Section):
-    """train_qwen_edit.py: a LoRA for Qwen-Image-Edit from before/after pairs."""
+    """train_qwen_edit.py: a LoRA for Qwen-Image-Edit from before/after pairs.
+
+    --plan shows data, tokens, memory, disk and time; it loads and downloads nothing."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -611,18 +638,35 @@ class Config(Section):
 # --- 2. pairing: files -> samples, audited before any model loads ---------------------------------
 
 
+class Reference(NamedTuple):
+    """A picture the model sees, and how large."""
+
+    path: Path
+    area: int | None = None  # px; None: what the config or the pipeline says
+
+
 class Variant(NamedTuple):
-    """A sample as one batch config sees it."""
+    """A sample as one batch config sees it, with one of its captions."""
 
     target: Path
-    references: tuple[Path, ...]
-    vision: tuple[Path, ...]  # what the text encoder sees, in order
+    references: tuple[Reference, ...]  # what the transformer sees, in order
+    vision: tuple[Reference, ...]  # what the text encoder sees, in order
     caption: str
-    caption_dropout: float
-    vision_dropout: float
-    vision_min: int
-    vision_area: int | None  # px; None: what the pipeline does
-    weight: float
+    resolution: int
+    start: Path | None = None  # from_image: noised instead of the target
+    start_mode: str = "bridge"
+    mask: Path | None = None
+    instruction: str | None = None  # system instruction; None: the model's own
+    caption_dropout: float = 0.0
+    reference_dropout: float = 0.0
+    vision_dropout: float = 0.0
+    vision_min: int = 0
+    weight: float = 1.0
+
+    def files(self) -> list[Path]:
+        """Every picture file it uses."""
+        shown = [reference.path for reference in (*self.references, *self.vision)]
+        return [self.target, *shown, *(f for f in (self.start, self.mask) if f)]
 
 
 class Sample(NamedTuple):
@@ -632,6 +676,21 @@ class Sample(NamedTuple):
     dataset: int
     held_out: bool
     variants: tuple[Variant, ...]
+
+
+class Row(NamedTuple):
+    """One sample as a layout finds it, before captions are read."""
+
+    files: dict[str, Path]  # role -> file
+    captions: tuple[str, ...] | None = None  # None: they are in files
+
+
+class Found(NamedTuple):
+    """What a layout finds: rows by name, roles that every row needs, problems."""
+
+    rows: dict[str, Row]
+    needed: list[str]
+    problems: list[str]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -645,37 +704,48 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def check_names(ds: DatasetConfig, where: str) -> list[str]:
     """Problems of the names inside one data set: every name must point at something."""
     problems = []
+    tables: dict[str, dict[str, Any]] = {
+        "image_config": ds.image_configs,
+        "target_config": ds.target_configs,
+        "reference_config": ds.reference_configs,
+        "caption_config": ds.caption_configs,
+    }
 
-    def need(name: str, table: Iterable[str], place: str, kind: str) -> None:
-        if name not in table:
-            problems.append(f"{where}.{place}: '{name}' is no {kind}{nearest(name, table)}")
+    def need(name: str | None, kind: str, place: str, meant: str | None = None) -> None:
+        if name is None or name in tables[kind]:
+            return
+        other = next((k for k, table in tables.items() if name in table), None)
+        wrong = f"is one of {other}s, not of {kind}s" if other else f"is no {kind}"
+        hint = f", did you mean '{meant}'?" if meant else nearest(name, tables[kind])
+        problems.append(f"{where}.{place}: '{name}' {wrong}{hint}")
 
-    lists = {"target_configs": ds.target_configs, "reference_configs": ds.reference_configs}
-    for section, table in lists.items():
-        for name, items in table.items():
-            for i, item in enumerate(items):
-                need(item.image, ds.image_configs, f"{section}.{name}.{i}.image", "image_config")
-            if not items:
-                problems.append(f"{where}.{section}.{name}: the list is empty")
-    for name, target in ds.target_configs.items():
-        if len(target) > 1:
-            problems.append(f"{where}.target_configs.{name}: one target per sample, not several")
+    for name, targets in ds.target_configs.items():
+        if len(targets) != 1:
+            problems.append(f"{where}.target_configs.{name}: wanted one target, got {len(targets)}")
+        for i, target in enumerate(targets):
+            need(target.image, "image_config", f"target_configs.{name}.{i}.image")
+            need(target.from_image, "image_config", f"target_configs.{name}.{i}.from_image")
+    for name, references in ds.reference_configs.items():
+        for i, reference in enumerate(references):
+            need(reference.image, "image_config", f"reference_configs.{name}.{i}.image")
+        if not references:
+            problems.append(f"{where}.reference_configs.{name}: the list is empty")
+    shown = {}
     for name, caption in ds.caption_configs.items():
         place = f"caption_configs.{name}"
-        need(caption.image, ds.image_configs, f"{place}.image", "image_config")
+        need(caption.image, "image_config", f"{place}.image")
         if caption.reference_list:
-            listed_in = caption.reference_list.reference_config
-            need(listed_in, ds.reference_configs, f"{place}.reference_list", "reference_config")
+            shown[name] = caption.reference_list.reference_config
+            need(shown[name], "reference_config", f"{place}.reference_list.reference_config")
     for i, batch in enumerate(ds.batch_configs):
         place = f"batch_configs.{i}"
-        need(batch.target_config, ds.target_configs, f"{place}.target_config", "target_config")
-        need(batch.caption_config, ds.caption_configs, f"{place}.caption_config", "caption_config")
-        need(
-            batch.reference_config,
-            ds.reference_configs,
-            f"{place}.reference_config",
-            "reference_config",
-        )
+        need(batch.target_config, "target_config", f"{place}.target_config")
+        need(batch.caption_config, "caption_config", f"{place}.caption_config")
+        need(batch.mask, "image_config", f"{place}.mask")
+        # most likely meant: the references that the caption shows
+        meant = shown.get(batch.caption_config)
+        meant = meant if meant in ds.reference_configs else None
+        need(batch.reference_config, "reference_config", f"{place}.reference_config", meant)
     return problems
 
 
@@ -685,61 +755,186 @@ def role_of(stem: str, suffixes: Iterable[str]) -> str | None:
     return max(fits, key=len) if fits else None
 
 
-def group_by_suffix(
-    ds: DatasetConfig, root: Path
-) -> tuple[dict[str, dict[str, Path]], list[str], list[str]]:
-    """Suffix layout -> {sample: {role: file}}, roles every sample needs, problems."""
+def one_file(root: Path, stem: str, entries: Sequence[os.DirEntry[str]]) -> tuple[Path, list[str]]:
+    """The file of a stem, and the problem if there are several."""
+    names = ", ".join(entry.name for entry in entries)
+    several = [f"{root}: '{stem}' is ambiguous, keep one of {names}"] if len(entries) > 1 else []
+    return Path(entries[0].path), several
+
+
+def used_roles(ds: DatasetConfig) -> list[str]:
+    """Suffix layout: the image_configs that any combination uses."""
+    used = set()
+    for batch in ds.batch_configs:
+        caption = ds.caption_configs[batch.caption_config]
+        target = ds.target_configs[batch.target_config][0]
+        lists = [batch.reference_config]
+        lists += [caption.reference_list.reference_config] if caption.reference_list else []
+        used |= {item.image for name in lists if name for item in ds.reference_configs[name]}
+        used |= {target.image, caption.image, *filter(None, (target.from_image, batch.mask))}
+    return sorted(used)
+
+
+def group_by_suffix(ds: DatasetConfig, root: Path) -> Found:
+    """Suffix layout (a_T.png a_R.png a_T.txt); roles are the names of image_configs."""
     suffixes = {config.suffix for config in ds.image_configs.values()}
-    files: dict[str, dict[str, Path]] = {}
-    problems = []
+    rows: dict[str, Row] = {}
+    problems: list[str] = []
     for stem, entries in list_images(root).items():
         suffix = role_of(stem, suffixes)
         if suffix is None:
             continue
-        name = stem[: len(stem) - len(suffix)]
-        if len(entries) > 1:
-            names = ", ".join(entry.name for entry in entries)
-            problems.append(f"{root}: '{stem}' is ambiguous, keep one of {names}")
+        file, several = one_file(root, stem, entries)
+        problems += several
         for role, config in ds.image_configs.items():
             if config.suffix == suffix:
-                files.setdefault(name, {})[role] = Path(entries[0].path)
-    used = {
-        item.image
-        for batch in ds.batch_configs
-        for item in ds.target_configs[batch.target_config]
-        + ds.reference_configs[batch.reference_config]
-    }
-    for caption in (ds.caption_configs[b.caption_config] for b in ds.batch_configs):
-        used.add(caption.image)
-        if caption.reference_list:
-            vision = ds.reference_configs[caption.reference_list.reference_config]
-            used |= {item.image for item in vision}
-    return files, sorted(used), problems
+                name = stem[: len(stem) - len(suffix)]
+                rows.setdefault(name, Row({})).files[role] = file
+    return Found(rows, used_roles(ds), problems)
 
 
-def group_by_folder(
-    ds: DatasetConfig, root: Path
-) -> tuple[dict[str, dict[str, Path]], list[str], list[str]]:
-    """Folders layout -> {sample: {role: file}}, roles ("target", "reference 1", ...), problems."""
+def group_by_folder(ds: DatasetConfig, root: Path) -> Found:
+    """Folders layout; roles "target", "mask" and "reference 1", "reference 1.1", "reference 2".
+
+    "reference 1.1" is a_control_1.png in the first reference folder: more of them, as many as a
+    sample has.
+    """
     assert ds.target_dir is not None, "checked by DatasetConfig"
     folders = {"target": root / ds.target_dir}
     folders |= {f"reference {i + 1}": root / d for i, d in enumerate(ds.reference_dirs)}
-    files: dict[str, dict[str, Path]] = {}
-    problems = []
+    folders |= {"mask": root / ds.mask_dir} if ds.mask_dir else {}
+    rows: dict[str, Row] = {}
+    problems: list[str] = []
     for role, folder in folders.items():
         if not folder.is_dir():
             problems.append(f"{role} folder {folder} does not exist")
             continue
-        for stem, entries in list_images(folder).items():
-            if len(entries) > 1:
-                names = ", ".join(entry.name for entry in entries)
-                problems.append(f"{folder}: '{stem}' is ambiguous, keep one of {names}")
-            files.setdefault(stem, {})[role] = Path(entries[0].path)
-    return files, list(folders), problems
+        stems = list_images(folder)
+        for stem, entries in stems.items():
+            file, several = one_file(folder, stem, entries)
+            problems += several
+            more = re.fullmatch(r"(.+)_control_(\d+)", stem)
+            name = stem.removesuffix("_mask")
+            if name != stem and not ds.mask_dir and (name in stems or name in rows):
+                rows.setdefault(name, Row({})).files.setdefault("mask", file)
+            elif more and role.startswith("reference") and more[1] in rows and stem not in rows:
+                rows.setdefault(more[1], Row({})).files[f"{role}.{more[2]}"] = file
+            else:
+                rows.setdefault(stem, Row({})).files[role] = file
+    return Found(rows, [role for role in folders if role != "mask"], problems)
 
 
-def read_caption(path: Path) -> str:
-    """Text of a caption file.
+TABLE_COLUMNS = {  # what a table may call them
+    "target": ("target", "path_target", "target_image", "image"),
+    "references": ("references", "control_images", "path_control", "control"),
+    "prompt": ("prompt", "caption"),
+    "mask": ("mask", "path_mask", "control_mask"),
+    "name": ("name", "id"),
+}
+
+
+def from_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a table under our names; control, control_1, ... control_10 become a list."""
+    row: dict[str, Any] = {}
+    for column, names in TABLE_COLUMNS.items():
+        row[column] = next((record[n] for n in names if record.get(n) not in (None, "")), None)
+    if not isinstance(row["references"], list):
+        numbered = [(0, row["references"])] + [
+            (int(match[1]), value)
+            for column, value in record.items()
+            if (match := re.fullmatch(r"(?:path_)?control_(\d+)", column))
+        ]
+        row["references"] = [value for _, value in sorted(numbered, key=lambda n: n[0]) if value]
+    prompts = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
+    row["prompt"] = tuple(str(prompt).strip() for prompt in prompts if prompt)
+    return row
+
+
+def rows_of_records(
+    ds: DatasetConfig, records: Iterable[dict[str, Any]], locate: Callable[[Any, str], Path]
+) -> Found:
+    """Records of a table or a Hub data set -> rows; `locate` finds the file of a picture."""
+    rows: dict[str, Row] = {}
+    problems = []
+    for number, record in enumerate(records, 1):
+        row = from_columns(record)
+        if row["target"] is None or not row["references"]:
+            problems.append(f"row {number}: no {'reference' if row['target'] else 'target'}")
+            continue
+        files = {"target": locate(row["target"], f"{number}_target")}
+        for i, reference in enumerate(row["references"], 1):
+            files[f"reference {i}"] = locate(reference, f"{number}_reference_{i}")
+        if row["mask"] is not None:
+            files["mask"] = locate(row["mask"], f"{number}_mask")
+        name = str(row["name"] or (files["target"].stem if ds.table else number))
+        problems += [f"row {number}: no file {f}" for f in files.values() if not f.is_file()]
+        name = f"{name}#{number}" if name in rows else name
+        rows[name] = Row(files, row["prompt"])
+    return Found(rows, ["target"], problems)
+
+
+def read_records(ds: DatasetConfig, root: Path) -> Found:
+    """A CSV or JSONL table; relative paths count from train_data_dir or the table's folder."""
+    assert ds.table is not None
+    table = next((t for t in (root / ds.table, ds.table) if t.is_file()), None)
+    if table is None:
+        return Found({}, [], [f"no table {root / ds.table}"])
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            if table.suffix == ".csv":
+                records: list[Any] = list(csv.DictReader(file))
+            else:
+                records = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        return Found({}, [], [f"table {table}: {error}"])
+    if wrong := [i for i, record in enumerate(records, 1) if not isinstance(record, dict)]:
+        return Found({}, [], [f"table {table}: row {wrong[0]} is no record"])
+
+    def locate(value: Any, name: str) -> Path:
+        places = [root / str(value), table.parent / str(value)]
+        return next((place for place in places if place.is_file()), places[0])
+
+    found = rows_of_records(ds, records, locate)
+    return found._replace(problems=[f"{table}: {problem}" for problem in found.problems])
+
+
+def read_hub_dataset(ds: DatasetConfig, cache_dir: Path) -> Found:
+    """A Hugging Face data set; its pictures are written once, as they are, into the cache."""
+    try:
+        import datasets
+    except ImportError:
+        return Found({}, [], ["hf_dataset needs the package datasets: pip install datasets"])
+    name = str(ds.hf_dataset)
+    try:
+        if (Path(name) / "dataset_info.json").is_file():
+            table = datasets.load_from_disk(name)
+        elif (Path(name) / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(name)[ds.hf_split]
+        else:
+            table = datasets.load_dataset(name, split=ds.hf_split)
+    except Exception as error:  # network, rights, spelling, format: the library has many classes
+        return Found({}, [], [f"hf_dataset {name}, split {ds.hf_split}: {error}"])
+    for column, feature in dict(table.features).items():  # KEEP: bytes as stored, not decoded
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    stats = [(file["filename"], Path(file["filename"]).stat()) for file in table.cache_files]
+    stamp = cache_key("hub", name=name, files=[(f, s.st_size, s.st_mtime_ns) for f, s in stats])
+
+    def locate(value: Any, name: str) -> Path:
+        if value.get("path") and Path(value["path"]).is_file():
+            return Path(value["path"])
+        file = cache_dir / "hub" / stamp / name
+        if not file.exists():
+            save_atomic(file, lambda temporary: temporary.write_bytes(value["bytes"]))
+        return file
+
+    return rows_of_records(ds, table, locate)
+
+
+def read_captions(path: Path, lines: bool) -> tuple[str, ...]:
+    """The captions of a file: its lines, or the whole text as one.
 
     Raises:
         ValueError: missing, empty or not UTF-8; says which.
@@ -752,73 +947,211 @@ def read_caption(path: Path) -> str:
         raise ValueError(f"caption {path} cannot be read: {error}") from error
     if not text:
         raise ValueError(f"caption {path} is empty")
-    return text
+    return tuple(line.strip() for line in text.splitlines() if line.strip()) if lines else (text,)
 
 
-def make_variants(ds: DatasetConfig, files: dict[str, Path], rate: float) -> tuple[Variant, ...]:
-    """Every combination of one sample. Raises ValueError for a bad caption."""
-    if ds.target_dir:
-        target, *references = (files[role] for role in ("target", *list(files)[1:]))
-        caption = ds.caption or read_caption(target.with_suffix(ds.caption_ext))
-        refs = tuple(references)
-        return (Variant(target, refs, refs, caption, rate, 0.0, 0, None, 1.0),)
-    variants = []
-    for batch in ds.batch_configs:
-        refs = tuple(files[item.image] for item in ds.reference_configs[batch.reference_config])
-        captions = ds.caption_configs[batch.caption_config]
-        vision, dropout, least, area = refs, 0.0, 0, None
-        if shown := captions.reference_list:
-            vision = tuple(files[i.image] for i in ds.reference_configs[shown.reference_config])
-            area = shown.resize**2 if shown.resize else None
-            dropout, least = shown.dropout, shown.min_length
-        variants.append(
-            Variant(
-                target=files[ds.target_configs[batch.target_config][0].image],
-                references=refs,
-                vision=vision,
-                caption=read_caption(files[captions.image].with_suffix(captions.ext)),
-                caption_dropout=rate if batch.caption_dropout is None else batch.caption_dropout,
-                vision_dropout=dropout,
-                vision_min=least,
-                vision_area=area,
-                weight=batch.weight,
-            )
+class VariantMaker:
+    """Rows of one data set -> variants of a sample."""
+
+    def __init__(self, config: Config, ds: DatasetConfig) -> None:
+        self.ds, self.seed, self.rate = ds, config.seed, config.data.caption_dropout_rate
+        self._siblings: dict[Path, list[Path]] = {}
+
+    def make(self, name: str, row: Row) -> tuple[Variant, ...]:
+        """Every combination of one sample. Raises ValueError for a bad caption."""
+        return self._by_config(name, row.files) if self.ds.image_configs else self._plain(row)
+
+    def _plain(self, row: Row) -> tuple[Variant, ...]:
+        """Folders, tables, Hub: all references, or each alone (random)."""
+        ds, files = self.ds, row.files
+        roles = sorted(
+            (role for role in files if role.startswith("reference")),
+            key=lambda role: [int(n) for n in role.split()[1].split(".")],
         )
-    return tuple(variants)
+        if ds.selected_control_indexes:
+            roles = [roles[i - 1] for i in ds.selected_control_indexes if i <= len(roles)]
+        if not roles:
+            raise ValueError(f"no reference for {files['target']}")
+        captions = (ds.caption,) if ds.caption else row.captions
+        if captions is None:
+            beside = [files[role].with_suffix(ds.caption_ext) for role in ("target", roles[0])]
+            there = next((path for path in beside if path.exists()), beside[0])
+            captions = read_captions(there, ds.caption_lines is not False)
+        if not captions:
+            raise ValueError(f"no prompt for {files['target']}")
+        references = tuple(Reference(files[role]) for role in roles)
+        alone = ds.conditioning_multidataset_sampling == "random"
+        return tuple(
+            Variant(
+                files["target"],
+                shown,
+                shown,
+                caption,
+                ds.resolution,
+                mask=files.get("mask"),
+                caption_dropout=self.rate,
+            )
+            for shown in ([(one,) for one in references] if alone else [references])
+            for caption in captions
+        )
+
+    def _by_config(self, name: str, files: dict[str, Path]) -> tuple[Variant, ...]:
+        """Suffix layout: one variant per batch config, choice of from_subdir and caption."""
+        ds, variants = self.ds, []
+        for batch, weight in zip(ds.batch_configs, batch_weights(ds.batch_configs), strict=True):
+            captions = ds.caption_configs[batch.caption_config]
+            target = ds.target_configs[batch.target_config][0]
+            shown = captions.reference_list
+            lists = [batch.reference_config, shown.reference_config if shown else None]
+            items = [i for n in lists if n for i in ds.reference_configs[n]]
+            draws = max([item.draws for item in items], default=1)
+            lines = read_captions(
+                files[captions.image].with_suffix(captions.ext), bool(ds.caption_lines)
+            )
+            for draw, caption in itertools.product(range(draws), lines):
+                references = self._references(name, batch.reference_config, files, draw)
+                vision, vision_dropout, vision_min = references, 0.0, 0
+                if shown:
+                    area = shown.resize**2 if shown.resize else None
+                    found = self._references(name, shown.reference_config, files, draw)
+                    vision = tuple(Reference(reference.path, area) for reference in found)
+                    vision_dropout, vision_min = shown.dropout, shown.min_length
+                else:
+                    vision = tuple(Reference(reference.path) for reference in references)
+                replaced = target.from_image_mode == "replace" and target.from_image
+                learned = files[target.from_image if replaced else target.image]  # type: ignore
+                start = files[target.from_image] if target.from_image and not replaced else None
+                rate = self.rate if batch.caption_dropout is None else batch.caption_dropout
+                variant = Variant(
+                    target=learned,
+                    references=references,
+                    vision=vision,
+                    caption=caption,
+                    resolution=target.resize or ds.resolution,
+                    start=start,
+                    start_mode=target.from_image_mode,
+                    mask=files[batch.mask] if batch.mask else None,
+                    instruction=captions.instruction,
+                    caption_dropout=rate,
+                    reference_dropout=batch.reference_dropout,
+                    vision_dropout=vision_dropout,
+                    vision_min=vision_min,
+                    weight=weight / draws / len(lines),
+                )
+                variants.append(variant)
+        return tuple(variant for variant in variants if variant.weight)
+
+    def _references(
+        self, sample: str, name: str | None, files: dict[str, Path], draw: int
+    ) -> tuple[Reference, ...]:
+        """The pictures of a reference_config, those the sample lacks left out."""
+        if name is None:
+            return ()
+        found = []
+        for number, item in enumerate(self.ds.reference_configs[name]):
+            paths = [files[item.image]] if item.image in files else []
+            if item.sample_type == "from_subdir" and paths:
+                others = [p for p in self._beside(paths[0], item.suffix) if p != paths[0]]
+                if len(others) < item.count:
+                    raise ValueError(
+                        f"reference_configs.{name}.{number}: wanted {item.count} other pictures "
+                        f"beside {paths[0]}, there are {len(others)}"
+                    )
+                chance = ("from_subdir", self.seed, sample, name, number, draw % item.draws)
+                paths = [others[i] for i in shuffled(len(others), *chance)[: item.count]]
+            area = item.resize**2 if item.resize else None
+            found += [Reference(path, area) for path in paths]
+        return tuple(found)
+
+    def _beside(self, path: Path, suffix: str) -> list[Path]:
+        """Pictures in the folder of `path` whose stem ends with `suffix`, sorted."""
+        if path.parent not in self._siblings:
+            with os.scandir(path.parent) as entries:
+                names = sorted(e.name for e in entries if e.is_file())
+            pictures = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
+            self._siblings[path.parent] = [path.parent / name for name in pictures]
+        return [file for file in self._siblings[path.parent] if file.stem.endswith(suffix)]
+
+
+def batch_weights(configs: Sequence[BatchConfig]) -> list[float]:
+    """Chance of each combination: given weights, the rest shared equally; they sum to 1."""
+    given = sum(config.weight or 0 for config in configs)
+    without = sum(config.weight is None for config in configs)
+    share = (1 - given) / without if without else 0.0
+    weights = [share if config.weight is None else config.weight for config in configs]
+    return [weight / sum(weights) for weight in weights]
+
+
+def scan_dataset(config: Config, ds: DatasetConfig) -> Found:
+    """The rows of a data set, whatever its layout."""
+    root = ds.train_data_dir
+    if not root.is_dir():
+        return Found({}, [], [f"train_data_dir: folder {root} does not exist"])
+    if ds.hf_dataset:
+        return read_hub_dataset(ds, config.cache.cache_dir)
+    if ds.table:
+        return read_records(ds, root)
+    return (group_by_folder if ds.target_dir else group_by_suffix)(ds, root)
 
 
 def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], list[str]]:
     """Samples, problems and skipped samples of one data set."""
     ds = config.data.dataset_configs[number]
-    where, root = f"data.dataset_configs.{number}", ds.train_data_dir
-    if not root.is_dir():
-        return [], [f"{where}.train_data_dir: folder {root} does not exist"], []
+    where = f"data.dataset_configs.{number}"
     if problems := check_names(ds, where):
         return [], problems, []
-    files, roles, problems = (group_by_folder if ds.target_dir else group_by_suffix)(ds, root)
+    rows, needed, problems = scan_dataset(config, ds)
     if problems:
         return [], [f"{where}: {p}" for p in problems], []
-    samples, broken = [], []
-    for name in sorted(files):
-        here = {role: files[name][role] for role in roles if role in files[name]}
-        if not here:
+    maker, variants, broken = VariantMaker(config, ds), {}, []
+    for name in sorted(rows):
+        files = rows[name].files
+        if not any(role in files for role in needed):
             continue  # only pictures that no combination uses
-        if lacking := [role for role in roles if role not in here]:
+        lacking = [role for role in needed if role not in files]
+        if lacking and not (ds.on_missing == "allow_fewer" and only_references(ds, lacking, files)):
             broken.append(f"{where}: sample '{name}' lacks its {' and '.join(lacking)}")
             continue
         try:
-            variants = make_variants(ds, here, config.data.caption_dropout_rate)
+            variants[name] = maker.make(name, rows[name])
         except ValueError as error:
             broken.append(f"{where}: {error}")
-            continue
-        samples.append(Sample(name, number, name in ds.holdout, variants))
-    for name in sorted(set(ds.holdout) - set(files)):
-        problems.append(f"{where}.holdout: no sample '{name}'{nearest(name, sorted(files))}")
+    held_out = choose_holdout(config, number, list(variants))
+    samples = [Sample(name, number, name in held_out, v) for name, v in variants.items()]
+    for name in sorted(set(ds.holdout) - set(rows)):
+        problems.append(f"{where}.holdout: no sample '{name}'{nearest(name, sorted(rows))}")
     skipped = broken if ds.on_missing == "skip" else []
     problems += [] if skipped else broken
-    if not any(not sample.held_out for sample in samples) and not problems:
-        problems.append(f"{where}: no sample to train on in {root}")
+    evaluated = ds.name in config.validation.eval_dataset_id
+    if not problems and not any(s.held_out == evaluated for s in samples):
+        problems.append(f"{where}: no sample to train on in {ds.hf_dataset or ds.train_data_dir}")
     return samples, problems, skipped
+
+
+def only_references(ds: DatasetConfig, lacking: Sequence[str], files: dict[str, Path]) -> bool:
+    """Whether only references are lacking, and every combination still has one."""
+    if not ds.image_configs:
+        there = any(role.startswith("reference") for role in files)
+        return there and all(role.startswith("reference") for role in lacking)
+    needed = {target.image for targets in ds.target_configs.values() for target in targets}
+    needed |= {str(t.from_image) for targets in ds.target_configs.values() for t in targets}
+    needed |= {c.image for c in ds.caption_configs.values()} | {
+        str(b.mask) for b in ds.batch_configs
+    }
+    lists = [
+        ds.reference_configs[b.reference_config] for b in ds.batch_configs if b.reference_config
+    ]
+    each = all(any(item.image in files for item in items) for items in lists)
+    return each and not needed & set(lacking)
+
+
+def choose_holdout(config: Config, number: int, names: Sequence[str]) -> set[str]:
+    """Samples of a data set that are not trained: named, drawn by the seed, or all."""
+    ds = config.data.dataset_configs[number]
+    if ds.name in config.validation.eval_dataset_id:
+        return set(names)
+    by_chance = sorted(names, key=lambda name: uniform("holdout", config.seed, number, name))
+    return {*ds.holdout, *by_chance[: round(ds.holdout_ratio * len(names))]}
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -880,13 +1213,30 @@ def check_pictures(paths: Sequence[Path], index: FileIndex) -> list[str]:
 def all_pictures(samples: Iterable[Sample]) -> list[Path]:
     """Every picture file the samples use, once, sorted."""
     return sorted(
-        {
-            path
-            for sample in samples
-            for variant in sample.variants
-            for path in (variant.target, *variant.references, *variant.vision)
-        }
+        {path for sample in samples for variant in sample.variants for path in variant.files()}
     )
+
+
+def check_shapes(config: Config, samples: Iterable[Sample], index: FileIndex) -> list[str]:
+    """References that must lie on their target's pixels, but have another aspect."""
+    problems = []
+    for sample in samples:
+        ds = config.data.dataset_configs[sample.dataset]
+        strict = ds.conditioning_type == "reference_strict"
+        for variant in sample.variants:
+            aligned = [r.path for r in variant.references] if strict else []
+            if config.loss.region == "difference" and not sample.held_out:
+                aligned += [variant.references[0].path] if variant.references else []
+            aspect = index.aspect(variant.target)
+            for path in aligned:
+                if not aligns(index.aspect(path), aspect):
+                    why = "reference_strict" if strict else "loss.mask: difference"
+                    problems.append(
+                        f"data.dataset_configs.{sample.dataset}: {why} wants one frame, but {path} "
+                        f"has aspect {index.aspect(path):.3f}, its target {aspect:.3f}"
+                        + ("; conditioning_type: reference_loose?" if strict else "")
+                    )
+    return list(dict.fromkeys(problems))
 
 
 def open_index(config: Config) -> FileIndex:
@@ -912,7 +1262,8 @@ def find_samples(config: Config, index: FileIndex) -> tuple[list[Sample], list[s
         samples += found
         groups.append(wrong)
         skipped += left_out
-    groups.append(check_pictures(all_pictures(samples), index))
+    unreadable = check_pictures(all_pictures(samples), index)
+    groups += [unreadable, [] if unreadable else check_shapes(config, samples, index)]
     report = {
         "samples": len(samples),
         "problems": list(itertools.chain(*groups)),
@@ -937,6 +1288,13 @@ class Flavour(NamedTuple):
     name: str  # edit-v1 (2508) | edit-v2 (2509) | edit-v3 (2511)
     pipeline_class: str
     vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508)
+
+
+PUBLISHED = {  # so that a plan and an audit need no network
+    "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None),
+    "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", "QwenImageEditPlusPipeline", VISION_AREA),
+    "Qwen/Qwen-Image-Edit-2511": Flavour("edit-v3", "QwenImageEditPlusPipeline", VISION_AREA),
+}
 
 
 def fetch_from_hub(repository: str, file: str) -> Path:
@@ -975,6 +1333,8 @@ def detect_flavour(name_or_path: str) -> Flavour:
     Raises:
         UserError: no such checkpoint, or not a Qwen-Image-Edit one.
     """
+    if name_or_path in PUBLISHED:
+        return PUBLISHED[name_or_path]
     pipeline_class = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
     if pipeline_class == "QwenImageEditPipeline":
         return Flavour("edit-v1", pipeline_class, None)
@@ -1024,18 +1384,42 @@ def audit(config: Config) -> list[str]:
         return [*problems, str(error)]
     problems += wrong
     if flavour and flavour.name == "edit-v1":
-        first = {sample.dataset: sample for sample in reversed(samples)}
-        for number, sample in sorted(first.items()):
-            where = f"data.dataset_configs.{number}"
-            if any(len(v.references) > 1 for v in sample.variants):
-                problems.append(f"{where}: 2508 takes one reference; 2509 and 2511 take more")
-            if any(v.vision_area or v.vision != v.references for v in sample.variants):
+        problems += check_2508(samples)
+    names = [ds.name for ds in config.data.dataset_configs]
+    for name in config.validation.eval_dataset_id:
+        if name not in names:
+            problems.append(
+                f"validation.eval_dataset_id: no data set '{name}'{nearest(name, names)}"
+            )
+    drawn = config.validation.samples or any(s.held_out for s in samples)
+    if config.validation.steps and samples and not drawn:
+        problems.append(
+            "validation.steps is set, but nothing is held out: name samples in holdout, or give "
+            "holdout_ratio, validation.eval_dataset_id or validation.samples"
+        )
+    for i, edit in enumerate(config.validation.samples):
+        missing = [path for path in edit.images if not path.is_file()]
+        problems += [f"validation.samples.{i}.images: no picture {path}" for path in missing]
+    return problems
+
+
+def check_2508(samples: Sequence[Sample]) -> list[str]:
+    """What 2508 cannot do: its prompt has a place for exactly one picture."""
+    problems = []
+    first = {sample.dataset: sample for sample in reversed(samples)}
+    for number, sample in sorted(first.items()):
+        where = f"data.dataset_configs.{number}"
+        if any(len(v.references) != 1 or v.reference_dropout for v in sample.variants):
+            problems.append(f"{where}: 2508 takes one reference; 2509 and 2511 take more")
+        for variant in sample.variants:
+            same = [r.path for r in variant.vision] == [r.path for r in variant.references]
+            fewer = variant.vision_dropout and variant.vision_min < 1
+            if not same or fewer or any(r.area for r in variant.vision):
                 problems.append(
                     f"{where}: 2508 shows its encoder the picture that the VAE gets; leave out "
-                    "reference_list.resize and use the same references"
+                    "reference_list.resize and dropout, and use the same references"
                 )
-    if config.validation.steps and samples and not any(s.held_out for s in samples):
-        problems.append("validation.steps is set, but no data set names samples in holdout")
+                break
     return problems
 
 
@@ -1059,8 +1443,21 @@ class Draw(NamedTuple):
     sample: int
     variant: int = 0
     view: int = 0
+    references: int | None = None  # so many stay, from the first on; None: all
     vision: tuple[int, ...] | None = None  # which vision references stay; None: all
-    empty: bool = False  # train with the empty instruction
+    dropped: bool = False  # train without the instruction
+
+
+class Region(NamedTuple):
+    """Where the loss counts more, at the size of the target."""
+
+    mask: Picture | None  # white there
+    change: tuple[Picture, Picture] | None = None  # or where these two differ
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """What it is made of."""
+        return (self.mask,) if self.mask else self.change or ()
 
 
 class Example(NamedTuple):
@@ -1071,6 +1468,9 @@ class Example(NamedTuple):
     references: tuple[Picture, ...]
     vision: tuple[Picture, ...]
     caption: str
+    instruction: str | None = None
+    start: Picture | None = None
+    region: Region | None = None
 
 
 def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
@@ -1089,8 +1489,20 @@ def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
     return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
 
 
+@functools.lru_cache
+def table_buckets(resolution: int) -> list[tuple[int, int]]:
+    """The shapes of TABLES (W, H), upright and lying."""
+    sizes = [tuple(map(int, size.split("x"))) for size in TABLES[resolution].split()]
+    return sorted({(w, h) for a, b in sizes for w, h in ((a, b), (b, a))})
+
+
 @functools.lru_cache(maxsize=4096)
-def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
+def nearest_bucket(
+    width: int,
+    height: int,
+    resolution: int,
+    sizes: Callable[[int], list[tuple[int, int]]] = buckets,
+) -> tuple[int, int]:
     """The bucket of nearest log aspect; among equals the one of nearest area."""
     aspect, area = math.log(width / height), resolution**2
 
@@ -1098,7 +1510,7 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
         w, h = size
         return round(abs(aspect - math.log(w / h)), 9), abs(math.log(w * h / area))
 
-    return min(buckets(resolution), key=distance)
+    return min(sizes(resolution), key=distance)
 
 
 def cover_box(
@@ -1132,52 +1544,91 @@ def opened(example: Example) -> Example:
         return Picture(load_picture(picture), picture.content, picture.size)
 
     references, vision = (tuple(map(ready, p)) for p in (example.references, example.vision))
-    return example._replace(target=ready(example.target), references=references, vision=vision)
+    return example._replace(
+        target=ready(example.target),
+        references=references,
+        vision=vision,
+        start=ready(example.start) if example.start else None,
+    )
+
+
+def aligns(aspect: float, other: float) -> bool:
+    """Whether two pictures of these aspects are taken as showing the same frame."""
+    return abs(math.log(aspect / other)) < ASPECT_TOLERANCE
+
+
+class Frame(NamedTuple):
+    """The ONE geometric transform of a visit: crop and flip of the target's frame."""
+
+    aspect: float  # of the whole target picture
+    size: tuple[int, int]  # (W, H) px of the target
+    box: tuple[float, float, float, float]
+    flip: bool
+
+
+def choose_frame(
+    ds: DatasetConfig, seed: int, draw: Draw, sample: Sample, index: FileIndex
+) -> Frame:
+    """Bucket and crop of a visit; view 0 is the whole picture."""
+    variant = sample.variants[draw.variant]
+    fact = index.known(variant.target)
+    aspect = fact["width"] / fact["height"]
+    sizes = table_buckets if ds.buckets == "table" else buckets
+    size = nearest_bucket(fact["width"], fact["height"], variant.resolution, sizes)
+    box, flip = cover_box(aspect, size[0] / size[1]), False
+    if draw.view:  # EDIT HERE: augmentation (each view is cached)
+        chance = ("view", seed, sample.dataset, sample.name, draw.view)
+        scale = 1 - (1 - ds.view_scale) * uniform("scale", *chance)
+        x, y = uniform("x", *chance), uniform("y", *chance)
+        box = cover_box(aspect, size[0] / size[1], scale, x, y)
+        flip = ds.view_flip and uniform("flip", *chance) < 0.5
+    return Frame(aspect, size, box, flip)
 
 
 def resolve(
     config: Config, flavour: Flavour, samples: Sequence[Sample], draw: Draw, index: FileIndex
 ) -> Example:
-    """Draw -> pictures with ONE geometric transform for the target and every aligned reference."""
+    """Draw -> pictures with ONE geometric transform for the target and all that lies on it."""
     sample = samples[draw.sample]
     variant = sample.variants[draw.variant]
     ds = config.data.dataset_configs[sample.dataset]
+    frame = choose_frame(ds, config.seed, draw, sample, index)
+    size, wanted = frame.size, frame.size[0] / frame.size[1]
 
-    fact = index.known(variant.target)
-    aspect = fact["width"] / fact["height"]
-    size = nearest_bucket(fact["width"], fact["height"], ds.resolution)
-    box, flip = cover_box(aspect, size[0] / size[1]), False
-    if draw.view:  # EDIT HERE: augmentation (each view is cached)
-        chance = ("view", config.seed, sample.dataset, sample.name, draw.view)
-        scale = 1 - (1 - ds.view_scale) * uniform("scale", *chance)
-        x, y = uniform("x", *chance), uniform("y", *chance)
-        box = cover_box(aspect, size[0] / size[1], scale, x, y)
-        flip = ds.view_flip and uniform("flip", *chance) < 0.5
+    def on_target(path: Path) -> Picture:
+        """At the target's size: with its crop, or the middle of another frame."""
+        same = aligns(index.aspect(path), frame.aspect)
+        box = frame.box if same else cover_box(index.aspect(path), wanted)
+        return Picture(path, index.known(path)["content"], size, box, frame.flip and same)
 
-    def reference(path: Path, area_px: float) -> Picture:
-        known = index.known(path)
-        own = known["width"] / known["height"]
+    def shown(reference: Reference, area_px: float) -> Picture:
+        own, area_px = index.aspect(reference.path), float(reference.area or area_px)
+        content = index.known(reference.path)["content"]
         # KEEP: aligned references get the target's crop, or the edit no longer lies on its pixels
-        if abs(math.log(own / aspect)) < ASPECT_TOLERANCE:
-            aligned = pick_size(area_px, size[0] / size[1])
-            return Picture(path, known["content"], aligned, box, flip)
-        return Picture(path, known["content"], pick_size(area_px, own))
+        if ds.conditioning_type != "reference_loose" and aligns(own, frame.aspect):
+            size = pick_size(area_px, wanted)
+            return Picture(reference.path, content, size, frame.box, frame.flip)
+        return Picture(reference.path, content, pick_size(area_px, own))
 
     area_px = reference_area_px(config, size)
-    vision_area = variant.vision_area or flavour.vision_area or area_px
+    vision_area = float(flavour.vision_area or area_px)
     stay = range(len(variant.vision)) if draw.vision is None else draw.vision
+    target, region = on_target(variant.target), None
+    if config.loss.region == "file" and variant.mask:
+        region = Region(on_target(variant.mask))
+    elif config.loss.region == "difference" and variant.references:
+        region = Region(None, (on_target(variant.references[0].path), target))
+    without_text = draw.dropped and config.data.caption_dropout_mode == "empty"
     return Example(
         name=sample.name,
-        target=Picture(variant.target, fact["content"], size, box, flip),
-        references=tuple(reference(path, area_px) for path in variant.references),
-        vision=tuple(reference(variant.vision[i], float(vision_area)) for i in stay),
-        caption="" if draw.empty else variant.caption,
+        target=target,
+        references=tuple(shown(r, area_px) for r in variant.references[: draw.references]),
+        vision=tuple(shown(variant.vision[i], vision_area) for i in stay),
+        caption="" if without_text else variant.caption,
+        instruction=variant.instruction,
+        start=on_target(variant.start) if variant.start else None,
+        region=region,
     )
-
-
-def same_aspect(a: Image.Image, b: Image.Image) -> bool:
-    """Whether two pictures are taken as showing the same frame."""
-    return abs(math.log(a.width * b.height / (a.height * b.width))) < ASPECT_TOLERANCE
 
 
 def crop(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
@@ -1209,6 +1660,15 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> RGB."""
     data = (pixels * 0.5 + 0.5).clamp(0, 1).float() * 255
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def region_map(region: Region) -> torch.Tensor:
+    """Region -> (1, h, w) fp32 in [0, 1] per latent: mean of the mask, or mean |change|."""
+    images = [np.asarray(load_picture(p), np.float32) / 255 for p in region.pictures]
+    level = images[0] if len(images) == 1 else np.abs(images[1] - images[0])
+    level = level.mean(-1)  # (H, W)
+    h, w = level.shape[0] // 8, level.shape[1] // 8
+    return torch.from_numpy(level).view(1, h, 8, w, 8).mean((2, 4))
 
 
 def encode_stills_in_2d(vae: torch.nn.Module) -> torch.nn.Module:
@@ -1261,15 +1721,37 @@ def decode_latents_qwen(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
 
 
+@contextlib.contextmanager
+def system_instruction(pipe: Any, instruction: str | None) -> Iterator[None]:
+    """Let a pipeline's prompt template begin with another system instruction; None: its own."""
+    template, start = pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx
+    turn = "<|im_start|>user\n"
+    if instruction:
+        head = f"<|im_start|>system\n{instruction}<|im_end|>\n{turn}"
+        # KEEP: all tokens before the user's turn are dropped from the embedding, as in the original
+        pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(head).input_ids)
+        escaped = head.replace("{", "{{").replace("}", "}}")
+        pipe.prompt_template_encode = escaped + template.split(turn, 1)[1]
+    try:
+        yield
+    finally:
+        pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = template, start
+
+
 @torch.no_grad()
 def encode_prompt_qwen(
-    pipe: Any, caption: str, images: Sequence[Image.Image], device: torch.device
+    pipe: Any,
+    caption: str,
+    images: Sequence[Image.Image],
+    device: torch.device,
+    instruction: str | None = None,
 ) -> torch.Tensor:
     """Instruction and pictures -> embedding (T, D), through the pipeline's own template."""
     # 2508's template has one picture slot; the Plus template numbers a list
     single = type(pipe).__name__ == "QwenImageEditPipeline"
     shown = (images[0] if single else list(images)) if images else None
-    embeds, _ = pipe.encode_prompt(prompt=caption, image=shown, device=device)
+    with system_instruction(pipe, instruction):
+        embeds, _ = pipe.encode_prompt(prompt=caption, image=shown, device=device)
     return embeds[0]  # (T, D); one prompt has no padding
 
 
@@ -1296,7 +1778,19 @@ class CacheKeys:
     def prompt(self, example: Example) -> str:
         """Entry with `embed` (T, D): the pictures are part of it."""
         pictures = [picture_id(picture) for picture in example.vision]
-        return cache_key("prompt", encoder=self.text, caption=example.caption, pictures=pictures)
+        text = [example.instruction, example.caption] if example.instruction else example.caption
+        return cache_key("prompt", encoder=self.text, caption=text, pictures=pictures)
+
+    @staticmethod
+    def region(region: Region) -> str:
+        """Entry with `region` (1, h, w)."""
+        return cache_key("region", pictures=[picture_id(p) for p in region.pictures])
+
+    def of(self, what: Picture | Example | Region) -> str:
+        """The entry of a picture's latents, an example's prompt or a region."""
+        if isinstance(what, Picture):
+            return self.latent(what)
+        return self.prompt(what) if isinstance(what, Example) else self.region(what)
 
 
 def template_text(pipeline_class: str) -> str:
@@ -1421,13 +1915,16 @@ def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
     """Freeze the base, add the adapter in fp32. Raises UserError for a name without a layer."""
     from peft import LoraConfig as PeftConfig
 
-    check_targets(transformer, lora.target_modules)
+    targets = lora.target_modules  # TEMP
+    if targets == "attn-image":
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    check_targets(transformer, targets)
     transformer.requires_grad_(False)
     settings = PeftConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha or lora.r,  # type: ignore[arg-type]
         init_lora_weights=True if lora.init_lora_weights == "kaiming" else "gaussian",
-        target_modules=lora.target_modules,
+        target_modules=targets,
         # KEEP: DDP waits forever for parameters that never get a gradient
         exclude_modules=dead_modules(transformer),
     )
@@ -1491,10 +1988,19 @@ def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
 
 
 def sample_sigma(loss: LossConfig, *parts: object) -> float:  # EDIT HERE: timestep density
-    """A noise level in (0, 1) before the shift; belongs to the parts."""
-    if loss.timestep_density == "uniform":
-        return min(max(uniform(*parts), 1e-4), 1 - 1e-4)
-    return torch.sigmoid(loss.logit_mean + loss.logit_std * normal((), *parts)).item()
+    """A noise level in (0, 1) before the shift; belongs to the parts.
+
+    logit_normal and mode: Esser et al. 2024 (SD3), section 3.1; sigmoid: sigmoid(scale x normal).
+    """
+    if loss.timestep_density in ("uniform", "mode"):
+        u = uniform(*parts)
+        if loss.timestep_density == "mode":
+            u = 1 - u - loss.mode_scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
+        return min(max(u, 1e-4), 1 - 1e-4)
+    mean, std = loss.logit_mean, loss.logit_std
+    if loss.timestep_density == "sigmoid":
+        mean, std = 0.0, loss.sigmoid_scale
+    return torch.sigmoid(mean + std * normal((), *parts)).item()
 
 
 def model_mu(scheduler_config: Any, tokens: int) -> float:
@@ -1566,14 +2072,73 @@ def predict_velocity(
 
 
 def flow_loss(
-    velocity: torch.Tensor, noise: torch.Tensor, target_latents: torch.Tensor
+    velocity: torch.Tensor,
+    target_velocity: torch.Tensor,
+    weight: torch.Tensor | None,
+    loss: LossConfig,
 ) -> torch.Tensor:  # EDIT HERE: the objective
-    """Rectified flow: mean over elements of (velocity - (noise - x0))^2, fp32, (B,)."""
-    error = velocity.float() - (noise.float() - target_latents.float())
-    return error.square().flatten(1).mean(1)
+    """Rectified flow: mean of (velocity - target)^2 over elements, fp32, (B,).
+
+    weight: None or (B, 1, 1, h, w), e.g. of an edit mask; the mean is divided by its sum, so that
+    the loss keeps its scale.
+    """
+    return weighted_mean((velocity.float() - target_velocity.float()).square(), weight)
 
 
-LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": flow_loss}
+def huber_loss(
+    velocity: torch.Tensor,
+    target_velocity: torch.Tensor,
+    weight: torch.Tensor | None,
+    loss: LossConfig,
+) -> torch.Tensor:
+    """Pseudo-Huber, 2c (sqrt(error^2 + c^2) - c): squares below c, 2c |error| above. See flow_loss.
+
+    Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance".
+    """
+    error, c = velocity.float() - target_velocity.float(), loss.huber_c
+    return weighted_mean(2 * c * ((error.square() + c * c).sqrt() - c), weight)
+
+
+def weighted_mean(error: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Mean over all but the first axis: sum(weight error) / sum(weight)."""
+    if weight is None:
+        return error.flatten(1).mean(1)
+    weight = weight.expand_as(error).flatten(1)
+    return (weight * error.flatten(1)).sum(1) / weight.sum(1)
+
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": flow_loss, "huber": huber_loss}
+
+MIN_SIGMA = 0.02  # below, (x - x0) / sigma would blow up what little is left to predict
+
+
+def velocity_to(x0: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """(x - x0) / sigma: the velocity that leads from any x straight to x0; sigma (B,)."""
+    sigma = sigma.view(-1, *[1] * (x0.dim() - 1))
+    return (noisy.float() - x0) / sigma.clamp(min=MIN_SIGMA)
+
+
+@torch.no_grad()
+def roll_out(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    steps: int,
+    span: float,
+) -> torch.Tensor:
+    """Scheduled sampling: what the model itself makes of x0 on its way down to sigma.
+
+    Starts at sigma + steps x span (at most 1) with the true noise and takes `steps` Euler steps
+    with predict(x, sigma (B,)). x0, noise, result (B, 16, 1, h, w) fp32.
+    """
+    start = (sigma + steps * span).clamp(max=1.0)
+    x = add_noise(x0, noise, start)
+    for number in range(steps):
+        levels = [torch.lerp(start, sigma, (number + i) / steps) for i in (0, 1)]
+        distance = (levels[1] - levels[0]).view(-1, *[1] * (x0.dim() - 1))
+        x = x + distance * predict(x, levels[0]).float()
+    return x
 
 
 # --- 6. sampling ----------------------------------------------------------------------------------
@@ -1750,6 +2315,14 @@ def find_checkpoint(config: Config, now: dict[str, Any]) -> tuple[Path, dict[str
 # --- 8. batches and loop --------------------------------------------------------------------------
 
 
+Shape = tuple[tuple[int, int], ...]  # (W, H) px of the target and of each reference
+
+
+def image_tokens(shape: Shape) -> int:
+    """Tokens of the target and its references: one per 16 x 16 px."""
+    return sum(width // 16 * (height // 16) for width, height in shape)
+
+
 class StepPlan:
     """For every optimizer step the micro-batches of this process, from `first_step` on.
 
@@ -1763,7 +2336,7 @@ class StepPlan:
         self,
         config: Config,
         samples: Sequence[Sample],
-        shape_of: Callable[[Draw], object],
+        shape_of: Callable[[Draw], Shape],
         first_step: int,
         steps: int,
         rank: int = 0,
@@ -1796,8 +2369,9 @@ class StepPlan:
             sample=number,
             variant=which,
             view=int(uniform(seed, "view", visit) * views),
+            references=keep_first(variant, seed, visit),
             vision=keep_references(variant, seed, visit),
-            empty=uniform(seed, "caption_dropout", visit) < variant.caption_dropout,
+            dropped=uniform(seed, "caption_dropout", visit) < variant.caption_dropout,
         )
 
     def epoch(self, epoch: int) -> list[list[Draw]]:
@@ -1834,19 +2408,36 @@ class StepPlan:
                 step += 1
 
     def micro_batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
-        """Cut into runs of one shape, at most batch_size each."""
+        """Cut into runs of one shape, at most batch_size and max_tokens_per_batch each."""
         batches: list[list[Draw]] = []
         for draw in draws:
             shape = self.shape_of(draw)
             last = next((b for b in batches if self.shape_of(b[0]) == shape), None)
-            if last is None or len(last) == self.config.data.batch_size:
+            if last is None or len(last) == self.room(shape):
                 batches.insert(0, [draw])
             else:
                 last.append(draw)
         return batches[::-1]
 
+    def room(self, shape: Shape) -> int:
+        """Samples of a shape that fit into one forward pass."""
+        data = self.config.data
+        if data.max_tokens_per_batch is None:
+            return data.batch_size
+        return max(1, min(data.batch_size, data.max_tokens_per_batch // image_tokens(shape)))
+
     def __len__(self) -> int:
         return max(0, self.steps - self.first_step)
+
+
+def keep_first(variant: Variant, *parts: object) -> int | None:
+    """How many references the transformer keeps: at each in turn, a chance to stop; None: all."""
+    if not variant.reference_dropout:
+        return None
+    for i in range(len(variant.references)):
+        if uniform("reference_dropout", i, *parts) < variant.reference_dropout:
+            return i
+    return None
 
 
 def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
@@ -1863,6 +2454,7 @@ def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
 
 def possible_draws(config: Config, samples: Sequence[Sample]) -> Iterator[Draw]:
     """Every Draw that can happen, so that everything it needs is cached."""
+    guided = config.validation.true_cfg_scale > 1
     for number, sample in enumerate(samples):
         views = 1 if sample.held_out else config.data.dataset_configs[sample.dataset].views
         for which, variant in enumerate(sample.variants):
@@ -1873,8 +2465,11 @@ def possible_draws(config: Config, samples: Sequence[Sample]) -> Iterator[Draw]:
                 subsets = [
                     s for k in range(least, n + 1) for s in itertools.combinations(range(n), k)
                 ]
-            for view, subset, empty in itertools.product(range(views), subsets, (False, True)):
-                yield Draw(0, number, which, view, subset, empty)
+            without = guided if sample.held_out else variant.caption_dropout > 0
+            for view, subset, dropped in itertools.product(
+                range(views), subsets, (False, True) if without else (False,)
+            ):
+                yield Draw(0, number, which, view, None, subset, dropped)
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -1884,7 +2479,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.config, self.samples = trainer.config, trainer.samples
         self.index, self.keys, self.flavour = trainer.index, trainer.keys, trainer.flavour
         self.cached = cached
-        self._known: dict[Draw, tuple[Example, list[Path]]] = {}
+        self._known: dict[Draw, tuple[Example, dict[str, list[Path]]]] = {}
 
     def __getitem__(self, micro_batches: list[list[Draw]]) -> list[dict[str, Any]]:
         try:
@@ -1896,54 +2491,78 @@ class PairDataset(torch.utils.data.Dataset):
         """One micro-batch, with sigma (B,) before the shift; the noise is drawn here as well."""
         known = [self.resolved(draw) for draw in draws]
         seed, loss = self.config.seed, self.config.loss
-        batch = (
+        batch: dict[str, Any] = (
             collate([read_entries(paths) for _, paths in known])
             if self.cached
             else {"examples": [opened(example) for example, _ in known]}
         )
         width, height = known[0][0].target.size
         shape = (16, 1, height // 8, width // 8)
-        return batch | {
+        batch |= {
             "noise": torch.stack([normal(shape, seed, "noise", d.visit) for d in draws]),
             "sigma": torch.tensor([sample_sigma(loss, seed, "sigma", d.visit) for d in draws]),
             "names": [example.name for example, _ in known],
         }
+        samples = [self.samples[draw.sample] for draw in draws]
+        weights = [self.config.data.dataset_configs[s.dataset].loss_weight for s in samples]
+        if any(weight != 1 for weight in weights):
+            batch["loss_weight"] = torch.tensor(weights)
+        modes = [s.variants[d.variant].start_mode for s, d in zip(samples, draws, strict=True)]
+        if "consistent" in modes:
+            batch["consistent"] = torch.tensor([mode == "consistent" for mode in modes])
+        if self.config.data.caption_dropout_mode == "zero" and any(d.dropped for d in draws):
+            batch["zeroed"] = torch.tensor([draw.dropped for draw in draws])
+        if loss.rollout_steps:
+            # KEEP: numbers, not a tensor; to look at one on the GPU would wait for it
+            chances = [uniform(seed, "rollout", draw.visit) for draw in draws]
+            batch["rollout_chance"] = chances
+        return batch
 
-    def resolved(self, draw: Draw) -> tuple[Example, list[Path]]:
-        """The example of a draw and its cache entries: target, references, prompt; remembered."""
+    def resolved(self, draw: Draw) -> tuple[Example, dict[str, list[Path]]]:
+        """The example of a draw and its cache entries by kind; remembered."""
         draw = draw._replace(visit=0)
         if draw not in self._known:
             e = resolve(self.config, self.flavour, self.samples, draw, self.index)
-            keys: list[str] = []
-            if self.cached:
-                keys = [self.keys.latent(p) for p in (e.target, *e.references)]
-                keys.append(self.keys.prompt(e))
+            what: dict[str, Sequence[Picture | Example | Region | None]] = {
+                "pixel_latent": [e.target],
+                "control_latent": e.references,
+                "prompt_embed": [e],
+                "start_latent": [e.start],
+                "region": [e.region],
+            }
             folder = self.config.cache.cache_dir
-            self._known[draw] = e, [entry_path(folder, key) for key in keys]
+            paths = {
+                kind: [entry_path(folder, self.keys.of(w)) for w in parts if w is not None]
+                for kind, parts in what.items()
+                if self.cached
+            }
+            self._known[draw] = e, paths
         return self._known[draw]
 
 
-def read_entries(paths: Sequence[Path]) -> dict[str, Any]:
-    """Cache entries (target, references, prompt) -> item of a batch. Raises ValueError."""
-    target, *references = (read_entry(path)["latent"] for path in paths[:-1])
-    return {
-        "pixel_latent": target,
-        "control_latent": references,
-        "prompt_embed": read_entry(paths[-1])["embed"],
+def read_entries(paths: dict[str, list[Path]]) -> dict[str, Any]:
+    """Cache entries by kind -> item of a batch. Raises ValueError."""
+    tensors = {
+        kind: [next(iter(read_entry(path).values())) for path in files]
+        for kind, files in paths.items()
     }
+    references = tensors.pop("control_latent")
+    single = {kind: found[0] for kind, found in tensors.items() if found}
+    return single | {"control_latent": references}
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Items of one shape -> a batch: text padded with zeros, its mask None if nothing is padded.
 
     pixel_latent (B, 16, 1, h, w); control_latent K x (B, 16, 1, hk, wk); prompt_embed (B, T, D);
-    prompt_embeds_mask (B, T) bool or None.
+    prompt_embeds_mask (B, T) bool or None. Only where a sample has one: start_latent (the target
+    where there is none), region (B, 1, 1, h, w) (negative where there is none).
     """
     lengths = torch.tensor([len(item["prompt_embed"]) for item in items])
     embeds = [item["prompt_embed"] for item in items]
     padded = bool((lengths != lengths[0]).any())
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # (B, T)
-    return {
+    batch = {
         "pixel_latent": torch.stack([item["pixel_latent"] for item in items]),
         "control_latent": [
             torch.stack(k) for k in zip(*(i["control_latent"] for i in items), strict=True)
@@ -1951,6 +2570,14 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "prompt_embed": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
         "prompt_embeds_mask": mask if padded else None,
     }
+    if any("start_latent" in item for item in items):
+        starts = [item.get("start_latent", item["pixel_latent"]) for item in items]
+        batch["start_latent"] = torch.stack(starts)
+    if any("region" in item for item in items):
+        h, w = items[0]["pixel_latent"].shape[-2:]
+        none = torch.full((1, h, w), -1.0)
+        batch["region"] = torch.stack([item.get("region", none) for item in items])[:, :, None]
+    return batch
 
 
 def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
@@ -1988,6 +2615,29 @@ def import_class(path: str) -> Any:
         raise UserError(f"optimizer.class_path {path}: {error}; pip install {package}?") from error
     except AttributeError as error:
         raise UserError(f"optimizer.class_path: {module} has no {name}") from error
+
+
+def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Start a clock; calling the result stops it and gives a function that reads the seconds.
+
+    On a GPU it measures the GPU's own time and waits for it only when it is read.
+    """
+    if device.type != "cuda":
+        begin = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - begin
+            return lambda: seconds
+
+        return stop
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+
+    def record() -> Callable[[], float]:
+        last.record()
+        return lambda: first.elapsed_time(last) / 1000
+
+    return record
 
 
 def memory_gb(device: torch.device) -> float:
@@ -2030,8 +2680,9 @@ class QwenImageEditTrainer:
         self.index = FileIndex(None)
         self._keys: CacheKeys | None = None
         self._base_pictures: dict[str, Image.Image] = {}  # validation pictures without the LoRA
+        self._measured: dict[str, list[Callable[[], float]]] = {}
         self._drawn = 0  # batches of this step, from a loader of the user's, that got noise here
-        self._shapes: dict[tuple[int, int], object] = {}  # of (sample, variant)
+        self._shapes: dict[tuple[int, int, int | None], Shape] = {}
         self.samples_per_step = 1
 
     # -- loading and devices
@@ -2199,18 +2850,26 @@ class QwenImageEditTrainer:
     def _embed(self, example: Example, device: torch.device | str | None) -> torch.Tensor:
         """(T, D) on the CPU, as it lies in the cache."""
         images = [load_picture(picture) for picture in example.vision]
-        return self.encode_prompt_image_embedding(example.caption, images, device)[0][0].cpu()
+        self.load_model(["text_encoder"])
+        place = torch.device(device or self.device)
+        self.qwen_vl.to(place)
+        return encode_prompt_qwen(
+            self.text_pipeline, example.caption, images, place, example.instruction
+        ).cpu()
 
     def _encode(self, example: Example) -> dict[str, Any]:
         """What read_entries() reads, computed."""
-        cache = self.config.cache
-        pictures = (example.target, *example.references)
-        target, *references = (self._latent(p, cache.vae_encoder_device) for p in pictures)
-        return {
-            "pixel_latent": target,
-            "control_latent": references,
-            "prompt_embed": self._embed(example, cache.text_encoder_device),
+        vae_device = self.config.cache.vae_encoder_device
+        item: dict[str, Any] = {
+            "pixel_latent": self._latent(example.target, vae_device),
+            "control_latent": [self._latent(p, vae_device) for p in example.references],
+            "prompt_embed": self._embed(example, self.config.cache.text_encoder_device),
         }
+        if example.start:
+            item["start_latent"] = self._latent(example.start, vae_device)
+        if example.region:
+            item["region"] = region_map(example.region)
+        return item
 
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
         """Pictures of a batch {"image": [...], "control": [[...]], "prompt": [...]} -> Examples.
@@ -2264,36 +2923,48 @@ class QwenImageEditTrainer:
             items.append(item)
         return items
 
+    def encoded(
+        self, what: Picture | Example | Region, device: torch.device | str | None
+    ) -> dict[str, torch.Tensor]:
+        """The content of a cache entry: `latent`, `embed` or `region`."""
+        if isinstance(what, Picture):
+            return {"latent": self._latent(what, device)}
+        if isinstance(what, Region):
+            return {"region": region_map(what)}
+        return {"embed": self._embed(what, device)}
+
     def _through_cache(
         self, what: Picture | Example, device: torch.device | str | None
     ) -> torch.Tensor:
         """Read the entry of a picture's latents or an example's prompt, or encode and write it."""
-        kind = "latent" if isinstance(what, Picture) else "embed"
-        encode: Any = self._latent if isinstance(what, Picture) else self._embed
         if not self.use_cache:
-            return encode(what, device)
-        key = self.keys.latent(what) if isinstance(what, Picture) else self.keys.prompt(what)
-        path = entry_path(self.cache_dir, key)
+            return next(iter(self.encoded(what, device).values()))
+        path = entry_path(self.cache_dir, self.keys.of(what))
         if path.exists():
             with contextlib.suppress(ValueError):  # damaged: encode it again
-                return read_entry(path)[kind]
-        write_entry(self.cache_dir, key, {kind: encode(what, device)})
-        return read_entry(path)[kind]
+                return next(iter(read_entry(path).values()))
+        write_entry(self.cache_dir, self.keys.of(what), self.encoded(what, device))
+        return next(iter(read_entry(path).values()))
 
-    def cache_jobs(self, fresh: bool = False) -> dict[str, Picture | Example]:
+    def cache_jobs(self, fresh: bool = False) -> dict[str, Picture | Example | Region]:
         """Every entry that training and validation can ask for: {key: what to encode}.
 
-        fresh: only those of data sets with recreate_cache.
+        fresh: only those that the recreate_cache settings name.
         """
-        jobs: dict[str, Picture | Example] = {}
+        jobs: dict[str, Picture | Example | Region] = {}
         for draw in possible_draws(self.config, self.samples):
-            dataset = self.config.data.dataset_configs[self.samples[draw.sample].dataset]
-            if fresh and not dataset.recreate_cache:
-                continue
-            example = resolve(self.config, self.flavour, self.samples, draw, self.index)
-            for picture in (example.target, *example.references):
-                jobs.setdefault(self.keys.latent(picture), picture)
-            jobs.setdefault(self.keys.prompt(example), example)
+            ds = self.config.data.dataset_configs[self.samples[draw.sample].dataset]
+            e = resolve(self.config, self.flavour, self.samples, draw, self.index)
+            targets = [part for part in (e.target, e.start, e.region) if part]
+            parts: list[tuple[bool, Sequence[Picture | Example | Region]]] = [
+                (ds.recreate_cache_target, targets),
+                (ds.recreate_cache_reference, e.references),
+                (ds.recreate_cache_caption, [e]),
+            ]
+            for again, wanted in parts:
+                if not fresh or again or ds.recreate_cache:
+                    for part in wanted:
+                        jobs.setdefault(self.keys.of(part), part)
         return jobs
 
     def _intact(self, key: str) -> bool:
@@ -2333,17 +3004,15 @@ class QwenImageEditTrainer:
         # KEEP: shares of ALL entries; what is missing changes while other processes write
         share = sorted(jobs)[self.accelerator.process_index :: self.accelerator.num_processes]
         mine = [key for key in share if key in fresh or not self._intact(key)]
-        latents = [key for key in mine if isinstance(jobs[key], Picture)]
         prompts = [key for key in mine if isinstance(jobs[key], Example)]
+        pictures = [key for key in mine if not isinstance(jobs[key], Example)]
         log.info("cache: %d entries, process 0 has %d to encode", len(jobs), len(mine))
-        for key in progress(latents, "encode pictures", disable=not latents):
-            latent = self._latent(jobs[key], vae_device)  # type: ignore[arg-type]
-            self._keep(key, {"latent": latent})
+        for key in progress(pictures, "encode pictures", disable=not pictures):
+            self._keep(key, self.encoded(jobs[key], vae_device))
         self.unload("vae")  # KEEP: the encoders are never in memory together
         self.index.commit()
         for key in progress(prompts, "encode prompts", disable=not prompts):
-            embed = self._embed(jobs[key], text_device)  # type: ignore[arg-type]
-            self._keep(key, {"embed": embed})
+            self._keep(key, self.encoded(jobs[key], text_device))
         self.unload("text_encoder")
         self.index.commit()
         self.accelerator.wait_for_everyone()
@@ -2415,14 +3084,15 @@ class QwenImageEditTrainer:
     def about_lora(self) -> dict[str, Any]:
         """What generate.py must know to sample as this LoRA was trained."""
         data = self.config.data
-        areas = {
-            v.vision_area or self.flavour.vision_area for s in self.samples for v in s.variants
-        }
+        variants = [v for s in self.samples for v in s.variants]
+        areas = {r.area or self.flavour.vision_area for v in variants for r in v.vision}
+        instructions = sorted({v.instruction for v in variants if v.instruction})
         return {
             "base_model": self.config.model.pretrained_model_name_or_path,
             "flavour": self.flavour.name,
             "reference_area": data.reference_area,
             "vision_area": min((a for a in areas if a), default=self.flavour.vision_area),
+            "instruction": instructions[0] if instructions else None,
             "resolution": data.dataset_configs[0].resolution if data.dataset_configs else None,
             "step": self.global_step,
             "r": self.config.model.lora.r,
@@ -2520,7 +3190,10 @@ class QwenImageEditTrainer:
         area_px = reference_area_px(self.config, (width, height))
         if aligned:  # as in training: cropped to the target's aspect
             box = cover_box(main.width / main.height, width / height)
-            pictures = [crop(p, box) if same_aspect(p, main) else p for p in pictures]
+            pictures = [
+                crop(p, box) if aligns(p.width / p.height, main.width / main.height) else p
+                for p in pictures
+            ]
         vision_area = float(self.about_lora()["vision_area"] or area_px)
 
         def fit(image: Image.Image, area_px: float) -> Image.Image:
@@ -2609,62 +3282,131 @@ class QwenImageEditTrainer:
 
     def _training_step_cached(self, batch: dict[str, Any]) -> torch.Tensor:
         batch = to_device(batch, self.device)
-        control = batch["control_latent"]
-        noise = batch.get("noise")
-        if noise is None:
+        if not isinstance(batch["control_latent"], list):
+            batch["control_latent"] = [batch["control_latent"]]
+        if "noise" not in batch:
             chance = self._loader_chance("noise")
-            noise = normal(batch["pixel_latent"].shape, *chance).to(self.device)
+            batch["noise"] = normal(batch["pixel_latent"].shape, *chance).to(self.device)
             self._drawn += 1
-        return self._compute_loss(
-            batch["pixel_latent"],
-            control if isinstance(control, list) else [control],
-            batch["prompt_embed"],
-            batch.get("prompt_embeds_mask"),
-            noise,
-            batch["sigma"],
-        ).mean()
+        if "zeroed" in batch:  # caption_dropout_mode: zero
+            embeds = batch["prompt_embed"]
+            batch["prompt_embed"] = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
+        loss = self._compute_loss(batch)
+        return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()
 
     def _training_step_compute(self, batch: dict[str, Any]) -> torch.Tensor:
         """Encode with the same functions the cache is filled with, then go on as from the cache."""
         examples = batch.get("examples") or self.examples_of(batch)
         items = [self._encode(example) for example in examples]
-        drawn = {key: batch[key] for key in ("noise", "sigma") if key in batch}
+        drawn = {k: v for k, v in batch.items() if k not in ("examples", *USER_BATCH)}
         return self._training_step_cached(collate(items) | drawn)
 
     def _compute_loss(
-        self,
-        pixel_latents: torch.Tensor,
-        control_latents: Sequence[torch.Tensor],
-        prompt_embeds: torch.Tensor,
-        prompt_embeds_mask: torch.Tensor | None,
-        noise: torch.Tensor,
-        sigma: torch.Tensor,
-        transformer: Any = None,
+        self, batch: dict[str, Any], transformer: Any = None, shift: bool = True
     ) -> torch.Tensor:
-        """Loss per sample, (B,) fp32. Noise and sigma in fp32; sigma is shifted here.
+        """Loss per sample, (B,) fp32, of a batch as collate() makes it, with noise and sigma (B,).
 
-        transformer: None for the one being trained, with its distributed wrapper.
+        transformer: None for the one being trained, with its distributed wrapper. shift: sigma is
+        still without the timestep shift.
         """
-        loss, dtype = self.config.loss, self.weight_dtype
-        tokens = math.prod(token_grid(pixel_latents))
-        mu = (
-            model_mu(self.scheduler.config, tokens)
-            if loss.timestep_shift == "model"
-            else math.log(float(loss.timestep_shift))
-        )
-        sigma = shift_sigma(sigma.float(), mu)
-        target = pixel_latents.float()
-        noisy = add_noise(target, noise, sigma).to(dtype)
+        loss = self.config.loss
+        target, noise = batch["pixel_latent"].float(), batch["noise"]
+        sigma = batch["sigma"].float()
+        if shift:
+            sigma = self.shifted(sigma, math.prod(token_grid(target)))
+        start = batch["start_latent"].float() if "start_latent" in batch else target
+        noisy = add_noise(start, noise, sigma)
+        goal = noise - target
+        if "consistent" in batch:
+            goal = torch.where(rows(batch["consistent"]), velocity_to(target, noisy, sigma), goal)
+        if "rollout_chance" in batch:
+            noisy, goal = self._rolled_out(batch, start, noisy, goal, sigma)
+        velocity = self.velocity(batch, noisy, sigma, transformer or self.transformer)
+        return LOSSES[loss.loss_type](velocity, goal, self.loss_weight(batch), loss)
+
+    def shifted(self, sigma: torch.Tensor, tokens: int) -> torch.Tensor:
+        """loss.timestep_shift applied, for so many target tokens."""
+        wanted = self.config.loss.timestep_shift
+        model = wanted == "model"
+        mu = model_mu(self.scheduler.config, tokens) if model else math.log(float(wanted))
+        return shift_sigma(sigma, mu)
+
+    def velocity(
+        self, batch: dict[str, Any], noisy: torch.Tensor, sigma: torch.Tensor, transformer: Any
+    ) -> torch.Tensor:
+        """What the transformer predicts for a batch at (noisy, sigma (B,))."""
+        dtype = self.weight_dtype
         with self.accelerator.autocast():
-            velocity = predict_velocity(
-                transformer or self.transformer,
-                noisy,
-                [control.to(dtype) for control in control_latents],
-                prompt_embeds.to(dtype),
-                prompt_embeds_mask,
+            return predict_velocity(
+                transformer,
+                noisy.to(dtype),
+                [control.to(dtype) for control in batch["control_latent"]],
+                batch["prompt_embed"].to(dtype),
+                batch.get("prompt_embeds_mask"),
                 sigma,
             )
-        return LOSSES[loss.loss_type](velocity, noise, target)
+
+    def loss_weight(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Weight per latent (B, 1, 1, h, w) from masks or changes; None: all alike."""
+        loss = self.config.loss
+        if "region" not in batch:
+            return None
+        level = batch["region"]
+        if loss.region == "difference":
+            level = level / loss.difference_threshold
+        weight = torch.lerp(
+            torch.full_like(level, loss.background_weight),
+            torch.full_like(level, loss.foreground_weight),
+            level.clamp(0, 1),
+        )
+        return torch.where(batch["region"] < 0, 1.0, weight)  # no mask: all alike
+
+    def _rolled_out(
+        self,
+        batch: dict[str, Any],
+        start: torch.Tensor,
+        noisy: torch.Tensor,
+        goal: torch.Tensor,
+        sigma: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scheduled sampling for the samples whose chance comes up: (noisy, target velocity)."""
+        loss, seconds = self.config.loss, stopwatch(self.device)
+        share = loss.rollout_probability
+        if loss.rollout_warmup_steps:
+            share *= min(1.0, self.global_step / loss.rollout_warmup_steps)
+        chosen = [i for i, chance in enumerate(batch["rollout_chance"]) if chance < share]
+        if not chosen:
+            return noisy, goal
+        part: dict[str, Any] = {
+            "control_latent": [control[chosen] for control in batch["control_latent"]],
+            "prompt_embed": batch["prompt_embed"][chosen],
+        }
+        if batch.get("prompt_embeds_mask") is not None:
+            part["prompt_embeds_mask"] = batch["prompt_embeds_mask"][chosen]
+        transformer = self.bare_transformer()
+        rolled = roll_out(
+            lambda x, level: self.velocity(part, x, level, transformer),
+            start[chosen],
+            batch["noise"][chosen],
+            sigma[chosen],
+            loss.rollout_steps,
+            loss.rollout_span,
+        )
+        drift = (rolled - noisy[chosen]).flatten(1).norm(dim=1) / noisy[chosen].flatten(1).norm(
+            dim=1
+        )
+        self.measure("rollout_drift", drift.mean().item)
+        self.measure("rollout_seconds", seconds())
+        noisy, goal = noisy.clone(), goal.clone()
+        noisy[chosen] = rolled
+        if loss.rollout_target == "corrected":
+            x0 = batch["pixel_latent"].float()[chosen]
+            goal[chosen] = velocity_to(x0, rolled, sigma[chosen])
+        return noisy, goal
+
+    def measure(self, name: str, read: Callable[[], float]) -> None:
+        """Remember a figure of this step; it is read, and its mean shown, with the log line."""
+        self._measured.setdefault(name, []).append(read)
 
     def trained_as(self) -> dict[str, Any]:
         """What decides the result; a run that continues must have the same."""
@@ -2697,19 +3439,16 @@ class QwenImageEditTrainer:
     def step_plan(self, first_step: int = 0) -> StepPlan:
         """Which samples meet in which step, for this process."""
 
-        def shape_of(draw: Draw) -> object:
-            example = resolve(self.config, self.flavour, self.samples, draw, self.index)
-            return example.target.size, tuple(p.size for p in example.references)
-
-        def remembered(draw: Draw) -> object:  # crops and dropout do not change the shape
-            key = draw.sample, draw.variant
+        def shape_of(draw: Draw) -> Shape:  # crops and what the encoder sees do not change it
+            key = draw.sample, draw.variant, draw.references
             if key not in self._shapes:
-                self._shapes[key] = shape_of(draw)
+                e = resolve(self.config, self.flavour, self.samples, draw, self.index)
+                self._shapes[key] = tuple(p.size for p in (e.target, *e.references))
             return self._shapes[key]
 
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         steps = self.config.train.max_train_steps
-        plan = StepPlan(self.config, self.samples, remembered, first_step, steps, rank, processes)
+        plan = StepPlan(self.config, self.samples, shape_of, first_step, steps, rank, processes)
         if self.config.train.num_epochs:
             plan.steps = min(steps, self.config.train.num_epochs * plan.steps_per_epoch)
         return plan
@@ -2732,7 +3471,8 @@ class QwenImageEditTrainer:
         start, args = config.model.lora.pretrained_weight, config.optimizer.init_args
         try:
             check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
-            check_targets(empty, config.model.lora.target_modules)
+            if config.model.lora.target_modules != "attn-image":
+                check_targets(empty, config.model.lora.target_modules)
             if start:
                 check_rank(start, config.model.lora.r)
         except UserError as error:
@@ -2834,7 +3574,10 @@ class QwenImageEditTrainer:
                 e = resolve(self.config, self.flavour, self.samples, draw, self.index)
                 rows.append([load_picture(p) for p in (*e.references, e.target)])
                 captions.append(f"{e.name}: {e.caption or '(empty)'}")
-            heads = [f"reference {i + 1}" for i in range(len(rows[0]) - 1)] + ["target"]
+            columns = max(map(len, rows))
+            blank = Image.new("RGB", (1, 1), "white")
+            rows = [[*row[:-1], *[blank] * (columns - len(row)), row[-1]] for row in rows]
+            heads = [f"reference {i}" for i in range(1, columns)] + ["target"]
             self._save_sheet("first_batch", contact_sheet(rows, heads, captions))
 
     def _save_sheet(self, name: str, sheet: Image.Image) -> None:
@@ -2948,6 +3691,9 @@ class QwenImageEditTrainer:
         self, bar: Any, metrics: MetricLog | None, steps: int, values: dict[str, float]
     ) -> None:
         """One line on the screen, the same values in metrics.jsonl and the trackers."""
+        for name, reads in self._measured.items():
+            values[name] = sum(read() for read in reads) / len(reads)
+        self._measured.clear()
         values |= {"lr": self.lr_scheduler.get_last_lr()[0], "memory_gb": memory_gb(self.device)}
         left = datetime.timedelta(
             seconds=round(values["seconds_per_step"] * (steps - self.global_step))
@@ -3047,7 +3793,7 @@ class QwenImageEditTrainer:
         example, paths = data.resolved(draw)
         if self.use_cache:
             item = read_entries(paths)
-            empty = read_entries(data.resolved(draw._replace(empty=True))[1])
+            empty = read_entries(data.resolved(draw._replace(dropped=True))[1])
         else:
             item, empty = self._encode(example), self._encode(example._replace(caption=""))
         return example, collate([item]), empty["prompt_embed"][None]
@@ -3058,18 +3804,13 @@ class QwenImageEditTrainer:
         for example, batch, _ in items:
             batch = to_device(batch, self.device)
             for level in levels:
-                latents = batch["pixel_latent"]
-                noise = normal(latents.shape, self.config.validation.seed, example.name, level)
-                loss = self._compute_loss(
-                    latents,
-                    batch["control_latent"],
-                    batch["prompt_embed"],
-                    None,
-                    noise.to(self.device),
-                    torch.tensor([level], device=self.device),
-                    self.bare_transformer(),  # only this process validates
-                )
-                total += loss.item()
+                shape, seed = batch["pixel_latent"].shape, self.config.validation.seed
+                drawn = {
+                    "noise": normal(shape, seed, example.name, level).to(self.device),
+                    "sigma": torch.tensor([level], device=self.device),
+                }
+                # only this process validates
+                total += self._compute_loss(batch | drawn, self.bare_transformer()).item()
         return total / len(items) / len(levels)
 
     def _validation_sheet(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> None:
@@ -3128,9 +3869,17 @@ def _as_is(value: Any) -> Any:
     return value
 
 
+USER_BATCH = ("image", "control", "prompt")  # pictures and prompts, see examples_of()
+
+
 def batch_size(batch: dict[str, Any]) -> int:
     """Samples in a batch."""
     return len(next(batch[k] for k in ("pixel_latent", "examples", "image") if k in batch))
+
+
+def rows(flags: torch.Tensor) -> torch.Tensor:
+    """(B,) -> (B, 1, 1, 1, 1), to choose between latents."""
+    return flags.view(-1, 1, 1, 1, 1)
 
 
 MODEL_CARD = """---
@@ -3157,14 +3906,321 @@ Instructions it was trained with:
 """
 
 
-# --- 9. main --------------------------------------------------------------------------------------
+# --- 9. plan: memory, disk and time, before anything is loaded ------------------------------------
+
+TEXT_ENCODER_GB, VAE_GB = 16.6, 0.25  # Qwen2.5-VL-7B and the VAE of the three checkpoints, bf16
+CONTEXT_GB = 1.0  # what CUDA and its libraries keep for themselves
+ACTIVATION_BYTES = (
+    44  # per token, block and channel; saved for backward, fp32 LoRA in bf16 autocast
+)
+BITS = {  # of a quantised weight, its scale included
+    "no_change": 16, "int8-quanto": 8.01, "fp8-quanto": 8.01, "int4-quanto": 4.25,
+    "int2-quanto": 2.25, "nf4-bnb": 4.5,
+}  # fmt: skip
+TFLOPS = {
+    "RTX 4090": 165,
+    "A100": 312,
+    "H100, H200": 790,
+}  # bf16, what they reach in dense products
+
+
+class Load(NamedTuple):
+    """How large one kind of sample is."""
+
+    shape: Shape
+    text: int  # tokens
+    visits: float  # per epoch
+
+    @property
+    def tokens(self) -> int:
+        """Of target, references and text together."""
+        return image_tokens(self.shape) + self.text
+
+
+def text_tokens(example: Example) -> int:
+    """About how many tokens an instruction with its pictures has: 28 x 28 px are one token."""
+    pictures = (round(w / 28) * round(h / 28) + 6 for w, h in (p.size for p in example.vision))
+    return 5 + math.ceil(len(example.caption) / 4) + sum(pictures)
+
+
+def empty_transformer(config: Config, flavour: Flavour) -> Any:
+    """The transformer without weights, from its config.json, or as published (Hub ids)."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    name = config.model.pretrained_model_name_or_path
+    model_class = diffusers.QwenImageTransformer2DModel
+    local = Path(name).is_dir()
+    settings = read_model_json(name, "transformer/config.json") if local else {}
+    with init_empty_weights():
+        if local:
+            return model_class.from_config(settings)
+        return model_class(zero_cond_t=flavour.name == "edit-v3")
+
+
+def weights_gb(config: Config, transformer: Any) -> tuple[float, float]:
+    """Size of the transformer in the precision asked for, and of one of its blocks."""
+    plain = 2 if config.train.mixed_precision == "bf16" else 4
+    bits = BITS[config.model.precision]
+    quantised = 0
+    for name, module in transformer.named_modules():
+        inside = name.startswith("transformer_blocks.") and "_mod." not in name
+        if inside and isinstance(module, torch.nn.Linear):
+            quantised += module.weight.numel()
+    total = sum(p.numel() for p in transformer.parameters())
+    quantised = quantised if config.model.precision != "no_change" else 0
+    size = ((total - quantised) * plain + quantised * bits / 8) / 1e9
+    return size, size / len(transformer.transformer_blocks)
+
+
+def activations_gb(config: Config, transformer: Any, tokens: int) -> float:
+    """What one forward pass keeps for its backward pass, for so many tokens."""
+    layers, width = len(transformer.transformer_blocks), transformer.inner_dim
+    if not config.train.gradient_checkpointing:
+        return tokens * width * layers * ACTIVATION_BYTES / 1e9
+    # the input of every block, and one block computed again
+    return tokens * width * (layers * 2 + ACTIVATION_BYTES) / 1e9
+
+
+def step_tflop(config: Config, transformer: Any, tokens: int) -> float:
+    """Operations of one sample: forward and backward through a frozen base."""
+    layers, width = len(transformer.transformer_blocks), transformer.inner_dim
+    linear, attention = layers * tokens * 24 * width**2, layers * 4 * tokens**2 * width
+    again = config.train.gradient_checkpointing
+    return (linear * (3 if again else 2) + attention * (4.5 if again else 3.5)) / 1e12
+
+
+def peak_gb(config: Config, transformer: Any, trained: int, loads: Sequence[Load]) -> float:
+    """Estimated peak of a training step on the (first) training device."""
+    weights, block = weights_gb(config, transformer)
+    swapped = config.model.blocks_to_swap
+    if swapped:
+        weights -= max(0, swapped - 2) * block
+    devices = max(1, len(config.model.devices))
+    most = max((load.tokens * fits(config, load) for load in loads), default=0)
+    adapter = trained * (16 + 4 * config.train.use_ema) / 1e9  # weight, gradient, Adam's moments
+    return (weights + activations_gb(config, transformer, most) + adapter) / devices + CONTEXT_GB
+
+
+def fits(config: Config, load: Load) -> int:
+    """Samples of this shape in one forward pass."""
+    return StepPlan(config, [], lambda draw: load.shape, 0, 0).room(load.shape)
+
+
+def ways_out(config: Config) -> Iterator[tuple[str, Config]]:
+    """Settings that need less memory than the config's, from the cheapest to the dearest."""
+
+    def changed(**settings: Any) -> tuple[str, Config]:
+        data = config.model_dump()
+        words = []
+        for path, value in settings.items():
+            section, name = path.split("__")
+            if data[section][name] != value:
+                data[section][name] = value
+                words.append(f"{section}.{name}: {str(value).lower()}")
+        return ", ".join(words), Config.model_validate(data)
+
+    if not config.train.gradient_checkpointing:
+        yield changed(train__gradient_checkpointing=True)
+    if config.data.batch_size > 1:
+        yield changed(data__batch_size=1)
+    if config.data.reference_area == "1mp":
+        yield changed(data__reference_area="target")
+    for precision in ("int8-quanto", "nf4-bnb"):
+        if BITS[precision] < BITS[config.model.precision] and not config.model.blocks_to_swap:
+            yield changed(model__base_model_precision=precision, model__quantize=False)
+    if not config.model.blocks_to_swap and config.model.precision != "nf4-bnb":
+        yield changed(
+            model__blocks_to_swap=50, train__gradient_checkpointing=True, model__devices=[]
+        )
+
+
+class Outlook(NamedTuple):
+    """What a run will see: its samples, and what the cache will hold."""
+
+    samples: list[Sample]
+    loads: list[Load]
+    latents: int  # entries
+    prompts: int
+    cache_gb: float
+
+
+def look_ahead(config: Config, flavour: Flavour, width: int) -> Outlook:
+    """Shapes, tokens and cache size of the data; only picture headers are read."""
+    index = open_index(config)
+    samples, _ = find_samples(config, index)
+    for path in all_pictures(samples):  # the hashes themselves do not matter here
+        index.put(path, path.stat(), {**index.known(path), "content": str(path)})
+    loads: Counter[tuple[Shape, int]] = Counter()
+    latents: dict[Any, int] = {}
+    prompts: dict[Any, int] = {}
+    for draw in possible_draws(config, samples):
+        sample = samples[draw.sample]
+        variant = sample.variants[draw.variant]
+        e = resolve(config, flavour, samples, draw, index)
+        text = text_tokens(e)
+        for picture in (e.target, *e.references, *([e.start] if e.start else [])):
+            latents[str(picture_id(picture))] = image_tokens((picture.size,))
+        prompts[str([picture_id(p) for p in e.vision]), e.caption, e.instruction] = text
+        if not (sample.held_out or draw.view or draw.dropped):
+            ds = config.data.dataset_configs[sample.dataset]
+            shape = tuple(p.size for p in (e.target, *e.references))
+            chance = variant.weight / sum(v.weight for v in sample.variants)
+            loads[shape, -(-text // 64) * 64] += ds.repeats * chance  # type: ignore[assignment]
+    size = 2 if config.train.mixed_precision == "bf16" else 4
+    total = sum(latents.values()) * 64 * size + sum(prompts.values()) * width * size
+    found = [Load(shape, text, n) for (shape, text), n in loads.most_common()]
+    return Outlook(samples, found, len(latents), len(prompts), total / 1e9)
+
+
+def plan(config: Config) -> str:
+    """What a run would be: data, tokens, memory, disk, time. Loads nothing, downloads nothing."""
+    from accelerate import init_empty_weights
+
+    flavour = detect_flavour(config.model.pretrained_model_name_or_path)
+    transformer = empty_transformer(config, flavour)
+    parameters = sum(p.numel() for p in transformer.parameters())
+    with init_empty_weights():
+        add_lora(transformer, config.model.lora, config.seed)
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    outlook = look_ahead(config, flavour, transformer.config.joint_attention_dim)
+    lines = plan_data(config, outlook)
+    heaviest = max(outlook.loads, key=lambda load: load.tokens * fits(config, load))
+    lines += plan_compute(config, transformer, outlook)
+    weights, _ = weights_gb(config, transformer)
+    lines += [
+        "",
+        f"Transformer  {parameters:,} parameters, {config.model.precision}: {weights:.1f} GB",
+        f"Adapter      {trained:,} parameters ({config.model.lora.method}, fp32)",
+        "",
+        *plan_devices(config),
+        "",
+        "Estimated peak of GPU memory",
+    ]
+    encoder, vae = encoder_sizes(config)
+    peak = peak_gb(config, transformer, trained, outlook.loads)
+    lines += [
+        f"  cache     {max(encoder, vae) + CONTEXT_GB + 1:5.1f} GB: one encoder at a time"
+        if config.cache.use_cache
+        else f"  encoders  {encoder + vae:5.1f} GB, beside the transformer (use_cache: false)",
+        f"  training  {peak:5.1f} GB, {fits(config, heaviest)} x {heaviest.tokens} tokens a pass",
+    ]
+    return "\n".join([*lines, *plan_fit(config, transformer, trained, outlook, peak)])
+
+
+def plan_data(config: Config, outlook: Outlook) -> list[str]:
+    """Samples per data set, buckets, cache."""
+    lines = ["Data"]
+    for number, ds in enumerate(config.data.dataset_configs):
+        mine = [s for s in outlook.samples if s.dataset == number]
+        held = sum(s.held_out for s in mine)
+        combinations = max((len(s.variants) for s in mine), default=0)
+        lines.append(
+            f"  {ds.name}: {len(mine)} samples, {held} held out, x {ds.repeats} repeats, "
+            f"{combinations} combination(s), {ds.views} view(s)"
+        )
+    lines.append(
+        "Shapes       target + references (px): text tokens, tokens in all, visits an epoch"
+    )
+    for load in outlook.loads[:8]:
+        sizes = " + ".join(f"{w}x{h}" for w, h in load.shape)
+        lines.append(f"  {sizes}: {load.text}, {load.tokens}, {load.visits:g}")
+    if len(outlook.loads) > 8:
+        lines.append(f"  ... and {len(outlook.loads) - 8} more")
+    entries = f"{outlook.latents} latents, {outlook.prompts} prompts"
+    if config.cache.use_cache:
+        free = shutil.disk_usage(existing_parent(config.cache.cache_dir)).free / 1e9
+        lines.append(f"Cache        {entries}: {outlook.cache_gb:.2f} GB on disk ({free:.0f} free)")
+    return lines
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def plan_compute(config: Config, transformer: Any, outlook: Outlook) -> list[str]:
+    """Operations and time of a step and of the run."""
+    visits = sum(load.visits for load in outlook.loads)
+    mean = sum(step_tflop(config, transformer, o.tokens) * o.visits for o in outlook.loads) / visits
+    per_step = config.data.batch_size * config.train.gradient_accumulation_steps
+    each = math.ceil(visits / per_step)
+    steps = min(config.train.max_train_steps, each * (config.train.num_epochs or 10**9))
+    lines = [
+        f"Steps        {steps} of {per_step} sample(s) on each process, {each} an epoch; "
+        f"{mean * per_step:.1f} TFLOP a step"
+    ]
+    for name, speed in TFLOPS.items():
+        seconds = mean * per_step / (speed / 2)
+        lines.append(
+            f"  {name} at half its speed: {seconds:.2f} s a step, {steps * seconds / 3600:.1f} h"
+        )
+    return lines
+
+
+def encoder_sizes(config: Config) -> tuple[float, float]:
+    """GB of the text encoder and of the VAE."""
+    folder = Path(config.model.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        return TEXT_ENCODER_GB, VAE_GB
+    parts = (folder / name for name in ("text_encoder", "vae"))
+    text, vae = (sum(f.stat().st_size for f in p.glob("*.safetensors")) / 1e9 for p in parts)
+    return text, vae
+
+
+def plan_devices(config: Config) -> list[str]:
+    """Where each model will live."""
+    here = "the training device"
+    cache, model = config.cache, config.model
+    when = "while the cache is filled, then freed" if cache.use_cache else "all the time"
+    where = ", ".join(model.devices) or here
+    swap = f", {model.blocks_to_swap} blocks in CPU memory" if model.blocks_to_swap else ""
+    return [
+        f"Text encoder on {cache.text_encoder_device or here} {when}",
+        f"VAE          on {cache.vae_encoder_device or here} {when}",
+        f"Transformer  on {where}{swap}",
+    ]
+
+
+def plan_fit(
+    config: Config, transformer: Any, trained: int, outlook: Outlook, peak: float
+) -> list[str]:
+    """Whether it fits, and what to change if it does not."""
+    cards = [
+        torch.cuda.get_device_properties(i).total_memory / 1e9
+        for i in range(torch.cuda.device_count())
+    ]
+    room = min(cards, default=None)
+    if room is None:
+        lines = ["  this machine has no CUDA device; the figures are for one of them"]
+    else:
+        word = "fits" if peak < room else "DOES NOT FIT"
+        lines = [f"  {word}: {len(cards)} CUDA device(s) here, the smallest with {room:.1f} GB"]
+    lines.append("What would lower it")
+    for words, other in ways_out(config):
+        loads = outlook.loads
+        if other.data.reference_area != config.data.reference_area:
+            flavour = detect_flavour(other.model.pretrained_model_name_or_path)
+            loads = look_ahead(other, flavour, 1).loads
+        lower = peak_gb(other, transformer, trained, loads)
+        if lower < peak - 0.05:
+            enough = "" if room is None or lower >= room else ", fits"
+            lines.append(f"  {words}: {lower:.1f} GB{enough}")
+    return lines
+
+
+# --- 10. main -------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Config -> audit -> fit."""
+    """Config -> audit -> fit, or with --plan only what it would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    config = load_config(Config, check=audit)
-    QwenImageEditTrainer(config).fit()
+    given = [arg for arg in sys.argv[1:] if arg != "--plan"]
+    config = load_config(Config, given, check=audit)
+    if len(given) < len(sys.argv) - 1:
+        print(plan(config))
+    else:
+        QwenImageEditTrainer(config).fit()
 
 
 if __name__ == "__main__":

@@ -437,6 +437,11 @@ class FileIndex:
         """The facts last recorded, without a look at the disk."""
         return self._known[str(path)][1]
 
+    def aspect(self, path: Path) -> float:
+        """Width / height last recorded for a picture."""
+        fact = self.known(path)
+        return fact["width"] / fact["height"]
+
     def put(self, path: Path, stat: os.stat_result, fact: dict[str, Any]) -> None:
         """Record the facts of a file; `commit` makes them last."""
         stamp = f"{stat.st_size}:{stat.st_mtime_ns}"

@@ -52,7 +52,7 @@ def test_two_references_in_the_order_of_the_config(tmp_path):
         assert not problems and len(samples) == 13
         variant = next(s for s in samples if s.name == "coffee1").variants[0]
         names = {"before": "coffee1_R.png", "tones": "coffee1_D.png"}
-        assert [p.name for p in variant.references] == [names[name] for name in order]
+        assert [r.path.name for r in variant.references] == [names[name] for name in order]
         assert variant.target.name == "coffee1_T.jpg" and variant.caption.startswith("give it")
 
 
@@ -67,7 +67,7 @@ def test_folders_layout_pairs_by_relative_stem_whatever_the_extension(tmp_path):
     dataset = {"train_data_dir": str(tmp_path), "target_dir": "t", "reference_dirs": ["r2", "r1"]}
     samples, problems = samples_of(dataset, tmp_path)
     assert not problems and [s.name for s in samples] == ["a", "sub/b"]
-    assert [p.name for p in samples[1].variants[0].references] == ["b.bmp", "b.png"]
+    assert [r.path.name for r in samples[1].variants[0].references] == ["b.bmp", "b.png"]
     assert [s.variants[0].caption for s in samples] == ["one", "two"]
     samples, _ = samples_of({**dataset, "caption": "all alike"}, tmp_path)
     assert {s.variants[0].caption for s in samples} == {"all alike"}
@@ -133,9 +133,8 @@ def test_names_inside_the_config_must_point_at_something(tmp_path):
     dataset["batch_configs"][0]["reference_config"] = "after"  # a target's name
     dataset["caption_configs"]["text"]["image"] = "aftr"
     _, problems = samples_of(dataset, tmp_path)
-    assert any(
-        "batch_configs.0.reference_config: 'after' is no reference_config" in p for p in problems
-    )
+    wrong = "reference_config: 'after' is one of image_configs, not of reference_configs"
+    assert any(wrong in p and "did you mean 'before'?" in p for p in problems)
     assert any("did you mean 'after'?" in p for p in problems)
 
 
@@ -261,11 +260,11 @@ def plan_of(n, tmp_path, *, shapes=1, rank=0, processes=1, first=0, steps=10, **
     config = script.Config.model_validate(
         {"data": {"dataset_configs": [dataset], **data}, "train": train}
     )
-    variant = script.Variant(tmp_path, (), (), "x", 0.25, 0.0, 0, None, 1.0)
+    variant = script.Variant(tmp_path, (), (), "x", 64, caption_dropout=0.25)
     samples = [script.Sample(f"s{i}", 0, False, (variant,)) for i in range(n)]
 
     def shape_of(draw):
-        return draw.sample % shapes
+        return ((16 * (1 + draw.sample % shapes), 16),)
 
     plan = script.StepPlan(config, samples, shape_of, first, steps, rank, processes)
     return plan, list(plan)
@@ -314,25 +313,25 @@ def test_a_plan_that_starts_late_is_the_rest_of_the_plan(tmp_path):
 def test_caption_dropout_happens_at_its_rate(tmp_path):
     _, steps = plan_of(40, tmp_path, batch_size=4, steps=500)
     draws = [d for step in steps for d in flat(step)]
-    assert np.mean([d.empty for d in draws]) == pytest.approx(0.25, abs=0.03)
+    assert np.mean([d.dropped for d in draws]) == pytest.approx(0.25, abs=0.03)
     assert len({d.visit for d in draws}) == len(draws)  # every visit has its own noise
 
 
 def test_batch_configs_are_drawn_by_weight(tmp_path):
     dataset = suffix_dataset(PAIRS)
     dataset["batch_configs"] = [
-        {**dataset["batch_configs"][0], "weight": weight} for weight in (1.0, 3.0)
+        {**dataset["batch_configs"][0], "weight": weight} for weight in (0.1, 0.3)
     ]
     config = script.Config.model_validate({"data": {"dataset_configs": [dataset]}})
     samples, _ = samples_of(dataset, tmp_path)
-    plan = script.StepPlan(config, samples, lambda d: 0, 0, 300)
+    plan = script.StepPlan(config, samples, lambda d: ((64, 64),), 0, 300)
     which = [d.variant for step in plan for d in flat(step)]
     assert np.mean(which) == pytest.approx(0.75, abs=0.06)
 
 
 def test_dropped_references_are_drawn_per_visit_and_cached(tmp_path):
-    paths = tuple(tmp_path / str(i) for i in range(3))
-    variant = script.Variant(tmp_path, paths, paths, "x", 0.0, 0.5, 1, None, 1.0)
+    shown = tuple(script.Reference(tmp_path / str(i)) for i in range(3))
+    variant = script.Variant(tmp_path, shown, shown, "x", 64, vision_dropout=0.5, vision_min=1)
     kept = [script.keep_references(variant, 0, visit) for visit in range(2000)]
     assert all(k is not None and len(k) >= 1 for k in kept)
     assert len(set(kept)) == 7  # every subset of at least one
@@ -347,7 +346,7 @@ def test_held_out_samples_never_train(tmp_path):
     dataset = suffix_dataset(PAIRS, holdout=["coffee2", "chelsea1"])
     config = script.Config.model_validate({"data": {"dataset_configs": [dataset]}})
     samples, problems = samples_of(dataset, tmp_path)
-    plan = script.StepPlan(config, samples, lambda d: 0, 0, 40)
+    plan = script.StepPlan(config, samples, lambda d: ((64, 64),), 0, 40)
     trained = {samples[d.sample].name for step in plan for d in flat(step)}
     assert not problems and len(trained) == 11 and not trained & {"coffee2", "chelsea1"}
     _, problems = samples_of(suffix_dataset(PAIRS, holdout=["coffe2"]), tmp_path)
@@ -381,7 +380,7 @@ def test_refused_within_ten_seconds_and_before_any_model_library(checkpoints, tm
         ("cache.cache_dir", "/dev/null/x", "cache.cache_dir: cannot write there"),
         ("cache.vae_encoder_device", "cuda:7", "this machine has"),
         ("cache.text_encoder_device", "gpu", "is no device"),
-        ("validation.steps", 2, "no data set names samples in holdout"),
+        ("validation.steps", 2, "nothing is held out"),
         ("model.lora.pretrained_weight", "no.safetensors", "no file no.safetensors"),
     ],
 )

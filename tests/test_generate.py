@@ -58,6 +58,7 @@ def test_generated_pixels_are_the_trainers(lora, checkpoints, tmp_path):
         "--prompt", "give it a sunset duotone", "--seed", 42, "--output", output, *QUICK,
     )  # fmt: skip
     number = next(i for i, s in enumerate(trainer.samples) if s.name == "hubble0")
+    trainer.samples[number] = trainer.samples[number]._replace(held_out=True)
     trainer.cache_embeddings()
     example, batch, _ = trainer._validation_item(number)
     width, height = example.target.size
@@ -202,7 +203,7 @@ def test_loras_of_different_reference_sizes_need_a_decision(lora, make_trainer, 
     other.set_lora()
     file = other.save_lora(tmp_path / "other.safetensors")
     settings = {"pretrained_model_name_or_path": "x", "lora": [str(lora[1]), str(file)]}
-    with pytest.raises(generate.UserError, match="different reference sizes"):
+    with pytest.raises(generate.UserError, match="different reference_area"):
         generate.reference_rule(generate.Config(**settings))
     rule = generate.reference_rule(generate.Config(**settings, reference_area="1mp"))
     assert rule.reference_area == "1mp" and "--reference_area" in rule.why

@@ -56,10 +56,11 @@ def test_noise_levels_have_the_asked_density():
 
 def test_flow_loss_closed_form_and_a_perfect_prediction():
     x0, noise = torch.randn(3, 16, 1, 4, 4), torch.randn(3, 16, 1, 4, 4)
-    assert torch.equal(script.flow_loss(noise - x0, noise, x0), torch.zeros(3))
-    off = script.flow_loss(noise - x0 + 0.5, noise, x0)
+    goal, settings = noise - x0, script.LossConfig()
+    assert torch.equal(script.flow_loss(goal, goal, None, settings), torch.zeros(3))
+    off = script.flow_loss(goal + 0.5, goal, None, settings)
     torch.testing.assert_close(off, torch.full((3,), 0.25))
-    assert script.flow_loss((noise - x0).bfloat16(), noise, x0).dtype == torch.float32
+    assert script.flow_loss(goal.bfloat16(), goal, None, settings).dtype == torch.float32
 
 
 def test_one_euler_step_along_the_true_velocity_lands_on_the_picture():

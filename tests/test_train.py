@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import (
     LAUNCH,
     PAIRS,
@@ -319,9 +320,7 @@ def test_old_checkpoints_go_after_the_new_one_is_safe(straight_run, tmp_path):
 def test_a_nan_names_its_samples_and_saves_nothing(straight_run, tmp_path):
     fork = (tmp_path / "train_nan.py", tmp_path / "utils.py")
     text = Path(script.__file__).read_text()
-    text = text.replace(
-        "error.square().flatten(1).mean(1)", "error.square().flatten(1).mean(1) / 0"
-    )
+    text = text.replace("return error.flatten(1).mean(1)", "return error.flatten(1).mean(1) / 0")
     fork[0].write_text(text)
     shutil.copy(ROOT / "utils.py", fork[1])
     done = run(
@@ -333,8 +332,8 @@ def test_a_nan_names_its_samples_and_saves_nothing(straight_run, tmp_path):
 
 
 def test_a_nan_gradient_is_noticed_although_the_loss_is_finite(make_trainer, tmp_path, monkeypatch):
-    def poisoned(velocity, noise, target_latents):
-        return script.flow_loss(velocity, noise, target_latents) + (velocity.sum() * 0).abs().sqrt()
+    def poisoned(velocity, goal, weight, loss):
+        return script.flow_loss(velocity, goal, weight, loss) + (velocity.sum() * 0).abs().sqrt()
 
     monkeypatch.setitem(script.LOSSES, "mse", poisoned)
     trainer = make_trainer(**{"train.max_train_steps": 1})
@@ -352,7 +351,7 @@ def test_a_fork_of_two_files_trains_with_another_loss(straight_run, tmp_path):
         shutil.copy(ROOT / name, folder / name)
     file = folder / "train_qwen_edit.py"
     text = file.read_text().replace(
-        "return error.square().flatten(1).mean(1)", "return error.abs().flatten(1).mean(1)"
+        "target_velocity.float()).square(), weight)", "target_velocity.float()).abs(), weight)"
     )
     assert text != file.read_text()
     file.write_text(text)
@@ -699,8 +698,8 @@ def test_touching_one_byte_rebuilds_exactly_what_contains_it(checkpoints, tmp_pa
     dataset = suffix_dataset(pairs)
     dataset["image_configs"]["tones"] = {"suffix": "_D"}
     dataset["reference_configs"]["before"].append({"image": "tones"})
-    config = small_config(checkpoints["2511"], tmp_path, **{"data.dataset_configs": [dataset]})
-    file = write_config(tmp_path, config)
+    changes = {"data.dataset_configs": [dataset], "data.caption_dropout_rate": 0.1}
+    file = write_config(tmp_path, small_config(checkpoints["2511"], tmp_path, **changes))
 
     def fill(*overrides):
         before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("??/??/*")}
@@ -729,11 +728,26 @@ def test_touching_one_byte_rebuilds_exactly_what_contains_it(checkpoints, tmp_pa
     assert fill() == ["latent"]
     (pairs / "hubble0_T.txt").write_text("another instruction")
     assert fill() == ["embed"]
-    assert sorted(fill("--data.dataset_configs.0.resolution", "96"))[-1] == "latent"
+    everything = ["embed"] * 8 + ["latent"] * 12
+    assert fill("--data.dataset_configs.0.resolution", "96").count("latent") == 12
     assert fill("--data.reference_area", "target") == []
     assert fill("--data.reference_area", "16384") == ["latent"] * 8  # only the references
     os.utime(pairs / "astronaut1_R.png")  # touched, not changed
     assert fill() == []
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert sorted(fill("--train.mixed_precision", "bf16")) == everything
+    AcceleratorState._reset_state(reset_partial_state=True)
+    other_order = json.dumps([{"image": "tones"}, {"image": "before"}])
+    order = ["--data.dataset_configs.0.reference_configs.before", other_order]
+    assert fill(*order) == ["embed"] * 8  # "Picture 1" is another one; the latents are there
+    # what changes no entry
+    for same in (
+        ["--model.base_model_precision", "int8-quanto"],
+        ["--data.dataset_configs.0.batch_configs.0.reference_dropout", "0.5"],
+        ["--data.caption_dropout_rate", "0.9"],
+        ["--loss.loss_type", "huber"],
+    ):
+        assert fill(*same) == [], same
 
 
 def test_a_damaged_entry_is_reported_and_rebuilt(straight_run, tmp_path):
