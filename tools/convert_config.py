@@ -460,7 +460,6 @@ def qf_source(path: Any, say: Say) -> Settings:
     if isinstance(path, dict):
         return {"hf_dataset": path.get("repo_id"), "hf_split": path.get("split", "train")}
     if path.endswith(".csv"):
-        say(path, "its paths start where the script runs -> at the table's folder")
         return {"table": path}
     root = Path(path)
     if not root.exists() and re.fullmatch(r"[\w-]+/[\w-]+", path):
