@@ -3644,12 +3644,13 @@ class QwenImageEditTrainer:
     def _write_card(self) -> None:
         """README.md: the model card."""
         about = self.about_lora()
+        load = LOAD_LOKR if about["method"] == "lokr" else LOAD_LORA
         prompts = sorted({v.caption for s in self.samples for v in s.variants})[:5]
         text = MODEL_CARD.format(
             **about,
             prompts="\n".join(f"- {prompt}" for prompt in prompts),
             pipeline=self.flavour.pipeline_class,
-            file=LORA_FILE,
+            load=load.format(file=LORA_FILE),
         )
         path = self.config.logging.output_dir / "README.md"
         save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
@@ -3770,6 +3771,11 @@ def batch_size(batch: dict[str, Any]) -> int:
     return len(next(batch[k] for k in ("pixel_latent", "examples", "image") if k in batch))
 
 
+LOAD_LORA = 'pipe.load_lora_weights("{file}")'
+LOAD_LOKR = """# load_lora_weights refuses LoKr files, the transformer takes them
+tensors, metadata = pipe.lora_state_dict("{file}", return_lora_metadata=True)
+pipe.transformer.load_lora_adapter(tensors, metadata=metadata)"""
+
 MODEL_CARD = """---
 base_model: {base_model}
 library_name: diffusers
@@ -3777,16 +3783,16 @@ tags: [image-to-image, lora, qwen-image-edit, {flavour}]
 ---
 # LoRA for {base_model}
 
-Trained with train_qwen_edit.py to step {step}; r {r}, alpha {lora_alpha} (folded into the weights:
-load it at scale 1). References were encoded with `reference_area: {reference_area}`; generate.py
-applies that by itself.
+Trained with train_qwen_edit.py to step {step}; {method}, r {r}, alpha {lora_alpha} (folded into
+the weights: load it at scale 1). References were encoded with `reference_area: {reference_area}`;
+generate.py applies that by itself.
 
 ```python
 import torch
 from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
-pipe.load_lora_weights("{file}")
+{load}
 ```
 
 Instructions it was trained with:

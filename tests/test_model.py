@@ -11,6 +11,7 @@ from conftest import with_lora_noise
 from safetensors.torch import load_file, save_file
 
 import demo
+import generate
 import train_qwen_edit as script
 from utils import UserError
 
@@ -328,3 +329,233 @@ def test_without_cache_nothing_is_kept(make_trainer, tmp_path):
         )
         trainer.load_model(["transformer"])
         assert bool(kept_files(tmp_path / "cache")) == use
+
+
+# -- targets and methods
+
+T2I_TRAINER = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj"]
+T2I_TRAINER += ["attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+T2I_TRAINER += ["img_mlp.net.2", "txt_mlp.net.2"]
+
+
+@pytest.fixture
+def full_size():
+    """Qwen-Image-Edit-2511 without weights."""
+    settings = {"num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24}
+    settings |= {"joint_attention_dim": 3584, "in_channels": 64, "out_channels": 16}
+    return script.empty_transformer({**settings, "zero_cond_t": True})
+
+
+def adapted(transformer):
+    """Layers with an adapter."""
+    names = script.lora_tensors(transformer)
+    return {name.replace(".lokr_", ".lora_").split(".lora_")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "rank", "parameters"),
+    [
+        ("attn-image", "", 16, 23_592_960),
+        (T2I_TRAINER, "59", 16, 75_399_168),
+        (T2I_TRAINER, "59", 32, 150_798_336),
+        (T2I_TRAINER, "59", 64, 301_596_672),
+    ],
+)
+def test_full_size_parameter_counts(targets, excluded, rank, parameters, full_size):
+    assert sum(p.numel() for p in full_size.parameters()) == 20_430_401_088
+    lora = script.LoraConfig(r=rank, target_modules=targets, exclude_blocks=excluded)
+    script.add_lora(full_size, lora, 0)
+    assert sum(p.numel() for p in full_size.parameters() if p.requires_grad) == parameters
+    layers = adapted(full_size)
+    assert len(layers) == (240 if targets == "attn-image" else 59 * 10)
+    assert not [n for n in layers if n.startswith("transformer_blocks.59.")] or not excluded
+
+
+@pytest.mark.parametrize(
+    ("targets", "per_block", "dead"),
+    [("attn-image", 4, 0), ("attn-all", 8, 2), ("attn+mlp", 12, 4), ("all-linear", 14, 4)],
+)
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr"])
+def test_named_sets_leave_out_what_nothing_depends_on(targets, per_block, dead, method, make_deep):
+    trainer = make_deep(
+        **{
+            "model.lora.target_modules": targets,
+            "model.lora.method": method,
+            "model.lora.exclude_blocks": "1, 3-4",
+        }
+    )
+    trainer.set_lora()
+    layers = adapted(trainer.transformer)
+    assert len(layers) == 3 * per_block - dead
+    assert {name.split(".")[1] for name in layers} == {"0", "2", "5"}
+    with_lora_noise(trainer.transformer)
+    for parameter in trainer.trainable():
+        assert parameter.dtype == torch.float32
+        parameter.data += 0.1
+    trainer.training_step(a_batch()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.trainable())
+
+
+def test_wrong_targets_and_blocks_are_named(make_deep, deep):
+    trainer = make_deep(**{"model.lora.target_modules": "attn-img"})
+    with pytest.raises(UserError, match=r"attn-img; there are the sets attn-image, attn-all.*to_q"):
+        trainer.set_lora()
+    config = make_deep(**{"model.lora.exclude_blocks": "0, 6-9"}).config
+    assert "model.lora.exclude_blocks: no block 6, the last is 5" in script.audit(config)
+
+
+METHODS = {"model.lora.target_modules": "all-linear", "model.lora.r": 4}
+
+
+def with_noise_everywhere(trainer):
+    """An adapter, all of whose parts matter."""
+    trainer.set_lora()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in trainer.trainable():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return velocity(trainer.transformer)
+
+
+@pytest.mark.parametrize("alpha", [4.0, 8.0, 6.0])
+@pytest.mark.parametrize("method", ["dora", "lokr"])
+def test_dora_and_lokr_files_load_at_their_strength(
+    method, alpha, make_trainer, tmp_path, checkpoints
+):
+    """In this script, in a fresh diffusers model, merged, and as a start for training."""
+    settings = {**METHODS, "model.lora.method": method, "model.lora.lora_alpha": alpha}
+    trainer = make_trainer(**settings)
+    expected = with_noise_everywhere(trainer)
+    with torch.no_grad():
+        trainer.transformer.disable_adapters()
+        base = velocity(trainer.transformer)
+        trainer.transformer.enable_adapters()
+    assert (expected - base).abs().max() > 0.02
+    file = trainer.save_lora(tmp_path / "trained.safetensors")
+    # alpha / r is folded in; a power of two commutes with rounding
+    tolerance = {"rtol": 0, "atol": 3e-6 if alpha == 6 else 0}
+    again = make_trainer()
+    again.load_lora(file)
+    torch.testing.assert_close(velocity(again.transformer), expected, **tolerance)
+
+    start = make_trainer(**settings, **{"model.lora.pretrained_weight": str(file)})
+    start.set_lora()
+    torch.testing.assert_close(velocity(start.transformer), expected, **tolerance)
+
+    folder = checkpoints["2511"]
+    pipeline = diffusers.QwenImageEditPlusPipeline.from_pretrained(
+        folder, processor=script.load_processor(folder / "processor")
+    )
+    if method == "dora":
+        pipeline.load_lora_weights(file)
+    else:
+        with pytest.raises(ValueError, match="lora"):
+            pipeline.load_lora_weights(file)
+        namespace = {"pipe": pipeline}
+        exec(script.LOAD_LOKR.format(file=file), namespace)  # what README of the run says
+    torch.testing.assert_close(velocity(pipeline.transformer), expected, **tolerance)
+
+    trainer.merge_lora()
+    assert not adapted_layers(trainer.transformer)
+    torch.testing.assert_close(velocity(trainer.transformer), expected, rtol=1e-4, atol=1e-5)
+
+
+def adapted_layers(transformer):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
+
+
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr"])
+def test_every_method_starts_as_the_base_model_and_learns(method, mixed, make_deep):
+    settings = {**METHODS, "model.lora.method": method, "train.mixed_precision": mixed}
+    trainer = make_deep(**settings, **{"train.gradient_checkpointing": True})
+    trainer.set_lora()
+    with torch.no_grad():
+        adapter = trainer.training_step(a_batch())
+        trainer.transformer.disable_adapters()
+        base = trainer.training_step(a_batch())
+        trainer.transformer.enable_adapters()
+    torch.testing.assert_close(adapter, base, rtol=1e-6 if mixed == "no" else 1e-3, atol=0)
+    optimizer = torch.optim.AdamW(trainer.trainable(), lr=1e-2)
+    for _ in range(20):
+        trainer.training_step(a_batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert trainer.training_step(a_batch()) < 0.95 * base
+
+
+def test_lokr_factor_is_the_size_of_the_small_matrix(make_trainer):
+    trainer = make_trainer(**{"model.lora.method": "lokr", "model.lora.lokr_factor": 4})
+    trainer.set_lora()
+    shapes = {
+        tuple(t.shape)
+        for n, t in script.lora_tensors(trainer.transformer).items()
+        if n.endswith("lokr_w1")
+    }
+    assert shapes == {(4, 4)}
+
+
+@pytest.mark.parametrize("method", ["dora", "lokr"])
+def test_a_start_of_another_method_or_rank_is_refused(method, make_trainer, tmp_path):
+    trainer = make_trainer(**{"model.lora.method": method})
+    trainer.set_lora()
+    file = trainer.save_lora(tmp_path / "start.safetensors")
+    for change in ({"model.lora.method": "lora"}, {"model.lora.r": 8}):
+        settings = {"model.lora.method": method, "model.lora.pretrained_weight": str(file)}
+        other = make_trainer(**{**settings, **change})
+        with pytest.raises(UserError, match=f"it is a {method} of rank 4"):
+            other.preflight()
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "fine"),
+    [
+        ("dora", "int8-quanto", False),
+        ("dora", "nf4-bnb", True),
+        ("lokr", "nf4-bnb", False),
+        ("lokr", "int4-quanto", True),
+    ],
+)
+def test_methods_on_quantised_bases(method, precision, fine, make_deep):
+    trainer = make_deep(
+        **METHODS,
+        **{
+            "model.lora.method": method,
+            "model.base_model_precision": precision,
+            "train.mixed_precision": "bf16",
+        },
+    )
+    problems = script.check_model(trainer.config, precision)
+    assert (not problems) == fine and all("model.lora.method" in p for p in problems)
+    if fine:
+        trainer.set_lora()
+        for parameter in trainer.trainable():
+            parameter.data += 0.1
+        trainer.training_step(a_batch()).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.trainable())
+
+
+def test_generate_applies_lokr_files_alone_and_beside_a_lora(make_trainer, tmp_path, checkpoints):
+    files, expected = {}, {}
+    for method in ("lora", "lokr"):
+        trainer = make_trainer(**METHODS, **{"model.lora.method": method})
+        expected[method] = with_noise_everywhere(trainer)
+        files[method] = trainer.save_lora(tmp_path / f"{method}.safetensors")
+        trainer.transformer.disable_adapters()
+    base = velocity(trainer.transformer)
+    settings = {"pretrained_model_name_or_path": str(checkpoints["2511"]), "device": "cpu"}
+    for scales in ((1, 0), (0, 1), (1, 1)):
+        texts = [f"{files[m]}:{s}" for m, s in zip(files, scales, strict=True)]
+        config = generate.Config(**settings, lora=texts)
+        pipeline = generate.load_pipeline(config)
+        generate.set_scales(pipeline, config, 1.0)
+        seen = velocity(pipeline.transformer)
+        if sum(scales) == 1:
+            wanted = expected["lora" if scales[0] else "lokr"]
+            torch.testing.assert_close(seen, wanted, rtol=0, atol=2e-6)
+        else:
+            assert min((seen - v).abs().max() for v in (base, *expected.values())) > 0.05
+        generate.set_scales(pipeline, config, 0.0)
+        assert torch.equal(velocity(pipeline.transformer), base)
