@@ -554,6 +554,21 @@ def load_processor(folder: Path) -> Any:
     return ImageOnlyQwen2VLProcessor.from_pretrained(folder)
 
 
+def load_lora(pipeline: Any, path: Path, name: str) -> None:
+    """load_lora_weights; it refuses LoKr files, which the transformer takes."""
+    with safe_open(path, framework="pt") as file:
+        lokr = any(".lokr_" in key for key in file.keys())  # noqa: SIM118 (not a dict)
+    if not lokr:
+        pipeline.load_lora_weights(str(path), adapter_name=name)
+        return
+    tensors, metadata = pipeline.lora_state_dict(
+        str(path), use_safetensors=True, return_lora_metadata=True
+    )
+    pipeline.load_lora_into_transformer(
+        tensors, pipeline.transformer, adapter_name=name, metadata=metadata, _pipeline=pipeline
+    )
+
+
 def load_pipeline(config: Config) -> Any:
     """The checkpoint's own pipeline with all LoRAs (named lora0, lora1 ...), on its device."""
     import diffusers
@@ -576,7 +591,7 @@ def load_pipeline(config: Config) -> Any:
     if type(pipeline).__name__ not in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
         raise UserError(f"{folder} is a {type(pipeline).__name__}, no Qwen-Image-Edit checkpoint")
     for number, text in enumerate(config.lora):
-        pipeline.load_lora_weights(str(parse_lora(text)[0]), adapter_name=f"lora{number}")
+        load_lora(pipeline, parse_lora(text)[0], f"lora{number}")
     pipeline.set_progress_bar_config(leave=False)
     if config.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)

@@ -41,6 +41,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -76,6 +77,7 @@ from utils import (
     shuffled,
     uniform,
     write_entry,
+    write_tensors,
 )
 
 # KEEP: diffusers, transformers, peft and accelerate are imported where they are used, so that a
@@ -1366,6 +1368,7 @@ def audit(config: Config) -> list[str]:
     if config.cache.use_cache:
         problems += check_device("cache.vae_encoder_device", config.cache.vae_encoder_device)
         problems += check_device("cache.text_encoder_device", config.cache.text_encoder_device)
+    problems += check_model(config, config.model.precision)
     start = config.model.lora.pretrained_weight
     if start and not start.is_file():
         problems.append(f"model.lora.pretrained_weight: no file {start}")
@@ -1873,68 +1876,602 @@ def check_zero_cond_t(transformer_config: dict[str, Any], accepted: Iterable[str
         )
 
 
+# What the blocks can be stored in, by the end of the precision: (module, its name for pip).
+PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "bnb": ("bitsandbytes", "bitsandbytes")}
 QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 
 
-def quantize_blocks(transformer: Any, precision: str, device: torch.device) -> None:
-    """Replace the linear weights of every block by quanto ones; one block at a time on `device`.
+def check_precision(precision: str) -> list[str]:
+    """One problem if the package behind a precision is not installed."""
+    module, name = PACKAGES.get(precision.rpartition("-")[2], ("torch", "torch"))
+    with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
+        if importlib.util.find_spec(module):
+            return []
+    return [f"model.base_model_precision: {precision} needs {name}: pip install {name}"]
 
-    Embedders, modulation and output stay as they are: small, and they set the scale of the rest.
+
+def check_model(config: Config, precision: str) -> list[str]:
+    """Problems of the model's settings that need no weights; `precision` of the blocks."""
+    model, method = config.model, config.model.lora.method
+    problems = []
+    for number, name in enumerate(model.devices):
+        problems += check_device(f"model.devices.{number}", name)
+    if not problems and len({torch.device(name).type for name in model.devices}) > 1:
+        problems.append("model.devices: wanted devices of one type")
+    if model.devices and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("model.devices: for one process; several need the whole model each")
+    if model.blocks_to_swap and not config.train.gradient_checkpointing:
+        problems.append(
+            "model.blocks_to_swap needs train.gradient_checkpointing: without it the backward pass "
+            "holds the weights of every block"
+        )
+    if method == "dora" and precision.endswith("quanto"):
+        problems.append(f"model.lora.method: dora goes with no_change or nf4-bnb, not {precision}")
+    if method == "lokr" and precision == "nf4-bnb":
+        problems.append("model.lora.method: lokr goes with every precision but nf4-bnb")
+    with contextlib.suppress(UserError):  # the checkpoint is checked elsewhere
+        path = model.pretrained_model_name_or_path
+        n_blocks = read_model_json(path, "transformer/config.json").get("num_layers", 60)
+        problems += check_block_numbers(model, n_blocks)
+    return problems
+
+
+def check_block_numbers(model: ModelConfig, n_blocks: int) -> list[str]:
+    """Problems of the settings that count blocks."""
+    problems = []
+    if model.blocks_to_swap > n_blocks:
+        problems.append(f"model.blocks_to_swap: {model.blocks_to_swap} of {n_blocks} blocks")
+    if beyond := [b for b in parse_blocks(model.lora.exclude_blocks) if b >= n_blocks]:
+        last = n_blocks - 1
+        problems.append(f"model.lora.exclude_blocks: no block {min(beyond)}, the last is {last}")
+    return problems
+
+
+# Weights: read, quantised and placed block by block.
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def find_weights(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """{tensor: (file, shape)} of a diffusers component, one file or shards; reads only headers.
+
+    Raises:
+        UserError: a file is missing or damaged; the message names it.
     """
+    index, names = folder / f"{WEIGHTS_FILE}.index.json", [WEIGHTS_FILE]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    found = {}
+    for path in (folder / name for name in names):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = path, tuple(file.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"weights {path} cannot be read: {error}") from error
+    return found
+
+
+def check_weights(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Names and shapes must be the same. Raises UserError with the first differences."""
+    differences = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]},
+    }
+    lines = [
+        f"{len(names)} {what}:\n{listed(sorted(names), shown=3)}"
+        for what, names in differences.items()
+        if names
+    ]
+    if lines:
+        raise UserError("\n".join(["the weights do not fit transformer/config.json", *lines]))
+
+
+class Layout(NamedTuple):
+    """Where a transformer lives."""
+
+    devices: list[torch.device]  # the blocks are spread over these, in order
+    blocks_to_swap: int = 0  # of a single device: so many blocks wait in CPU memory
+
+
+def split_blocks(n_blocks: int, devices: Sequence[torch.device]) -> list[torch.device]:
+    """Device of each block: runs of equal length (or one apart), in the order of `devices`."""
+    return [devices[number * len(devices) // n_blocks] for number in range(n_blocks)]
+
+
+def swapped_blocks(n_blocks: int, count: int) -> list[int]:
+    """Which blocks wait in CPU memory: `count`, evenly spread, so that there is time to copy."""
+    return [(2 * number + 1) * n_blocks // (2 * count) for number in range(count)]
+
+
+def homes(transformer: Any, layout: Layout) -> list[tuple[str, torch.device, torch.device]]:
+    """(name, where its weights live, where it computes) of every block and embedder."""
+    blocks = transformer.transformer_blocks
+    swapped = swapped_blocks(len(blocks), layout.blocks_to_swap)
+    found = []
+    for name, part in transformer.named_children():
+        if part is not blocks and part.state_dict():
+            device = layout.devices[-1 if name in ("norm_out", "proj_out") else 0]
+            found.append((name, device, device))
+    for number, device in enumerate(split_blocks(len(blocks), layout.devices)):
+        home = torch.device("cpu") if number in swapped else device
+        found.append((f"transformer_blocks.{number}", home, device))
+    return found
+
+
+def empty_transformer(settings: dict[str, Any]) -> Any:
+    """QwenImageTransformer2DModel without weights (meta device); its rope tables are real.
+
+    Raises:
+        UserError: this diffusers is too old for the checkpoint.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+
+    model_class = diffusers.QwenImageTransformer2DModel
+    check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
+    with init_empty_weights():
+        return model_class.from_config(settings)
+
+
+class TransformerLoader:
+    """Fills an empty transformer part by part; one block at a time is in memory unquantised.
+
+    cache_dir: where quantised parts are kept for the next start; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        precision: str = "no_change",
+        cache_dir: Path | None = None,
+    ) -> None:
+        if problems := check_precision(precision):
+            raise UserError(problems[0])
+        self.folder, self.dtype, self.precision = folder, dtype, precision
+        self.model = empty_transformer(json.loads((folder / "config.json").read_text("utf-8")))
+        self.kept: Path | None = None
+        if cache_dir and precision != "no_change":
+            library = PACKAGES[precision.rpartition("-")[2]][1]
+            key = fingerprint([folder], precision, str(dtype), library, version(library))
+            self.kept = cache_dir / "quantized" / key
+
+    def load(self, layout: Layout, quantize_via: str = "accelerator") -> Any:
+        """The transformer, frozen, each part read straight to where it lives.
+
+        Without quantisation it equals from_pretrained(dtype=dtype) bit for bit.
+
+        Raises:
+            UserError: weights are missing, damaged or of another model.
+        """
+        model = self.model
+        for name, home, device in progress(homes(model, layout), "load transformer", leave=False):
+            is_block = name.startswith("transformer_blocks.")
+            via = torch.device("cpu") if quantize_via == "cpu" else device
+            self.fill(name, home, via if is_block else None)
+        model.eval().requires_grad_(False)
+        mark_quantized(model, self.precision)
+        connect(model, layout)
+        return model
+
+    def fill(self, name: str, home: torch.device, via: torch.device | None = None) -> None:
+        """Give a part its weights on `home`; a block is quantised on `via` before."""
+        part = self.model.get_submodule(name)
+        quantised = self.precision if via else "no_change"
+        file = self.kept / f"{name}.safetensors" if self.kept else None
+        if file and (tensors := read_kept(file, home)):
+            restore_part(part, quantised, tensors)
+            return
+        place = home if quantised == "no_change" or via is None else via
+        part.load_state_dict(self.read(f"{name}.", place), assign=True)
+        quantize_part(part, quantised)
+        if file:
+            write_tensors(file, part.state_dict())
+        move(part, home)
+
+    @functools.cached_property
+    def weights(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+        """find_weights(), checked; not asked for when every part is kept."""
+        found = find_weights(self.folder)
+        wanted = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
+        check_weights({name: shape for name, (_, shape) in found.items()}, wanted)
+        return found
+
+    def read(self, prefix: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors below `prefix`, without it, as copies on `device`."""
+        names = [name for name in self.weights if name.startswith(prefix)]
+        tensors = {}
+        for path in {self.weights[name][0] for name in names}:
+            # KEEP: open only for this part; what was read of an open file counts as memory
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    if self.weights[name][0] == path:
+                        tensor = file.get_tensor(name).to(device, self.dtype, copy=True)
+                        tensors[name.removeprefix(prefix)] = tensor
+        return tensors
+
+
+def read_kept(path: Path, device: torch.device) -> dict[str, torch.Tensor] | None:
+    """Tensors of a quantised part from the cache, as copies; None if absent or damaged."""
+    if not path.exists():
+        return None
+    try:
+        return {name: t.to(device, copy=True) for name, t in read_entry(path).items()}
+    except ValueError as error:
+        log.warning("%s; it is built again", error)
+        return None
+
+
+def quantized_layers(part: torch.nn.Module, precision: str) -> list[tuple[str, torch.nn.Linear]]:
+    """The linear layers of a block but for its modulation, which sets the scale of the rest."""
+    if precision == "no_change":
+        return []
+    layers = [(n, m) for n, m in part.named_modules() if isinstance(m, torch.nn.Linear)]
+    return [(n, m) for n, m in layers if not n.startswith(("img_mod.", "txt_mod."))]
+
+
+def quantize_part(part: torch.nn.Module, precision: str) -> None:
+    """Replace the layers one by one by quantised ones on the same device."""
+    for name, linear in quantized_layers(part, precision):
+        make = quantize_nf4 if precision == "nf4-bnb" else quantize_quanto
+        part.set_submodule(name, make(linear, precision))
+
+
+def restore_part(part: torch.nn.Module, precision: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill an empty part with the state_dict() of a quantised one."""
+    for name, linear in quantized_layers(part, precision):
+        prefix = f"{name}."
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        make = restore_nf4 if precision == "nf4-bnb" else restore_quanto
+        part.set_submodule(name, make(linear, precision, own))
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
+    part.load_state_dict(tensors, assign=True, strict=precision == "no_change")
+
+
+def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter that is not trained."""
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+@torch.no_grad()
+def quantize_quanto(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
+    """QLinear, per output channel (8 bits) or group (4, 2 bits)."""
     from optimum import quanto
 
-    weights = getattr(quanto, QUANTO_TYPES[precision])
-    for block in progress(transformer.transformer_blocks, f"quantize to {precision}", leave=False):
-        block.to(device)
-        quanto.quantize(block, weights=weights, exclude=["img_mod*", "txt_mod*"])
-        quanto.freeze(block)
-
-
-def dead_modules(transformer: Any) -> str:
-    """Regex of the last block's text queries and outputs: nothing reads them, so no gradient."""
-    last = len(transformer.transformer_blocks) - 1
-    return rf".*transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
-
-
-def check_targets(transformer: Any, targets: Sequence[str] | str) -> None:
-    """Every name (or the regex) must match a linear layer. Raises UserError with what there is."""
-    layers = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
-    if isinstance(targets, str):
-        wrong = [] if any(re.fullmatch(targets, layer) for layer in layers) else [targets]
+    kind = getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+    layer = quanto.QLinear.from_module(linear, weights=kind)
+    if kind.bits == 8:
+        how = {"scale": layer.optimizer(linear.weight, qtype=kind, axis=0)}
     else:
-        wrong = [t for t in targets if not any(f".{n}".endswith(f".{t}") for n in layers)]
-    if wrong or not targets:
+        group = layer.weight_group_size
+        scale, shift = layer.optimizer(linear.weight, qtype=kind, axis=0, group_size=group)
+        how = {"scale": scale, "shift": shift, "group_size": group}
+    # KEEP optimized=False: the fp8 kernel that quanto 0.2.7 would choose on CUDA leaves out the
+    # bias and wants nvcc, its int4 kernel is made for a few tokens
+    weight = quanto.quantize_weight(linear.weight, qtype=kind, axis=0, **how, optimized=False)
+    layer.weight = frozen(weight)
+    return layer
+
+
+def restore_quanto(
+    linear: torch.nn.Linear, precision: str, tensors: dict[str, torch.Tensor]
+) -> torch.nn.Linear:
+    """The layer whose state_dict() `tensors` is."""
+    from optimum import quanto
+
+    kind = getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+    layer = quanto.QLinear.from_module(linear, weights=kind)
+    how: dict[str, Any] = {"qtype": kind, "axis": 0, "missing_keys": []}
+    how |= {"size": linear.weight.size(), "stride": linear.weight.stride()}
+    if kind.bits == 8:
+        loader = quanto.WeightQBytesTensor.load_from_state_dict
+        weight = loader(tensors, "weight.", activation_qtype=None, **how)
+    else:
+        loader = quanto.WeightQBitsTensor.load_from_state_dict
+        weight = loader(tensors, "weight.", group_size=layer.weight_group_size, **how)
+    layer.weight, layer.bias = frozen(weight), frozen(tensors["bias"])
+    layer.input_scale, layer.output_scale = tensors["input_scale"], tensors["output_scale"]
+    return layer
+
+
+def empty_nf4(linear: torch.nn.Linear) -> Any:
+    """Linear4bit of the same shape, without weights."""
+    from bitsandbytes.nn import Linear4bit
+
+    return Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        compute_dtype=linear.weight.dtype,
+        compress_statistics=False,
+        quant_type="nf4",
+        device="meta",
+    )
+
+
+def quantize_nf4(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
+    """Linear4bit: blocks of 64 weights, scales in fp32, computes in the dtype of `linear`."""
+    from bitsandbytes.nn import Params4bit
+
+    layer = empty_nf4(linear)
+    weight: Any = Params4bit(
+        linear.weight.data, compress_statistics=False, quant_type="nf4", module=layer
+    )
+    layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias  # .to() quantises
+    return layer
+
+
+def restore_nf4(
+    linear: torch.nn.Linear, precision: str, tensors: dict[str, torch.Tensor]
+) -> torch.nn.Linear:
+    """The layer whose state_dict() `tensors` is."""
+    from bitsandbytes.nn import Params4bit
+
+    layer = empty_nf4(linear)
+    state = {n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}
+    weight, device = tensors["weight"], tensors["weight"].device
+    layer.weight = Params4bit.from_prequantized(weight, state, device=device, module=layer)
+    layer.bias = frozen(tensors["bias"])
+    return layer
+
+
+def mark_quantized(transformer: Any, precision: str) -> None:
+    """Note the precision where PEFT and this script look for it."""
+    if precision != "no_change":
+        transformer.quantized_to = precision
+        transformer.is_loaded_in_4bit = precision == "nf4-bnb"
+
+
+def map_tensor(tensor: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`change` applied to a tensor, or to the ones that a quanto tensor is made of.
+
+    KEEP: quanto's own .to() and .clone() pick a kernel or undo the quantisation.
+    """
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return change(tensor)
+    names, meta = tensor.__tensor_flatten__()
+    inner = {name: map_tensor(getattr(tensor, name), change) for name in names}
+    return type(tensor).__tensor_unflatten__(inner, meta, tensor.size(), tensor.stride())
+
+
+def move(module: torch.nn.Module, device: torch.device) -> None:
+    """module.to(device) that leaves quanto's weights as they are."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            quanto = parameter is not None and hasattr(parameter, "__tensor_flatten__")
+            if quanto and parameter.device != device:  # type: ignore[union-attr]
+                part._parameters[name] = frozen(map_tensor(parameter, lambda t: t.to(device)))
+    module.to(device)
+
+
+def place(transformer: Any, layout: Layout) -> None:
+    """Move a transformer that is already loaded. Raises UserError if its blocks are swapped."""
+    if hasattr(transformer, "block_swap"):
+        raise UserError("with model.blocks_to_swap the transformer stays on its device")
+    for name, home, _ in homes(transformer, layout):
+        move(transformer.get_submodule(name), home)
+    connect(transformer, layout)
+
+
+def connect(transformer: Any, layout: Layout) -> None:
+    """Hooks that carry activations between devices, or weights between CPU and device."""
+    transformer.layout = layout
+    blocks, device = transformer.transformer_blocks, layout.devices[0]
+    if len(layout.devices) > 1:
+        carry_activations(transformer, layout.devices)
+    if layout.blocks_to_swap:
+        numbers = swapped_blocks(len(blocks), layout.blocks_to_swap)
+        transformer.block_swap = BlockSwap({n: blocks[n] for n in numbers}, device)
+        transformer.register_forward_pre_hook(lambda *_: transformer.block_swap.begin())
+
+
+def carry_activations(transformer: Any, devices: Sequence[torch.device]) -> None:
+    """Before each block its inputs (temb, text, rope, mask ... too) go to its device."""
+    from accelerate.utils import send_to_device
+
+    def carry(device: torch.device, module: Any, args: Any, kwargs: Any) -> Any:
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    blocks = list(transformer.transformer_blocks)
+    places = [*split_blocks(len(blocks), devices), devices[-1]]
+    for part, device in zip([*blocks, transformer.norm_out], places, strict=True):
+        part.register_forward_pre_hook(functools.partial(carry, device), with_kwargs=True)
+    transformer.register_forward_hook(lambda *args: send_to_device(args[-1], devices[0]))
+
+
+class BlockSwap:
+    """Blocks whose frozen weights lie in (pinned) CPU memory and visit the device for their turn.
+
+    While one works, the next is copied. Gradient checkpointing makes the order known: up in the
+    forward pass, down in the backward pass, where every block is computed once more. On the device
+    are the block at work, the next one, and for a moment the one before, which autograd still
+    holds: the module's parameters are exchanged as objects, so what autograd saved stays valid.
+    """
+
+    def __init__(self, blocks: dict[int, torch.nn.Module], device: torch.device) -> None:
+        self.numbers, self.device = sorted(blocks), device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.homes: dict[int, list[tuple[dict[str, Any], str, torch.nn.Parameter]]] = {}
+        self.here: dict[int, tuple[list[torch.nn.Parameter], Any]] = {}  # copies, their event
+        self.keep: int | None = None  # not to be removed after its turn
+        self.last = -1  # the block that worked last in this pass
+        for number, block in blocks.items():
+            self.homes[number] = [
+                (part._parameters, name, self._pinned(parameter))
+                for part in block.modules()
+                for name, parameter in part._parameters.items()
+                if parameter is not None
+            ]
+            self._put(number, [home for *_, home in self.homes[number]])
+            for part in block.modules():  # scales of activations, if any
+                for name, buffer in part._buffers.items():
+                    part._buffers[name] = buffer.to(device) if buffer is not None else None
+            block.register_forward_pre_hook(functools.partial(self._enter, number))
+            # KEEP always_call: recomputation ends blocks early, by an exception
+            leave = functools.partial(self._leave, number)
+            block.register_forward_hook(leave, always_call=True)
+
+    def _pinned(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        return frozen(map_tensor(parameter, torch.Tensor.pin_memory)) if self.stream else parameter
+
+    def _put(self, number: int, parameters: Iterable[torch.nn.Parameter]) -> None:
+        for (table, name, _), parameter in zip(self.homes[number], parameters, strict=True):
+            table[name] = parameter
+
+    def begin(self) -> None:
+        """Before each forward pass: the first block starts on its way."""
+        self.last = -1
+        self._fetch(self.numbers[0])
+
+    def _fetch(self, number: int) -> None:
+        if number in self.here:
+            return
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            # KEEP: allocated on the computing stream, so that it takes the place of a block that
+            # has had its turn, however far the host runs ahead
+            there = torch.empty_like(tensor, device=self.device)
+            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+                return there.copy_(tensor, non_blocking=True)
+
+        event = None
+        if self.stream:  # KEEP: that block may still be at work
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad():
+            copies = [frozen(map_tensor(home, copy)) for *_, home in self.homes[number]]
+        if self.stream:
+            event = self.stream.record_event()
+        self.here[number] = copies, event
+
+    def _arrive(self, number: int) -> list[torch.nn.Parameter]:
+        copies, event = self.here[number]
+        if event:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        return copies
+
+    def _next(self, number: int) -> int | None:
+        """The swapped block whose turn comes after this one."""
+        place = self.numbers.index(number)
+        if number <= self.last:  # backward pass
+            return self.numbers[place - 1] if place else None
+        if place + 1 < len(self.numbers):
+            return self.numbers[place + 1]
+        return number if torch.is_grad_enabled() else None  # the backward pass begins with it
+
+    def _enter(self, number: int, *_: Any) -> None:
+        self._fetch(number)
+        self._put(number, self._arrive(number))
+        following = self._next(number)
+        for other in set(self.here) - {number, following}:  # only after a pass that broke off
+            self._arrive(other)
+            del self.here[other]
+        if following is not None:
+            self._fetch(following)
+        self.keep, self.last = following, number
+
+    def _leave(self, number: int, *_: Any) -> None:
+        self._put(number, [home for *_, home in self.homes[number]])
+        if self.keep != number:
+            self.here.pop(number, None)
+
+
+def place_adapter(transformer: Any) -> None:
+    """The adapter of a swapped block lives on the device, always."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not hasattr(transformer, "block_swap"):
+        return
+    for number in transformer.block_swap.numbers:
+        for layer in transformer.transformer_blocks[number].modules():
+            if isinstance(layer, BaseTunerLayer):
+                for name in layer.adapter_layer_names:
+                    getattr(layer, name).to(transformer.block_swap.device)
+
+
+ATTN_IMAGE = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTN_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+MLP = [f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")]
+TARGET_SETS = {  # EDIT HERE: names for model.lora.target_modules
+    "attn-image": ATTN_IMAGE,
+    "attn-all": ATTN_IMAGE + ATTN_TEXT,
+    "attn+mlp": ATTN_IMAGE + ATTN_TEXT + MLP,
+    "all-linear": [*ATTN_IMAGE, *ATTN_TEXT, *MLP, "img_mod.1", "txt_mod.1"],
+}
+
+
+def target_modules(transformer: Any, targets: Sequence[str] | str) -> list[str] | str:
+    """Names or regex for PEFT; every one matches a layer. Raises UserError with what there is."""
+    layers = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    named = TARGET_SETS.get(targets, targets) if isinstance(targets, str) else list(targets)
+    if isinstance(named, str):
+        wrong = [] if any(re.fullmatch(named, layer) for layer in layers) else [named]
+    else:
+        wrong = [t for t in named if not any(f".{n}".endswith(f".{t}") for n in layers)]
+    if wrong or not named:
         short = sorted({n.split(".", 2)[2] for n in layers if n.startswith("transformer_blocks.")})
         raise UserError(
             f"model.lora.target_modules: no layer matches {', '.join(wrong) or 'an empty list'}; "
-            f"there is: {', '.join(short)}"
+            f"there are the sets {', '.join(TARGET_SETS)} and the layers {', '.join(short)}"
         )
+    return named
+
+
+def excluded_modules(transformer: Any, exclude_blocks: str) -> str:
+    """Regex of the layers without an adapter: of excluded blocks, and those nothing depends on."""
+    last = len(transformer.transformer_blocks) - 1
+    # the last block's text queries and outputs: nothing reads them, so they get no gradient
+    dead = rf"{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
+    blocks = [rf"{number}\..*" for number in sorted(parse_blocks(exclude_blocks))]
+    return rf"transformer_blocks\.({'|'.join([dead, *blocks])})"
+
+
+def peft_config(transformer: Any, lora: LoraConfig) -> Any:
+    """PEFT's own config for model.lora. Raises UserError for a name without a layer."""
+    from peft import LoKrConfig
+    from peft import LoraConfig as PeftLoraConfig
+
+    alpha: Any = lora.lora_alpha or lora.r
+    common: dict[str, Any] = {
+        "r": lora.r,
+        "target_modules": target_modules(transformer, lora.target_modules),
+        # KEEP: DDP waits forever for parameters that never get a gradient
+        "exclude_modules": excluded_modules(transformer, lora.exclude_blocks),
+    }
+    if lora.method == "lokr":
+        return LoKrConfig(alpha=alpha, decompose_factor=lora.lokr_factor, **common)
+    init: Any = True if lora.init_lora_weights == "kaiming" else "gaussian"
+    dora = lora.method == "dora"
+    return PeftLoraConfig(lora_alpha=alpha, init_lora_weights=init, use_dora=dora, **common)
 
 
 def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
     """Freeze the base, add the adapter in fp32. Raises UserError for a name without a layer."""
-    from peft import LoraConfig as PeftConfig
-
-    targets = lora.target_modules  # TEMP
-    if targets == "attn-image":
-        targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    check_targets(transformer, targets)
+    settings = peft_config(transformer, lora)
     transformer.requires_grad_(False)
-    settings = PeftConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha or lora.r,  # type: ignore[arg-type]
-        init_lora_weights=True if lora.init_lora_weights == "kaiming" else "gaussian",
-        target_modules=targets,
-        # KEEP: DDP waits forever for parameters that never get a gradient
-        exclude_modules=dead_modules(transformer),
-    )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no modules were excluded.*")
         torch.manual_seed(draw_key(seed, "lora"))
         transformer.add_adapter(settings)
+    place_adapter(transformer)
     for parameter in transformer.parameters():
         if parameter.requires_grad:  # KEEP: bf16 would round small updates away
             parameter.data = parameter.data.float()
+    if lora.method == "dora":
+        start_magnitudes(transformer)
+
+
+@torch.no_grad()
+def start_magnitudes(transformer: Any) -> None:
+    """DoRA's column norms once more, in fp32: rounded to bf16 they would change step 0."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            weight = dequantize_module_weight(layer.get_base_layer()).float()
+            magnitude: Any = layer.lora_magnitude_vector["default"]
+            magnitude.weight.copy_(torch.linalg.norm(weight, dim=1))
 
 
 def lora_tensors(transformer: Any) -> dict[str, torch.Tensor]:
@@ -1944,44 +2481,83 @@ def lora_tensors(transformer: Any) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(transformer)
 
 
-def check_rank(path: Path, rank: int) -> None:
-    """Raises UserError unless the LoRA file has that rank."""
+def check_start(path: Path, lora: LoraConfig) -> None:
+    """Raises UserError unless the file has the method and rank that model.lora asks for."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
-            ranks = {file.get_slice(name).get_shape()[0] for name in names}
-    except (OSError, SafetensorError) as error:
+            names = list(file.keys())
+            about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            factors = [name for name in names if ".lora_A." in name]
+            ranks = {file.get_slice(name).get_shape()[0] for name in factors}
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"model.lora.pretrained_weight {path}: {error}") from error
-    if ranks != {rank}:
+    method = "lora"
+    if any(".lora_magnitude_vector" in name for name in names):
+        method = "dora"
+    if any(".lokr_" in name for name in names):  # the shapes of its factors do not tell the rank
+        method, ranks = "lokr", {about.get("transformer.r", lora.r)}
+    if ranks != {lora.r} or method != lora.method:
         raise UserError(
-            f"model.lora.pretrained_weight {path}: its rank is {sorted(ranks) or 'unknown'}, "
-            f"model.lora.r is {rank}"
+            f"model.lora.pretrained_weight {path}: it is a {method} of rank "
+            f"{', '.join(map(str, sorted(ranks))) or 'unknown'}, model.lora asks for {lora.method} "
+            f"of rank {lora.r}"
         )
 
 
+def strengthen(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
+    """The adapter's change times `factor`, put into lora_B or lokr_w1.
+
+    DoRA's magnitudes stay: it is m (W + s B A) / |W + s B A|, with s only beside B.
+    """
+    return {
+        name: tensor * factor if ".lora_B." in name or name.endswith(".lokr_w1") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def strength_of(transformer: Any) -> float:
+    """alpha / r of the adapter."""
+    settings = transformer.peft_config["default"]
+    alpha = settings.alpha if settings.peft_type == "LOKR" else settings.lora_alpha
+    return alpha / settings.r
+
+
 def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
-    """Write diffusers/PEFT names, with alpha folded into B.
+    """Write diffusers/PEFT names, with alpha / r folded into the weights.
 
     Loaders differ in where they look for alpha (metadata, `.alpha` keys, nowhere), so B is stored
     times alpha / r and the file says alpha = r: the strength is right everywhere. Exact when
     alpha / r is a power of two, else to fp32 rounding.
     """
-    settings = transformer.peft_config["default"].to_dict()
-    strength = settings["lora_alpha"] / settings["r"]
     tensors = {n: t.detach().float().cpu().clone() for n, t in lora_tensors(transformer).items()}
-    layers = sorted({name.split(".lora_")[0] for name in tensors})
-    settings |= {"lora_alpha": settings["r"], "target_modules": layers, "exclude_modules": None}
+    settings = transformer.peft_config["default"].to_dict()
+    settings["lora_alpha" if "lora_alpha" in settings else "alpha"] = settings["r"]
+    settings["target_modules"] = sorted({re.split(r"\.lo(?:ra|kr)_", name)[0] for name in tensors})
+    settings["exclude_modules"] = None
     plain = str | int | float | bool | list | dict | None
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
-    weights = {
-        f"transformer.{n}": t * strength if ".lora_B." in n else t for n, t in tensors.items()
-    }
+    weights = strengthen(tensors, strength_of(transformer))
+    weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
         "image_edit_lora": json.dumps(about, sort_keys=True),
     }
     save_atomic(path, lambda file: save_file(weights, file, metadata=metadata))
+
+
+CALIBRATION_STEPS = 4  # training steps that set the scales of the inputs
+
+
+def quantize_inputs(transformer: Any) -> list[Any]:
+    """Let every quanto layer quantise its input too; returns the layers. Scales come later."""
+    from optimum import quanto
+
+    layers = [m for m in transformer.modules() if isinstance(m, quanto.QLinear)]
+    for layer in layers:
+        layer.activation_qtype = layer.weight_qtype
+        layer.register_forward_pre_hook(layer.quantize_input)
+    return layers
 
 
 # --- 5. objective ---------------------------------------------------------------------------------
@@ -2211,6 +2787,7 @@ FREE_TO_CHANGE = {  # settings that may differ between a checkpoint and the run 
     "max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "gradient_checkpointing", "gradient_accumulation_steps",
     "batch_size", "num_workers", "recreate_cache", "train_data_dir",
+    "devices", "blocks_to_swap", "quantize_via",
 }  # fmt: skip
 TRAINS = ("model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed")
 
@@ -2689,7 +3266,9 @@ class QwenImageEditTrainer:
 
     @property
     def device(self) -> torch.device:
-        """The training device."""
+        """The training device; of several the first."""
+        if self.config.model.devices:
+            return torch.device(self.config.model.devices[0])
         if self.accelerator:
             return self.accelerator.device
         from accelerate import PartialState
@@ -2721,7 +3300,10 @@ class QwenImageEditTrainer:
     def load_model(
         self, parts: Sequence[str] = ("vae", "text_encoder", "transformer", "scheduler")
     ) -> None:
-        """Load what is named and not there yet, frozen, in `weight_dtype`, on the CPU."""
+        """Load what is named and not there yet, frozen, in `weight_dtype`.
+
+        The transformer goes to its device (blocks in their precision), the others to the CPU.
+        """
         import diffusers
         from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -2755,14 +3337,7 @@ class QwenImageEditTrainer:
                 transformer=None,
             )
         if "transformer" in parts and self.transformer is None:
-            folder = self.checkpoint("transformer/*")
-            model_class = diffusers.QwenImageTransformer2DModel
-            settings = json.loads((folder / "transformer" / "config.json").read_text())
-            check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
-            self.transformer = model_class.from_pretrained(
-                folder, subfolder="transformer", dtype=dtype, use_safetensors=True
-            )
-            self.transformer.eval().requires_grad_(False)
+            self._place_transformer(self.device)
 
     def unload(self, *parts: str) -> None:
         """Forget components ("vae", "text_encoder", "transformer") and free their memory."""
@@ -3026,26 +3601,53 @@ class QwenImageEditTrainer:
 
     # -- LoRA and quantisation
 
+    @property
+    def precision(self) -> str:
+        """What the blocks are stored in; `trainer.quantize = True` before loading means fp8."""
+        precision = self.config.model.precision
+        return "fp8-quanto" if self.quantize and precision == "no_change" else precision
+
     def quantize_model(self, model: Any, device: torch.device | str | None = None) -> Any:
-        """Quantise the blocks of a transformer in place, on `device`. Do it before set_lora()."""
-        if getattr(model, "peft_config", None):
-            raise UserError("quantise before a LoRA is added: set trainer.quantize before loading")
-        precision = "fp8" if self.quantize is True else str(self.quantize or "fp8")
-        quantize_blocks(model, precision, torch.device(device or self.device))
-        model.quantized_to = precision
+        """Quantise the blocks of a loaded transformer in place, on `device` (no_change: to fp8).
+
+        A transformer that the trainer loads itself is quantised while it loads, which takes less
+        memory.
+        """
+        if getattr(model, "peft_config", None) or hasattr(model, "block_swap"):
+            raise UserError("quantise before that: set trainer.quantize before loading")
+        precision = "fp8-quanto" if self.precision == "no_change" else self.precision
+        for block in progress(model.transformer_blocks, f"quantize to {precision}", leave=False):
+            block.to(device or self.device)
+            quantize_part(block, precision)
+        mark_quantized(model, precision)
         return model
 
+    def _layout(self, device: torch.device | str) -> Layout:
+        """model.devices, or all on `device`; with blocks_to_swap."""
+        model = self.config.model
+        names = model.devices or [str(device)]
+        # an empty tensor knows the number of "cuda"
+        devices = [torch.empty(0, device=name).device for name in names]
+        return Layout(devices, model.blocks_to_swap)
+
     def _place_transformer(self, device: torch.device | str) -> None:
-        """Load, quantise if asked and move the transformer."""
-        self.load_model(["transformer", "scheduler"])
-        if self.quantize and not hasattr(self.transformer, "quantized_to"):
+        """Load the transformer to where the config wants it, or move the one that is there."""
+        layout = self._layout(device)
+        if self.transformer is None:
+            folder = self.checkpoint("transformer/*") / "transformer"
+            cache_dir = self.cache_dir if self.use_cache else None
+            loader = TransformerLoader(folder, self.weight_dtype, self.precision, cache_dir)
+            self.transformer = loader.load(layout, self.config.model.quantize_via)
+        elif self.precision != "no_change" and not hasattr(self.transformer, "quantized_to"):
             self.quantize_model(self.transformer, device)
-        self.transformer.to(device)
+        if getattr(self.transformer, "layout", None) != layout:
+            place(self.transformer, layout)
 
     def set_lora(self) -> None:
         """Put the transformer on the training device and add the adapter to it."""
         self.setup_accelerator()
         self._place_transformer(self.device)
+        self.load_model(["scheduler"])
         if getattr(self.transformer, "peft_config", None):
             return
         lora = self.config.model.lora
@@ -3055,29 +3657,60 @@ class QwenImageEditTrainer:
             self.transformer.enable_gradient_checkpointing()
         if lora.pretrained_weight:
             self._start_from(lora.pretrained_weight)
+        # every process has read the frozen weights itself: DDP need not send them
+        frozen_names = [n for n, p in self.transformer.named_parameters() if not p.requires_grad]
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self.transformer, frozen_names
+        )
         count = sum(p.numel() for p in self.trainable())
         log.info("LoRA: %.2f million parameters, fp32", count / 1e6)
+
+    def calibrate(self, batches: Iterable[Any] | None = None) -> None:
+        """With model.quantize_activations: measure the layers' inputs, quantise them from now on.
+
+        The scale of a layer is its largest input in CALIBRATION_STEPS of `batches` (as fit() takes
+        them; None: the first training steps) on all processes. So the same batches give the same
+        scales. What has been calibrated stays as it is.
+        """
+        transformer = self.bare_transformer()
+        if not self.config.model.quantize_activations or hasattr(transformer, "calibrated"):
+            return
+        from optimum.quanto import Calibration
+
+        layers, found = quantize_inputs(transformer), []
+        batches = self.train_dataloader() if batches is None else batches
+        steps = itertools.islice(batches, CALIBRATION_STEPS)
+        for step in progress(steps, "calibrate", total=CALIBRATION_STEPS, leave=False):
+            for batch in step if isinstance(step, list) else [step]:
+                for layer in layers:
+                    layer.input_scale = torch.ones_like(layer.input_scale)  # 1: not known yet
+                with torch.no_grad(), Calibration(streamline=False):
+                    self.training_step(batch)
+                found.append(torch.stack([layer.input_scale.float() for layer in layers]))
+        scales = self.accelerator.gather(torch.stack(found).amax(0)[None]).amax(0)
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.input_scale = scale.to(layer.input_scale.device)
+        transformer.calibrated, self._drawn = True, 0
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The parameters that are trained."""
         return [p for p in self.transformer.parameters() if p.requires_grad]
 
     def _start_from(self, path: Path) -> None:
-        """Copy a LoRA file into the adapter; alpha is taken out of B again."""
+        """Copy a LoRA file into the adapter; alpha / r is taken out of the weights again."""
         from peft.utils import set_peft_model_state_dict
 
-        settings = self.transformer.peft_config["default"]
-        strength = settings.lora_alpha / settings.r
+        check_start(path, self.config.model.lora)
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
         there = lora_tensors(self.transformer)
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in there.items()}:
-            raise UserError(f"{path}: other layers or another rank than model.lora asks for")
-        tensors = {k: v / strength if ".lora_B." in k else v for k, v in tensors.items()}
+            raise UserError(f"{path}: other layers than model.lora asks for")
+        tensors = strengthen(tensors, 1 / strength_of(self.transformer))
         set_peft_model_state_dict(self.transformer, tensors)
 
     def bare_transformer(self) -> Any:
         """The transformer without its distributed wrapper."""
-        if self.accelerator:
+        if self.accelerator and self.transformer is not None:
             return self.accelerator.unwrap_model(self.transformer)
         return self.transformer
 
@@ -3095,6 +3728,7 @@ class QwenImageEditTrainer:
             "instruction": instructions[0] if instructions else None,
             "resolution": data.dataset_configs[0].resolution if data.dataset_configs else None,
             "step": self.global_step,
+            "method": self.config.model.lora.method,
             "r": self.config.model.lora.r,
             "lora_alpha": self.config.model.lora.lora_alpha or self.config.model.lora.r,
         }
@@ -3121,13 +3755,18 @@ class QwenImageEditTrainer:
         )
         if getattr(self.transformer, "peft_config", None):
             self.transformer.delete_adapters("default")
+        # unlike the pipeline's load_lora_weights it takes LoKr files as well
         self.transformer.load_lora_adapter(tensors, metadata=metadata, adapter_name="default")
+        place_adapter(self.transformer)
 
     def merge_lora(self) -> None:
-        """Add the adapter to the base weights (W + alpha/r B A) and drop it."""
+        """Add the adapter's change to the base weights, for any method, and drop the adapter."""
         transformer = self.bare_transformer()
         if hasattr(transformer, "quantized_to"):
             raise UserError("a quantised base cannot take the LoRA up; merge into the bf16 model")
+        if hasattr(transformer, "block_swap"):  # its weights are on the CPU, the adapter is not
+            for number in transformer.block_swap.numbers:
+                transformer.transformer_blocks[number].to("cpu")
         transformer.fuse_lora()
         transformer.unload_lora()
 
@@ -3143,9 +3782,9 @@ class QwenImageEditTrainer:
         ]
         if problems:
             raise UserError("\n".join(problems))
-        self.load_model()
         self.transformer = self.bare_transformer()
         self._place_transformer(devices.transformer or self.device)
+        self.load_model()
         start = self.config.model.lora.pretrained_weight
         if start and not getattr(self.transformer, "peft_config", None):
             self.load_lora(start)
@@ -3459,24 +4098,17 @@ class QwenImageEditTrainer:
         Raises:
             UserError: with every problem.
         """
-        import diffusers
-        from accelerate import init_empty_weights
-
-        config, problems = self.config, []
-        model_class = diffusers.QwenImageTransformer2DModel
+        config, lora = self.config, self.config.model.lora
+        problems = check_precision(self.precision) + check_model(config, self.precision)
         path = config.model.pretrained_model_name_or_path
-        settings = read_model_json(path, "transformer/config.json")
-        with init_empty_weights():
-            empty = model_class.from_config(settings)
-        start, args = config.model.lora.pretrained_weight, config.optimizer.init_args
         try:
-            check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
-            if config.model.lora.target_modules != "attn-image":
-                check_targets(empty, config.model.lora.target_modules)
-            if start:
-                check_rank(start, config.model.lora.r)
+            empty = empty_transformer(read_model_json(path, "transformer/config.json"))
+            target_modules(empty, lora.target_modules)
+            if lora.pretrained_weight:
+                check_start(lora.pretrained_weight, lora)
         except UserError as error:
             problems.append(str(error))
+        args = config.optimizer.init_args
         try:
             optimizer_class = import_class(config.optimizer.class_path)
             optimizer_class([torch.nn.Parameter(torch.zeros(1))], **args)
@@ -3485,8 +4117,7 @@ class QwenImageEditTrainer:
         trackers: list[str] = {"none": [], "all": []}.get(
             config.logging.report_to, [config.logging.report_to]
         )
-        needed = [*trackers, *(["optimum"] if self.quantize else [])]
-        for package in (name for name in needed if not importlib.util.find_spec(name)):
+        for package in (name for name in trackers if not importlib.util.find_spec(name)):
             problems.append(f"{package} is not installed: pip install {package}")
         if problems:
             raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
@@ -3515,12 +4146,14 @@ class QwenImageEditTrainer:
         elif not self.use_cache:
             self.load_model(["vae", "text_encoder"])
         self.set_lora()
+        self.calibrate(train_dataloader)
         self.configure_optimizers()
         if found:
             self._restore(*found)
         # KEEP: DDP must wrap the transformer itself, or gradients are never averaged
+        # and must not move it: its blocks may live on several devices, or wait in CPU memory
         self.transformer, self.optimizer = self.accelerator.prepare(
-            self.transformer, self.optimizer
+            self.transformer, self.optimizer, device_placement=[False, True]
         )
         if self.config.logging.report_to != "none":
             name = self.config.logging.tracker_project_name
@@ -3753,12 +4386,13 @@ class QwenImageEditTrainer:
     def _write_card(self) -> None:
         """README.md: the model card."""
         about = self.about_lora()
+        load = LOAD_LOKR if about["method"] == "lokr" else LOAD_LORA
         prompts = sorted({v.caption for s in self.samples for v in s.variants})[:5]
         text = MODEL_CARD.format(
             **about,
             prompts="\n".join(f"- {prompt}" for prompt in prompts),
             pipeline=self.flavour.pipeline_class,
-            file=LORA_FILE,
+            load=load.format(file=LORA_FILE),
         )
         path = self.config.logging.output_dir / "README.md"
         save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
@@ -3882,6 +4516,11 @@ def rows(flags: torch.Tensor) -> torch.Tensor:
     return flags.view(-1, 1, 1, 1, 1)
 
 
+LOAD_LORA = 'pipe.load_lora_weights("{file}")'
+LOAD_LOKR = """# load_lora_weights refuses LoKr files, the transformer takes them
+tensors, metadata = pipe.lora_state_dict("{file}", return_lora_metadata=True)
+pipe.transformer.load_lora_adapter(tensors, metadata=metadata)"""
+
 MODEL_CARD = """---
 base_model: {base_model}
 library_name: diffusers
@@ -3889,16 +4528,16 @@ tags: [image-to-image, lora, qwen-image-edit, {flavour}]
 ---
 # LoRA for {base_model}
 
-Trained with train_qwen_edit.py to step {step}; r {r}, alpha {lora_alpha} (folded into the weights:
-load it at scale 1). References were encoded with `reference_area: {reference_area}`; generate.py
-applies that by itself.
+Trained with train_qwen_edit.py to step {step}; {method}, r {r}, alpha {lora_alpha} (folded into
+the weights: load it at scale 1). References were encoded with `reference_area: {reference_area}`;
+generate.py applies that by itself.
 
 ```python
 import torch
 from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
-pipe.load_lora_weights("{file}")
+{load}
 ```
 
 Instructions it was trained with:
@@ -3943,19 +4582,12 @@ def text_tokens(example: Example) -> int:
     return 5 + math.ceil(len(example.caption) / 4) + sum(pictures)
 
 
-def empty_transformer(config: Config, flavour: Flavour) -> Any:
+def planned_transformer(config: Config, flavour: Flavour) -> Any:
     """The transformer without weights, from its config.json, or as published (Hub ids)."""
-    import diffusers
-    from accelerate import init_empty_weights
-
     name = config.model.pretrained_model_name_or_path
-    model_class = diffusers.QwenImageTransformer2DModel
-    local = Path(name).is_dir()
-    settings = read_model_json(name, "transformer/config.json") if local else {}
-    with init_empty_weights():
-        if local:
-            return model_class.from_config(settings)
-        return model_class(zero_cond_t=flavour.name == "edit-v3")
+    if Path(name).is_dir():
+        return empty_transformer(read_model_json(name, "transformer/config.json"))
+    return empty_transformer({"zero_cond_t": flavour.name == "edit-v3"})
 
 
 def weights_gb(config: Config, transformer: Any) -> tuple[float, float]:
@@ -4078,7 +4710,7 @@ def plan(config: Config) -> str:
     from accelerate import init_empty_weights
 
     flavour = detect_flavour(config.model.pretrained_model_name_or_path)
-    transformer = empty_transformer(config, flavour)
+    transformer = planned_transformer(config, flavour)
     parameters = sum(p.numel() for p in transformer.parameters())
     with init_empty_weights():
         add_lora(transformer, config.model.lora, config.seed)

@@ -512,11 +512,16 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     return f"{crc:08x}"
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a file for read_entry atomically; several processes may write the same one."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_atomic(path, lambda file: save_file(tensors, file, metadata={"crc32": _checksum(tensors)}))
+
+
 def write_entry(cache_dir: Path, key: str, tensors: dict[str, torch.Tensor]) -> Path:
     """Write an entry atomically, with a checksum; several processes may write the same one."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path = entry_path(cache_dir, key)
-    save_atomic(path, lambda file: save_file(tensors, file, metadata={"crc32": _checksum(tensors)}))
+    write_tensors(path, tensors)
     return path
 
 

@@ -28,7 +28,7 @@ def settings(tmp_path, **changes):
 @pytest.fixture(scope="module")
 def full_size():
     config = script.Config()
-    return script.empty_transformer(config, script.detect_flavour(MODEL))
+    return script.planned_transformer(config, script.detect_flavour(MODEL))
 
 
 def test_a_plan_of_the_real_model_in_ten_seconds_without_a_download(tmp_path):

@@ -212,7 +212,7 @@ def test_num_workers_changes_no_bit(straight_run, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same(straight_run, tmp_path):
-    launch = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
+    launch = [*LAUNCH, "--config_file", str(ROOT / "configs/accelerate/ddp.yaml")]
     done = rerun(
         straight_run,
         tmp_path,
