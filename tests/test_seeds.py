@@ -45,11 +45,11 @@ def text_of(name):
     return (SEEDS / name).read_text()
 
 
-def fragment(name):
-    """A piece of JSON as the document has it: some end in a comma, some are a pair of an object."""
-    text = text_of(name).strip().removesuffix(",")
-    text = f"{{{text}}}" if text.startswith('"') else text
-    return json.loads(re.sub(r",(\s*})", r"\1", text))
+def fragment(name, folder):
+    """A piece of JSON as the document has it; some end in the comma that led on to the next."""
+    file = folder / name
+    file.write_text(text_of(name).strip().removesuffix(","))
+    return tool.read_json(file)
 
 
 def picture(file, seed, size=(72, 64)):
@@ -121,17 +121,17 @@ def small_data_set(folder):
         "resolution": "512",
         "recreate_cache": True,
         "repeats": 2,
-        "image_configs": fragment("000_image_configs.json"),
-        "target_configs": fragment("000_target_configs.json"),
-        "reference_configs": fragment("000_reference_configs.json"),
-        "caption_configs": fragment("000_caption_configs.json"),
-        "batch_configs": fragment("000_batch_configs.json"),
+        "image_configs": fragment("000_image_configs.json", folder),
+        "target_configs": fragment("000_target_configs.json", folder),
+        "reference_configs": fragment("000_reference_configs.json", folder),
+        "caption_configs": fragment("000_caption_configs.json", folder),
+        "batch_configs": fragment("000_batch_configs.json", folder),
     }
 
 
 def long_example(folder):
     """The document's second example, on pictures with its suffixes."""
-    source = fragment("000_dataset_configs.json")
+    source = tool.read_json(SEEDS / "000_dataset_configs.json")
     for ds in source["dataset_configs"]:
         suffixes = {image["suffix"] for image in ds["image_configs"].values()}
         name = ds["train_data_dir"].rsplit("/", 1)[1]
@@ -184,7 +184,7 @@ def test_the_small_example_names_its_mistake_and_trains_without_it(way, checkpoi
 
 def test_two_orders_of_references_are_two_combinations(checkpoints, tmp_path):
     ds = small_data_set(tmp_path / "photos")
-    ds["reference_configs"] = fragment("000_reference_configs_two_orders.json")
+    ds["reference_configs"] = fragment("000_reference_configs_two_orders.json", tmp_path)
     ds["caption_configs"]["train_caption"].pop("reference_list")
     batch = {"target_config": "target_train", "caption_config": "train_caption"}
     ds["batch_configs"] = [batch | {"reference_config": name} for name in ds["reference_configs"]]
@@ -244,7 +244,7 @@ def test_edit_v1_trains(checkpoints, tmp_path):
 
 
 def test_edit_v2_trains_with_all_three_references_as_large_as_the_target(checkpoints, tmp_path):
-    changes = {"model_flavour": "edit-v2", **fragment("002_model_kwargs.jsonc")}
+    changes = {"model_flavour": "edit-v2", **tool.read_json(SEEDS / "002_model_kwargs.jsonc")}
     ours = converted("simpletuner", tmp_path, *simpletuner_example("v2", tmp_path, **changes))
     assert ours["data"]["reference_area"] == "target"
     trainer = trained(written(tmp_path / "my.yaml", ours), tmp_path, checkpoints["2509"])
@@ -259,7 +259,7 @@ def test_edit_v2_trains_with_all_three_references_as_large_as_the_target(checkpo
 
 
 def test_eval_dataset_id_is_drawn_and_never_trained(checkpoints, tmp_path):
-    changes = fragment("002_eval_dataset_id.jsonc")
+    changes = tool.read_json(SEEDS / "002_eval_dataset_id.jsonc")
     source, data = simpletuner_example("v1", tmp_path, **changes, validation_step_interval=1)
     held_out = [
         json.loads(json.dumps(d).replace("qwen-edit-", "qwen-edit-val-").replace("images", "held"))
@@ -289,7 +289,7 @@ def test_the_examples_commands_have_a_recipe_that_trains(line, checkpoints, tmp_
     commands = [c for c in text_of("002_train_example.sh").splitlines() if c[0] != "#"]
     name = commands[line].removeprefix("simpletuner train example=")
     recipe = ROOT / "configs" / example_names()[name]
-    folder_pictures(tmp_path, ["after", "before"], samples=5)
+    folder_pictures(tmp_path, ["after", "before"], samples=6)
     changes = {
         "data.dataset_configs.0.train_data_dir": tmp_path,
         "data.dataset_configs.0.resolution": 64,
@@ -299,7 +299,7 @@ def test_the_examples_commands_have_a_recipe_that_trains(line, checkpoints, tmp_
     kind = "2508" if "edit-v1" in name else "2509"
     trainer = trained(recipe, tmp_path, checkpoints[kind], **changes)
     assert trainer.flavour.name == name.split(".")[1].removesuffix("-lora")
-    assert sum(not s.held_out for s in trainer.samples) == 4
+    assert sum(not s.held_out for s in trainer.samples) == 5
 
 
 def test_the_manual_command_is_two_of_ours(checkpoints, tmp_path):
@@ -365,11 +365,16 @@ def test_the_usage_examples_run_as_written(notebook, tmp_path):
     assert trainer.global_step == 2 and trainer.cache_exist
     assert notebook["image"].shape == (64, 64, 3) and notebook["image"].dtype == np.uint8
     assert trainer.config.predict.devices.transformer == "cpu"
-    again = script.QwenImageEditTrainer(trainer.config)
     code = text_of("003_advanced_usage.py").replace("/path/to/lora", str(tmp_path / "lora"))
-    exec(code, notebook | {"trainer": again})
-    assert again.quantize and again.global_step == 2
-    assert list((tmp_path / "lora").rglob(script.LORA_FILE))
+    _, learn, quantised, *_ = re.split(r"^(?=# )", code, flags=re.MULTILINE)
+    trainer = script.QwenImageEditTrainer(trainer.config)
+    exec(learn, notebook | {"trainer": trainer})
+    assert trainer.global_step == 2 and list((tmp_path / "lora").rglob(script.LORA_FILE))
+    trainer = script.QwenImageEditTrainer(trainer.config)
+    later = notebook | {"trainer": trainer}
+    exec(quantised, later)
+    assert later["image"].shape == (64, 64, 3)
+    assert trainer.precision == "fp8-quanto"
 
 
 def test_the_yaml_is_read_as_written():

@@ -405,8 +405,10 @@ def interpolated(source: Settings) -> Settings:
 
 def from_qwen_image_finetune(source: Any, say: Say) -> Settings:
     """The YAML of either generation, or of FlyMyAI. Raises UserError where it is none."""
-    if not isinstance(source, dict) or not {"data", "data_config"} & source.keys():
-        raise UserError("no config of qwen-image-finetune (data) or FlyMyAI (data_config)")
+    if not isinstance(source, dict) or not {"data_config", *Config.model_fields} & source.keys():
+        raise UserError(
+            "no config of qwen-image-finetune (model, data ...) or FlyMyAI (data_config)"
+        )
     source = interpolated(dict(flat(source)))
     ours: Settings = {"loss": {"timestep_density": "uniform", "timestep_shift": 1}}
     if any(key.startswith("data_config.") for key in source):
@@ -514,9 +516,10 @@ TEXT = r'"(?:\\.|[^"\\])*"'
 
 
 def read_json(path: Path) -> Any:
-    """JSON with // and /* */ comments and trailing commas. Raises UserError."""
+    """JSON with comments and trailing commas, or `"key": value` alone. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig").strip()
+        text = f"{{{text}}}" if text.startswith('"') else text  # as manuals show a part
         text = re.sub(rf"({TEXT})|//[^\n]*|/\*.*?\*/", r"\1", text, flags=re.DOTALL)
         return json.loads(re.sub(rf"({TEXT})|,(?=\s*[\]}}])", r"\1", text))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
