@@ -48,6 +48,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from utils import (
@@ -78,6 +79,7 @@ from utils import (
 # mistake in the config or the data is reported within seconds, before any of them is loaded.
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does too
 AREA_1MP = 1024 * 1024
 VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
@@ -102,6 +104,19 @@ def parse_blocks(text: str) -> set[int]:
             raise ValueError(f"'{part}': a range goes up")
         found |= set(range(int(first), int(last or first) + 1))
     return found
+
+
+def check_step_rules(text: str) -> None:
+    """Raises ValueError unless `text` is like "1:100,0.1:200,0.01", with steps that go up."""
+    number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
+    if not re.fullmatch(rf"(?:{number}:\d+,)+{number}", text.replace(" ", "")):
+        raise ValueError(
+            f"step_rules: '{text}' is not like '1:100,0.1:200,0.01' (factor:up to step, ..., "
+            "factor of the rest)"
+        )
+    steps = [int(step) for step in re.findall(r":(\d+),", text)]
+    if steps != sorted(set(steps)):
+        raise ValueError(f"step_rules: the steps of '{text}' must go up")
 
 
 class LoraConfig(Section):
@@ -401,10 +416,10 @@ class LoggingConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    class_path: str = "torch.optim.AdamW"
+    class_path: str = "adamw"
     """adamw, adamw8bit, adafactor, prodigy, schedulefree, or any importable class."""
-    init_args: dict[str, Any] = {"lr": 1e-4}
-    """Its arguments."""
+    init_args: dict[str, Any] = {}
+    """Its arguments, over those in OPTIMIZERS (lr 1e-4; prodigy 1; adafactor's is relative)."""
 
 
 class LrSchedulerConfig(Section):
@@ -428,6 +443,16 @@ class LrSchedulerConfig(Section):
     """polynomial: exponent."""
     step_rules: str | None = None
     """piecewise_constant: "1:100,0.1:200,0.01": factor 1 up to step 100, 0.1 up to 200, ..."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> LrSchedulerConfig:
+        if (self.scheduler_type == "piecewise_constant") != (self.step_rules is not None):
+            raise ValueError("scheduler_type: piecewise_constant and step_rules go together")
+        if self.step_rules is not None:
+            check_step_rules(self.step_rules)
+            if self.warmup_steps:
+                raise ValueError("piecewise_constant has no warm-up: write it into step_rules")
+        return self
 
 
 class TrainConfig(Section):
@@ -1645,7 +1670,7 @@ def contact_sheet(
 FREE_TO_CHANGE = {  # settings that may differ between a checkpoint and the run that continues it
     "max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "gradient_checkpointing", "gradient_accumulation_steps",
-    "batch_size", "num_workers", "recreate_cache", "train_data_dir",
+    "batch_size", "num_workers", "recreate_cache", "train_data_dir", "ema_device",
 }  # fmt: skip
 TRAINS = ("model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed")
 
@@ -1978,9 +2003,25 @@ def to_device(value: Any, device: torch.device) -> Any:
     return [to_device(item, device) for item in value] if isinstance(value, list) else value
 
 
+# EDIT HERE: short name -> class, its arguments where init_args says nothing
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("torch.optim.AdamW", {"lr": 1e-4}),
+    "adamw8bit": ("bitsandbytes.optim.AdamW8bit", {"lr": 1e-4}),
+    # its lr is the largest step relative to a weight's own size, so 1e-4 would stand still
+    "adafactor": ("torch.optim.Adafactor", {"lr": 1e-2}),
+    "prodigy": (
+        "prodigyopt.Prodigy",  # what its authors recommend for diffusion models
+        {"lr": 1.0, "safeguard_warmup": True, "use_bias_correction": True, "weight_decay": 0.01},
+    ),
+    "schedulefree": ("schedulefree.AdamWScheduleFree", {"lr": 1e-4}),
+}
+
+
 def import_class(path: str) -> Any:
     """The class behind a dotted path. Raises UserError with what to install."""
     module, _, name = path.rpartition(".")
+    if not module:
+        raise UserError(f"optimizer.class_path: no '{path}'{nearest(path, OPTIMIZERS)}")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, ValueError) as error:
@@ -1988,6 +2029,96 @@ def import_class(path: str) -> Any:
         raise UserError(f"optimizer.class_path {path}: {error}; pip install {package}?") from error
     except AttributeError as error:
         raise UserError(f"optimizer.class_path: {module} has no {name}") from error
+
+
+def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> Any:
+    """What the config names. Raises UserError: no such class, or arguments it does not take."""
+    kinds = (kind for name, kind in OPTIMIZERS.items() if settings.class_path in (name, kind[0]))
+    path, args = next(kinds, (settings.class_path, {}))
+    args = args | settings.init_args
+    optimizer_class = import_class(path)
+    try:
+        return optimizer_class(parameters, **args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer {path} with {args}: {error}") from error
+
+
+def make_schedule(settings: LrSchedulerConfig, optimizer: Any, steps: int) -> Any:
+    """The learning rate schedule over `steps` optimizer steps. Raises ValueError."""
+    from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
+
+    name, cycles = settings.scheduler_type, settings.num_cycles
+    warmup = settings.warmup_steps
+    steps = max(steps, warmup + 1)  # KEEP: polynomial divides by steps - warmup
+    if name == "cosine":  # KEEP: get_scheduler() would drop num_cycles
+        return get_cosine_schedule_with_warmup(optimizer, warmup, steps, cycles)
+    return get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        step_rules=settings.step_rules,
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        num_cycles=max(1, round(cycles)),
+        power=settings.power,
+    )
+
+
+def effective_lr(optimizer: Any) -> float:
+    """The rate a step is made with: Prodigy's is its lr times the d it has found."""
+    group = optimizer.param_groups[0]
+    rate = group.get("scheduled_lr", group["lr"])  # schedule-free has a warm-up of its own
+    return float(rate * group["d"] if "d0" in group else rate)  # d without d0: Adafactor's clipping
+
+
+def check_optimizer(optimizer: Any, config: Config) -> list[str]:
+    """Problems of an optimizer beside the other settings; warns of what is merely unusual."""
+    problems, group = [], optimizer.param_groups[0]
+    name, shape = config.optimizer.class_path, config.lr_scheduler.scheduler_type
+    averages = hasattr(optimizer, "eval")
+    if averages and config.train.use_ema:
+        problems.append(f"train.use_ema: {name} averages by itself; leave one of the two out")
+    if averages and not shape.startswith("constant"):
+        log.warning("%s needs no schedule; lr_scheduler.scheduler_type is %s", name, shape)
+    if "d0" in group and group["lr"] != 1:
+        lr = group["lr"]
+        log.warning("%s finds the rate itself: lr is meant to be 1, not %g (see d_coef)", name, lr)
+    return problems
+
+
+class MovingAverage:
+    """Exponential moving average of named parameters, fp32 whatever they are trained in."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], train: TrainConfig) -> None:
+        self.parameters = parameters
+        self.decay, self.interval = train.ema_decay, train.ema_update_interval
+        place = torch.device("cpu") if train.ema_device == "cpu" else None
+        self.averages = {
+            name: p.detach().to(place or p.device, torch.float32, copy=True)
+            for name, p in parameters.items()
+        }
+
+    def update(self, step: int) -> None:
+        """After optimizer step `step`, from 1: average += (1 - d) (weight - average).
+
+        d = min(decay, (1 + step) / (10 + step)) to the power of the interval.
+        """
+        if step % self.interval:
+            return
+        averages = list(self.averages.values())
+        now = [p.detach().to(a) for p, a in zip(self.parameters.values(), averages, strict=True)]
+        decay = min(self.decay, (1 + step) / (10 + step)) ** self.interval
+        get_ema_multi_avg_fn(decay)(averages, now, None)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def write_to_parameters(self) -> None:
+        """Put the averages in the weights' place."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.averages[name])
+
+    def load(self, averages: dict[str, torch.Tensor]) -> None:
+        """Go on from the averages of a checkpoint."""
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
 
 
 def memory_gb(device: torch.device) -> float:
@@ -2011,6 +2142,7 @@ class QwenImageEditTrainer:
         self.accelerator: Any = None
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
+        self.ema: MovingAverage | None = None
         self.global_step = 0
         self.vae: Any = None  # AutoencoderKLQwenImage
         self.qwen_vl: Any = None  # Qwen2_5_VLForConditionalGeneration
@@ -2571,26 +2703,16 @@ class QwenImageEditTrainer:
     # -- training
 
     def configure_optimizers(self) -> None:
-        """Optimizer and learning rate schedule from the config."""
-        from diffusers.optimization import get_scheduler
-
-        settings = self.config.optimizer
-        optimizer_class = import_class(settings.class_path)
-        self.optimizer = optimizer_class(self.trainable(), **settings.init_args)
-        schedule = self.config.lr_scheduler
-        name, cycles = schedule.scheduler_type, schedule.num_cycles
-        if name == "constant" and schedule.warmup_steps:
-            name = "constant_with_warmup"
-        if name == "cosine_with_restarts":
-            cycles = max(1, round(cycles))
-        self.lr_scheduler = get_scheduler(
-            name,
-            self.optimizer,
-            num_warmup_steps=schedule.warmup_steps,
-            num_training_steps=self.total_steps(),
-            num_cycles=cycles,  # type: ignore[arg-type]
-            power=schedule.power,
+        """Optimizer, learning rate schedule (it counts optimizer steps) and moving average."""
+        self.optimizer = make_optimizer(self.config.optimizer, self.trainable())
+        # KEEP: accelerate must not wrap it, or it would go as many steps as there are processes
+        self.lr_scheduler = make_schedule(
+            self.config.lr_scheduler, self.optimizer, self.total_steps()
         )
+        if self.config.train.use_ema:
+            named = self.transformer.named_parameters()
+            trained = {name: p for name, p in named if p.requires_grad}
+            self.ema = MovingAverage(trained, self.config.train)
 
     def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Mean loss of a batch: of cached tensors, or of pictures and prompts."""
@@ -2729,7 +2851,7 @@ class QwenImageEditTrainer:
         settings = read_model_json(path, "transformer/config.json")
         with init_empty_weights():
             empty = model_class.from_config(settings)
-        start, args = config.model.lora.pretrained_weight, config.optimizer.init_args
+        start = config.model.lora.pretrained_weight
         try:
             check_zero_cond_t(settings, inspect.signature(model_class.__init__).parameters)
             check_targets(empty, config.model.lora.target_modules)
@@ -2738,10 +2860,11 @@ class QwenImageEditTrainer:
         except UserError as error:
             problems.append(str(error))
         try:
-            optimizer_class = import_class(config.optimizer.class_path)
-            optimizer_class([torch.nn.Parameter(torch.zeros(1))], **args)
-        except (UserError, TypeError, ValueError) as error:
-            problems.append(f"optimizer {config.optimizer.class_path} with {args}: {error}")
+            optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+            make_schedule(config.lr_scheduler, optimizer, config.train.max_train_steps)
+            problems += check_optimizer(optimizer, config)
+        except (UserError, ValueError) as error:
+            problems.append(str(error))
         trackers: list[str] = {"none": [], "all": []}.get(
             config.logging.report_to, [config.logging.report_to]
         )
@@ -2795,12 +2918,14 @@ class QwenImageEditTrainer:
         metrics = None
         if self.accelerator.is_main_process:
             metrics = MetricLog(self.config.logging.output_dir / "metrics.jsonl", self.global_step)
+        self.optimizer.train()
         with StopSignal() as stop:
             share = self.samples_per_step // self.accelerator.num_processes
             stopped = self._loop(loader, steps, share, stop, metrics)
         if self.accelerator.is_main_process:
-            self.save_lora(self.config.logging.output_dir)
+            self._save_adapters(self.config.logging.output_dir)
             self._write_card()
+        self.optimizer.eval()  # what predict() and save_lora() meet is what was saved
         if metrics:
             metrics.close()
         self.accelerator.wait_for_everyone()
@@ -2902,6 +3027,8 @@ class QwenImageEditTrainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.global_step += 1
+        if self.ema:
+            self.ema.update(self.global_step)
         self._drawn = 0
         names = [str(name) for batch in batches for name in batch.get("names", [])]
         return names, loss, norm
@@ -2948,7 +3075,7 @@ class QwenImageEditTrainer:
         self, bar: Any, metrics: MetricLog | None, steps: int, values: dict[str, float]
     ) -> None:
         """One line on the screen, the same values in metrics.jsonl and the trackers."""
-        values |= {"lr": self.lr_scheduler.get_last_lr()[0], "memory_gb": memory_gb(self.device)}
+        values |= {"lr": effective_lr(self.optimizer), "memory_gb": memory_gb(self.device)}
         left = datetime.timedelta(
             seconds=round(values["seconds_per_step"] * (steps - self.global_step))
         )
@@ -2962,21 +3089,52 @@ class QwenImageEditTrainer:
             metrics.write(self.global_step, **values)
         self.accelerator.log(values, step=self.global_step)
 
+    @contextlib.contextmanager
+    def averaged(self, ema: bool = False) -> Iterator[None]:
+        """Inside, the weights are those to look at and to save; outside, those that are trained.
+
+        They differ with `ema`, and where the optimizer averages (schedule-free). Afterwards the
+        trained weights are back to the bit, whatever happened inside.
+        """
+        parameters = self.trainable()
+        trained = [p.detach().clone() for p in parameters]
+        try:
+            if ema and self.ema:
+                self.ema.write_to_parameters()
+            else:
+                self.optimizer.eval()
+            yield
+        finally:
+            self.optimizer.train()
+            with torch.no_grad():
+                # KEEP: schedule-free's own way back is a lerp, right to rounding only
+                for parameter, bits in zip(parameters, trained, strict=True):
+                    parameter.copy_(bits)
+
+    def _save_adapters(self, folder: Path) -> None:
+        """The LoRA file, and beside it the one of the moving average."""
+        with self.averaged():
+            self.save_lora(folder)
+        if self.ema:
+            with self.averaged(ema=True):
+                self.save_lora(folder / EMA_FILE)
+
     def save_checkpoint(self, epoch: int, global_step: int) -> None:
         """checkpoint-<step>/: LoRA file, raw adapter, optimizer, schedule; complete or absent."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             output_dir = self.config.logging.output_dir
-            transformer = self.bare_transformer()
-            adapter = {k: v.detach().cpu().clone() for k, v in lora_tensors(transformer).items()}
+            adapter = lora_tensors(self.bare_transformer())
             training = {
-                "adapter": adapter,  # as it trains; the LoRA file has alpha folded in
+                # as it trains; the LoRA file has alpha folded in
+                "adapter": {k: v.detach().cpu().clone() for k, v in adapter.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
+                "ema": self.ema.averages if self.ema else None,
             }
 
             def write(folder: Path) -> None:
-                save_lora_file(folder / LORA_FILE, transformer, self.about_lora())
+                self._save_adapters(folder)
                 torch.save(training, folder / "training_state.pt")
                 state = {
                     "step": global_step,
@@ -3001,6 +3159,8 @@ class QwenImageEditTrainer:
         set_peft_model_state_dict(self.transformer, saved["adapter"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        if self.ema:
+            self.ema.load(saved["ema"])
         self.global_step = state["step"]
         log.info("resumed from %s (step %d)", folder, self.global_step)
 
