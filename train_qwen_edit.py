@@ -18,6 +18,7 @@ latents are normalised per channel, sigma runs from 0 (picture) to 1 (noise), ve
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import datetime
 import difflib
@@ -519,12 +520,12 @@ class ValidationSample(Section):
 
     prompt: str
     """The instruction."""
-    images: list[Path]
+    images: list[Path] = Field(min_length=1)
     """References, in order."""
     negative_prompt: str | None = None
     """null: validation's."""
     height: int | None = Field(None, ge=32, multiple_of=16)
-    """px; null: validation.resolution."""
+    """px; null (both): validation.resolution in the last reference's aspect."""
     width: int | None = Field(None, ge=32, multiple_of=16)
     """px; see height."""
     num_inference_steps: int | None = Field(None, ge=2)
@@ -533,6 +534,12 @@ class ValidationSample(Section):
     """null: validation's."""
     seed: int | None = None
     """null: validation's."""
+
+    @model_validator(mode="after")
+    def _whole_size(self) -> ValidationSample:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("give height and width, or neither")
+        return self
 
 
 class ValidationConfig(Section):
@@ -549,7 +556,8 @@ class ValidationConfig(Section):
     seed: int = 42
     """Noise of the pictures and of the loss; the same every time."""
     resolution: int | None = Field(None, ge=64)
-    """Side of the square of equal area, px; null: the target's own size (samples: 1 MP)."""
+    """Pictures: side of the square of equal area, px; null: as in training (samples: what
+    predict() does). The loss is always of the training size."""
     num_inference_steps: int = Field(20, ge=2)
     """Euler steps of the pictures (a single one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
@@ -937,7 +945,7 @@ def find_samples(config: Config, index: FileIndex) -> tuple[list[Sample], list[s
         samples += found
         groups.append(wrong)
         skipped += left_out
-    groups.append(check_pictures(all_pictures(samples), index))
+    groups.append(check_pictures(all_pictures(samples) + validation_pictures(config), index))
     report = {
         "samples": len(samples),
         "problems": list(itertools.chain(*groups)),
@@ -1025,6 +1033,29 @@ def check_device(name: str, value: str | None) -> list[str]:
     return []
 
 
+def validation_pictures(config: Config) -> list[Path]:
+    """The picture files of validation.samples, once, sorted; none when nothing is validated."""
+    samples = config.validation.samples if config.validation.steps else []
+    return sorted({path for sample in samples for path in sample.images})
+
+
+def check_validation(
+    config: Config, flavour: Flavour | None, samples: Sequence[Sample]
+) -> list[str]:
+    """Problems of the validation settings (pictures: check_pictures)."""
+    settings, problems = config.validation, []
+    something = settings.samples or any(sample.held_out for sample in samples)
+    if settings.steps and samples and not something:
+        problems.append(
+            "validation.steps is set, but nothing is held out (holdout, holdout_ratio, "
+            "eval_dataset_id) and validation.samples is empty"
+        )
+    if flavour and flavour.name == "edit-v1":
+        numbers = (i for i, sample in enumerate(settings.samples) if len(sample.images) > 1)
+        problems += [f"validation.samples.{i}.images: 2508 takes one reference" for i in numbers]
+    return problems
+
+
 def audit(config: Config) -> list[str]:
     """Everything that can be known to be wrong before a model loads: one line per problem."""
     problems = []
@@ -1059,9 +1090,7 @@ def audit(config: Config) -> list[str]:
                     f"{where}: 2508 shows its encoder the picture that the VAE gets; leave out "
                     "reference_list.resize and use the same references"
                 )
-    if config.validation.steps and samples and not any(s.held_out for s in samples):
-        problems.append("validation.steps is set, but no data set names samples in holdout")
-    return problems
+    return problems + check_validation(config, flavour, samples)
 
 
 # --- 3. geometry, encoding and cache --------------------------------------------------------------
@@ -1639,30 +1668,139 @@ def denoise(
     return latents
 
 
+class Edit(NamedTuple):
+    """One row of the validation sheet."""
+
+    example: Example  # target.size is drawn; without a target the main reference stands for it
+    settings: ValidationConfig  # with what a validation sample says itself
+    has_target: bool
+
+    @property
+    def negative(self) -> Example | None:
+        """The same pictures with the negative prompt; None: no guidance."""
+        if self.settings.true_cfg_scale <= 1:
+            return None
+        return self.example._replace(caption=self.settings.negative_prompt)
+
+
+def at_resolution(config: Config, side_px: int) -> Config:
+    """The same config with every data set at another resolution: all sizes follow their rules."""
+    datasets = config.data.dataset_configs
+    datasets = [dataset.model_copy(update={"resolution": side_px}) for dataset in datasets]
+    data = config.data.model_copy(update={"dataset_configs": datasets})
+    return config.model_copy(update={"data": data})
+
+
+# two in each quarter: fixed noise levels of the validation loss
+VALIDATION_SIGMAS = tuple((i + 0.5) / 8 for i in range(8))
+
+
+class Rung(NamedTuple):
+    """A way to draw a validation picture with less memory than the one before."""
+
+    area: float  # share of the area of the picture and of its references
+    tiled: bool  # decode in tiles of 256 px
+    note: str
+
+
+# Guidance is no rung: denoise() makes its two passes one after the other anyway.
+RUNGS = (
+    Rung(1.0, False, ""),
+    Rung(1.0, True, "VAE in tiles"),
+    Rung(0.5, True, "half the area"),
+    Rung(0.25, True, "a quarter of the area"),
+)
+
+
+def shrunk(example: Example, area: float) -> Example:
+    """The example with that share of its pictures' area; the embedding stays, it is cached."""
+
+    def small(picture: Picture) -> Picture:
+        width, height = picture.size
+        return picture._replace(size=pick_size(width * height * area, width / height))
+
+    if area == 1:  # KEEP: sizes that are no multiple of 32 stay too
+        return example
+    references = tuple(small(picture) for picture in example.references)
+    return example._replace(target=small(example.target), references=references)
+
+
+@contextlib.contextmanager
+def tiled_decoding(vae: Any, on: bool) -> Iterator[None]:
+    """Inside, the VAE works in overlapping tiles of 256 px; never outside."""
+    if on:
+        vae.enable_tiling()
+    try:
+        yield
+    finally:  # KEEP: without a cache the same VAE encodes what is trained
+        vae.disable_tiling()
+
+
+@contextlib.contextmanager
+def without_adapter(transformer: Any) -> Iterator[None]:
+    """Inside, the transformer is the base model."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+
+
+def shorten(text: str, font: Any, width_px: float) -> str:
+    """`text` on one line, cut with an ellipsis where it would be wider than that."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width_px:
+        return text
+    places = range(1, len(text))
+    end = bisect.bisect_right(places, width_px, key=lambda n: font.getlength(text[:n] + "…"))
+    return text[:end].rstrip() + "…"
+
+
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image | None]],
     heads: Sequence[str] = (),
     captions: Sequence[str] = (),
     cell_px: int = 256,
 ) -> Image.Image:
-    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row."""
+    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row.
+
+    None leaves a cell empty; what is too long is cut with an ellipsis.
+    """
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
-    fitted = [[ImageOps.contain(image, (cell_px, cell_px)) for image in row] for row in rows]
-    heights = [max(image.height for image in row) + (line if captions else gap) for row in fitted]
+    fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
+    below = line if captions else gap
+    heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
     width = max(len(row) for row in rows) * (cell_px + gap) + gap
     top = line if heads else gap
     sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, head in enumerate(heads):
-        draw.text((gap + x * (cell_px + gap), 3), head, "black", font)
+        draw.text((gap + x * (cell_px + gap), 3), shorten(head, font, cell_px), "black", font)
     for y, row in enumerate(fitted):
         for x, image in enumerate(row):
-            sheet.paste(image, (gap + x * (cell_px + gap), top))
+            if image:
+                sheet.paste(image, (gap + x * (cell_px + gap), top))
         top += heights[y]
         if captions:
-            draw.text((gap, top - line + 3), captions[y][: width // 8], "dimgray", font)
+            text = shorten(captions[y], font, width - 2 * gap)
+            draw.text((gap, top - line + 3), text, "dimgray", font)
     return sheet
+
+
+def edit_sheet(
+    references: Sequence[Sequence[Image.Image]],
+    results: Sequence[Sequence[Image.Image | None]],
+    heads: Sequence[str],
+    captions: Sequence[str],
+) -> Image.Image:
+    """References of each row, however many it has | its results, under `heads`."""
+    most = max(map(len, references))
+    rows = [
+        [*shown, *[None] * (most - len(shown)), *row]
+        for shown, row in zip(references, results, strict=True)
+    ]
+    return contact_sheet(rows, [f"reference {i + 1}" for i in range(most)] + [*heads], captions)
 
 
 # --- 7. checkpoints -------------------------------------------------------------------------------
@@ -2161,7 +2299,8 @@ class QwenImageEditTrainer:
         self.samples: list[Sample] = []
         self.index = FileIndex(None)
         self._keys: CacheKeys | None = None
-        self._base_pictures: dict[str, Image.Image] = {}  # validation pictures without the LoRA
+        self._base_pictures: dict[tuple[int, int], Image.Image] = {}  # of (row, rung): no LoRA
+        self._rungs: dict[int, int] = {}  # row of the validation sheet -> where on the ladder
         self._drawn = 0  # batches of this step, from a loader of the user's, that got noise here
         self._shapes: dict[tuple[int, int], object] = {}  # of (sample, variant)
         self.samples_per_step = 1
@@ -2426,7 +2565,7 @@ class QwenImageEditTrainer:
             for picture in (example.target, *example.references):
                 jobs.setdefault(self.keys.latent(picture), picture)
             jobs.setdefault(self.keys.prompt(example), example)
-        return jobs
+        return jobs if fresh else jobs | self.validation_jobs()
 
     def _intact(self, key: str) -> bool:
         """Whether an entry is there and unharmed; a file that has not changed is not read again."""
@@ -2615,6 +2754,45 @@ class QwenImageEditTrainer:
         self.qwen_vl.to(devices.text_encoder or self.device)
         self.transformer.eval()
 
+    def edit_example(
+        self,
+        pictures: Sequence[Picture],
+        prompt: str,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> Example:
+        """What an edit without a target shows the model, by the rules of training.
+
+        pictures: each whole, at its own size. The result's target is the main one (2508: the
+        first, else the last) at the size that is drawn: width x height px, down to a multiple of
+        16, or 1 MP (the training size if references are as large as the target).
+        """
+        data = self.config.data
+        main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
+        aspect = main.size[0] / main.size[1]
+        aligned = data.reference_area == "target"
+        size = pick_size(AREA_1MP, aspect)
+        if aligned and data.dataset_configs:
+            size = nearest_bucket(*main.size, data.dataset_configs[0].resolution)
+        size = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
+        box = cover_box(aspect, size[0] / size[1])
+        area_px = reference_area_px(self.config, size)
+        vision_area = float(self.about_lora()["vision_area"] or area_px)
+
+        def fit(picture: Picture, area_px: float) -> Picture:
+            own = picture.size[0] / picture.size[1]
+            if aligned and abs(math.log(own / aspect)) < ASPECT_TOLERANCE:
+                return picture._replace(size=pick_size(area_px, size[0] / size[1]), box=box)
+            return picture._replace(size=pick_size(area_px, own))
+
+        return Example(
+            name="",
+            target=main._replace(size=size),
+            references=tuple(fit(picture, area_px) for picture in pictures),
+            vision=tuple(fit(picture, vision_area) for picture in pictures),
+            caption=prompt,
+        )
+
     def predict(
         self,
         prompt_image: Any,
@@ -2641,28 +2819,14 @@ class QwenImageEditTrainer:
         if num_inference_steps < 2:
             raise UserError("num_inference_steps: 2 or more (1 divides by zero in the scheduler)")
         images = prompt_image if isinstance(prompt_image, list | tuple) else [prompt_image]
-        pictures = [as_image(image) for image in images]
-        main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
-        data = self.config.data
-        aligned = data.reference_area == "target"
-        size = pick_size(AREA_1MP, main.width / main.height)
-        if aligned and data.dataset_configs:
-            size = nearest_bucket(main.width, main.height, data.dataset_configs[0].resolution)
-        width, height = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
-        area_px = reference_area_px(self.config, (width, height))
-        if aligned:  # as in training: cropped to the target's aspect
-            box = cover_box(main.width / main.height, width / height)
-            pictures = [crop(p, box) if same_aspect(p, main) else p for p in pictures]
-        vision_area = float(self.about_lora()["vision_area"] or area_px)
-
-        def fit(image: Image.Image, area_px: float) -> Image.Image:
-            size = pick_size(area_px, image.width / image.height)
-            return image.resize(size, Image.Resampling.LANCZOS)
-
+        whole = [Picture(image, "", image.size) for image in map(as_image, images)]
+        example = self.edit_example(whole, prompt, width, height)
+        width, height = example.target.size
         references = [
-            self.encode_image_embedding(fit(p, area_px), self.vae.device) for p in pictures
+            self.encode_image_embedding(load_picture(p), self.vae.device)
+            for p in example.references
         ]
-        shown = [fit(p, vision_area) for p in pictures]
+        shown = [load_picture(picture) for picture in example.vision]
         device = self.qwen_vl.device
         embeds, _ = self.encode_prompt_image_embedding(prompt, shown, device)
         negative = None
@@ -2762,19 +2926,23 @@ class QwenImageEditTrainer:
         noise: torch.Tensor,
         sigma: torch.Tensor,
         transformer: Any = None,
+        shift: bool = True,
     ) -> torch.Tensor:
         """Loss per sample, (B,) fp32. Noise and sigma in fp32; sigma is shifted here.
 
-        transformer: None for the one being trained, with its distributed wrapper.
+        transformer: None for the one being trained, with its distributed wrapper. shift: False
+        for a sigma that is meant as it is.
         """
         loss, dtype = self.config.loss, self.weight_dtype
-        tokens = math.prod(token_grid(pixel_latents))
-        mu = (
-            model_mu(self.scheduler.config, tokens)
-            if loss.timestep_shift == "model"
-            else math.log(float(loss.timestep_shift))
-        )
-        sigma = shift_sigma(sigma.float(), mu)
+        sigma = sigma.float()
+        if shift:
+            tokens = math.prod(token_grid(pixel_latents))
+            mu = (
+                model_mu(self.scheduler.config, tokens)
+                if loss.timestep_shift == "model"
+                else math.log(float(loss.timestep_shift))
+            )
+            sigma = shift_sigma(sigma, mu)
         target = pixel_latents.float()
         noisy = add_noise(target, noise, sigma).to(dtype)
         with self.accelerator.autocast():
@@ -2954,13 +3122,16 @@ class QwenImageEditTrainer:
         )
         if self.global_step == 0 and self.accelerator.is_main_process:
             draws = list(itertools.chain.from_iterable(next(iter(plan), [])))[:8]
-            rows, captions = [], []
-            for draw in draws:
-                e = resolve(self.config, self.flavour, self.samples, draw, self.index)
-                rows.append([load_picture(p) for p in (*e.references, e.target)])
-                captions.append(f"{e.name}: {e.caption or '(empty)'}")
-            heads = [f"reference {i + 1}" for i in range(len(rows[0]) - 1)] + ["target"]
-            self._save_sheet("first_batch", contact_sheet(rows, heads, captions))
+            examples = [
+                resolve(self.config, self.flavour, self.samples, draw, self.index) for draw in draws
+            ]
+            sheet = edit_sheet(
+                [[load_picture(p) for p in e.references] for e in examples],
+                [[load_picture(e.target)] for e in examples],
+                ["target"],
+                [f"{e.name}: {e.caption or '(empty)'}" for e in examples],
+            )
+            self._save_sheet("first_batch", sheet)
 
     def _save_sheet(self, name: str, sheet: Image.Image) -> None:
         folder = self.config.logging.output_dir / "samples"
@@ -3179,97 +3350,224 @@ class QwenImageEditTrainer:
 
     # -- validation
 
-    def _validate(self, metrics: MetricLog | None, last: bool = False) -> None:
-        """Every validation.steps, at the start and the end: loss and sheet of held-out pairs."""
+    def validation_edits(self) -> list[Edit]:
+        """Rows of the sheet: the first held-out pairs, then validation.samples.
+
+        Raises:
+            UserError: a picture of validation.samples cannot be read.
+        """
         settings = self.config.validation
-        held_out = [number for number, sample in enumerate(self.samples) if sample.held_out]
-        if not settings.steps or not held_out:
+        if not settings.steps:
+            return []
+        config = self.config
+        if settings.resolution:
+            config = at_resolution(config, settings.resolution)
+        edits = []
+        for number in self._held_out()[: settings.max_samples]:
+            example = resolve(config, self.flavour, self.samples, Draw(0, number), self.index)
+            edits.append(Edit(example, settings, has_target=True))
+        paths = validation_pictures(self.config)
+        if problems := check_pictures(paths, self.index):
+            raise UserError(f"validation.samples\n{listed(problems)}")
+        index_content(paths, self.index)
+        return edits + [self._sample_edit(sample) for sample in settings.samples]
+
+    def _held_out(self) -> list[int]:
+        return [number for number, sample in enumerate(self.samples) if sample.held_out]
+
+    def _sample_edit(self, sample: ValidationSample) -> Edit:
+        """A row without a target; what the sample says goes over validation's settings."""
+        settings = self.config.validation
+        own = {k: v for k, v in sample if v is not None and k in ValidationConfig.model_fields}
+        known = [(path, self.index.known(path)) for path in sample.images]
+        pictures = [Picture(p, f["content"], (f["width"], f["height"])) for p, f in known]
+        size = sample.width, sample.height
+        if settings.resolution and not sample.width:
+            main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
+            size = pick_size(settings.resolution**2, main.size[0] / main.size[1])
+        example = self.edit_example(pictures, sample.prompt, *size)
+        example = example._replace(name=sample.images[-1].stem)
+        return Edit(example, settings.model_copy(update=own), has_target=False)
+
+    def validation_jobs(self) -> dict[str, Picture | Example]:
+        """What the validation pictures ask of the cache: {key: what to encode}."""
+        jobs: dict[str, Picture | Example] = {}
+        for edit in self.validation_edits():
+            jobs |= {self.keys.latent(picture): picture for picture in edit.example.references}
+            prompts = (edit.example, edit.negative)
+            jobs |= {self.keys.prompt(prompt): prompt for prompt in prompts if prompt}
+        return jobs
+
+    def _validate(self, metrics: MetricLog | None, last: bool = False) -> None:
+        """Every validation.steps, at the start and the end: losses and the sheet.
+
+        The work is shared out over the processes; process 0 writes what comes of it.
+        """
+        every = self.config.validation.steps
+        if not every or (self.global_step % every and not last):
             return
-        if self.global_step % settings.steps and not last:
-            return
+        transformer = self.bare_transformer()
+        transformer.eval()
+        with torch.no_grad():
+            values = self._validation_losses()
+            rows = self._validation_rows()
+        transformer.train()
         if self.accelerator.is_main_process:
-            items = [self._validation_item(number) for number in held_out]
-            transformer = self.bare_transformer()
-            transformer.eval()
-            with torch.no_grad():
-                loss = self._validation_loss(items)
-                self._validation_sheet(items[: settings.max_samples])
-            transformer.train()
-            tqdm.write(f"step {self.global_step} validation loss {loss:.4f}")
-            if metrics:
-                metrics.write(self.global_step, validation_loss=loss)
-            self.accelerator.log({"validation_loss": loss}, step=self.global_step)
+            if rows:
+                self._save_sheet(f"step_{self.global_step:06d}", self._validation_sheet(rows))
+            if values:
+                tqdm.write(
+                    f"step {self.global_step} validation loss {values['validation_loss']:.4f}"
+                )
+                self.accelerator.log(values, step=self.global_step)
+            if values and metrics:
+                metrics.write(self.global_step, **values)
         self.accelerator.wait_for_everyone()
 
-    def _validation_item(self, number: int) -> tuple[Example, dict[str, Any], torch.Tensor]:
-        """Example, its batch of one, and the embedding of the empty instruction."""
-        data, draw = PairDataset(self, self.use_cache), Draw(0, number)
-        example, paths = data.resolved(draw)
-        if self.use_cache:
-            item = read_entries(paths)
-            empty = read_entries(data.resolved(draw._replace(empty=True))[1])
-        else:
-            item, empty = self._encode(example), self._encode(example._replace(caption=""))
-        return example, collate([item]), empty["prompt_embed"][None]
+    def _validation_losses(self) -> dict[str, float]:
+        """validation_loss, and by quartile of sigma (q1: the least noise); again for the EMA."""
+        if not self._held_out():
+            return {}
+        values = {}
+        for suffix in ("", "_ema") if self.ema else ("",):
+            with self.averaged(ema=bool(suffix)):
+                losses = self._fixed_noise_losses().mean(0).tolist()
+            quarters = {f"_q{i + 1}": losses[2 * i : 2 * i + 2] for i in range(4)}
+            for name, part in {"": losses, **quarters}.items():
+                values[f"validation_loss{suffix}{name}"] = sum(part) / len(part)
+        return values
 
-    def _validation_loss(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> float:
-        """Mean over the held-out pairs at four noise levels, with the same noise every time."""
-        levels, total = (0.125, 0.375, 0.625, 0.875), 0.0
-        for example, batch, _ in items:
-            batch = to_device(batch, self.device)
-            for level in levels:
-                latents = batch["pixel_latent"]
-                noise = normal(latents.shape, self.config.validation.seed, example.name, level)
-                loss = self._compute_loss(
-                    latents,
+    def _fixed_noise_losses(self) -> torch.Tensor:
+        """Loss of every held-out pair at every sigma, (pairs, 8) fp32, on every process.
+
+        Always the same noise, so small changes mean something; no dropout, sigma not shifted.
+        """
+        settings, accelerator, pairs = self.config.validation, self.accelerator, self._held_out()
+        losses = torch.zeros(len(pairs), len(VALIDATION_SIGMAS), device=self.device)
+        every = list(itertools.product(range(len(pairs)), range(len(VALIDATION_SIGMAS))))
+        mine = every[accelerator.process_index :: accelerator.num_processes]
+        for row, places in itertools.groupby(mine, key=lambda place: place[0]):
+            name, batch = self._validation_batch(pairs[row])
+            for _, column in places:
+                level = VALIDATION_SIGMAS[column]
+                noise = normal(batch["pixel_latent"].shape, settings.seed, name, level)
+                losses[row, column] = self._compute_loss(
+                    batch["pixel_latent"],
                     batch["control_latent"],
                     batch["prompt_embed"],
                     None,
                     noise.to(self.device),
                     torch.tensor([level], device=self.device),
-                    self.bare_transformer(),  # only this process validates
-                )
-                total += loss.item()
-        return total / len(items) / len(levels)
+                    self.bare_transformer(),  # KEEP: processes do not call it equally often
+                    shift=False,
+                )[0]
+        return accelerator.reduce(losses, "sum")  # each is 0 on all processes but one
 
-    def _validation_sheet(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> None:
-        """references | base | LoRA | target, one row per pair."""
-        transformer = self.bare_transformer()
-        rows, captions = [], []
-        for example, batch, empty in progress(items, "validation pictures", leave=False):
-            if example.name not in self._base_pictures:
-                transformer.disable_adapters()
-                self._base_pictures[example.name] = self._validation_picture(example, batch, empty)
-                transformer.enable_adapters()
-            references = [load_picture(p) for p in example.references]
-            base = self._base_pictures[example.name]
-            edited = self._validation_picture(example, batch, empty)
-            rows.append([*references, base, edited, load_picture(example.target)])
-            captions.append(f"{example.name}: {example.caption}")
-        if self.use_cache:
-            self.unload("vae")
-        heads = [f"reference {i + 1}" for i in range(len(rows[0]) - 3)] + ["base", "LoRA", "target"]
-        self._save_sheet(f"step_{self.global_step:06d}", contact_sheet(rows, heads, captions))
+    def _validation_batch(self, number: int) -> tuple[str, dict[str, Any]]:
+        """Name and batch of one held-out pair, as trained but for dropout."""
+        example, paths = PairDataset(self, self.use_cache).resolved(Draw(0, number))
+        item = read_entries(paths) if self.use_cache else self._encode(example)
+        return example.name, to_device(collate([item]), self.device)
+
+    def _validation_rows(self) -> list[tuple[Edit, list[Image.Image], str]]:
+        """(edit, pictures, note) of all rows, drawn by all processes."""
+        from accelerate.utils import gather_object
+
+        edits, accelerator = self.validation_edits(), self.accelerator
+        mine = range(accelerator.process_index, len(edits), accelerator.num_processes)
+        drawn = [
+            (number, *self._validation_row(number, edits[number]))
+            for number in progress(mine, "validation pictures", leave=False)
+        ]
+        self._release_encoders()
+        drawn = sorted(gather_object(drawn), key=lambda row: row[0])
+        return [(edits[number], pictures, note) for number, pictures, note in drawn]
+
+    def _validation_row(self, number: int, edit: Edit) -> tuple[list[Image.Image], str]:
+        """Pictures of base, LoRA (and EMA) and a note; none if there is never memory enough.
+
+        Out of memory, the row goes down RUNGS and stays there for the rest of the run.
+        """
+        while (rung := self._rungs.get(number, 0)) < len(RUNGS):
+            area, tiled, note = RUNGS[rung]
+            smaller = edit._replace(example=shrunk(edit.example, area))
+            try:
+                return self._draw_row((number, rung), smaller, tiled), note
+            except torch.OutOfMemoryError:
+                self._rungs[number] = rung + 1
+                next_note = RUNGS[rung + 1].note if rung + 1 < len(RUNGS) else "left out"
+                name = edit.example.name
+                # error: below it the other processes are silent
+                log.error("validation of %s: out of memory, from now on: %s", name, next_note)
+            # KEEP: not in the except clause, where the error still holds the tensors
+            self._release_encoders()
+        return [], "left out"
+
+    def _release_encoders(self) -> None:
+        """Free the memory of the VAE, and what else is free; without a cache it is needed."""
+        self.unload(*(["vae", "text_encoder"] if self.use_cache else []))
+
+    def _draw_row(self, place: tuple[int, int], edit: Edit, tiled: bool) -> list[Image.Image]:
+        """Base, LoRA and, if there is one, EMA, all of one size; the base is drawn once."""
+        inputs = self._edit_inputs(edit)
+        if place not in self._base_pictures:
+            with without_adapter(self.bare_transformer()):
+                self._base_pictures[place] = self._validation_picture(edit, inputs, tiled)
+        row = [self._base_pictures[place]]
+        for ema in (False, True) if self.ema else (False,):
+            with self.averaged(ema):
+                row.append(self._validation_picture(edit, inputs, tiled))
+        return row
+
+    def _edit_inputs(self, edit: Edit) -> dict[str, Any]:
+        """Latents (1, 16, 1, hk, wk) and embeddings (1, T, D) of a row, from the cache."""
+        cache, example, negative = self.config.cache, edit.example, edit.negative
+
+        def embed(prompt: Example) -> torch.Tensor:
+            return self._through_cache(prompt, cache.text_encoder_device)[None]
+
+        references = [self._through_cache(p, cache.vae_encoder_device) for p in example.references]
+        return {
+            "references": [reference[None] for reference in references],
+            "embeds": embed(example),
+            "negative": embed(negative) if negative else None,
+        }
 
     def _validation_picture(
-        self, example: Example, batch: dict[str, Any], empty: torch.Tensor
+        self, edit: Edit, inputs: dict[str, Any], tiled: bool = False
     ) -> Image.Image:
-        """One sampled picture at the target's size, from cached latents and embeddings."""
-        settings = self.config.validation
-        width, height = example.target.size
+        """What predict() gives for the same pictures and settings."""
+        width, height = edit.example.target.size
+        settings = edit.settings
         latents = self._sample(
             height,
             width,
-            batch["control_latent"],
-            batch["prompt_embed"],
-            empty if settings.true_cfg_scale > 1 else None,
-            settings.num_inference_steps,
-            settings.true_cfg_scale,
-            settings.seed,
+            **inputs,
+            steps=settings.num_inference_steps,
+            scale=settings.true_cfg_scale,
+            seed=settings.seed,
         )
         self.load_model(["vae"])
         self.vae.to(self.config.cache.vae_encoder_device or self.device)
-        return to_image(decode_latents_qwen(self.vae, latents)[0])
+        with tiled_decoding(self.vae, tiled):
+            return to_image(decode_latents_qwen(self.vae, latents)[0])
+
+    def _validation_sheet(self, rows: Sequence[tuple[Edit, list[Image.Image], str]]) -> Image.Image:
+        """references | base | LoRA | EMA, if there is one | target, if there is one."""
+        columns = ["base", "LoRA", *(["EMA"] if self.ema else [])]
+        with_target = any(edit.has_target for edit, _, _ in rows)
+        references, results, captions = [], [], []
+        for edit, pictures, note in rows:
+            example = edit.example
+            references.append([load_picture(picture) for picture in example.references])
+            row: list[Image.Image | None] = [*pictures] or [None] * len(columns)
+            if with_target:
+                row.append(load_picture(example.target) if edit.has_target else None)
+            results.append(row)
+            note = f"[out of memory: {note}] " if note else ""
+            captions.append(f"{note}{example.name}: {example.caption}")
+        heads = columns + (["target"] if with_target else [])
+        return edit_sheet(references, results, heads, captions)
 
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
