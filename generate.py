@@ -16,6 +16,7 @@ settings are the same is not made again, so a stopped run goes on where it was.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import csv
 import difflib
@@ -674,29 +675,45 @@ def save_picture(path: Path, image: Image.Image, settings: dict[str, Any]) -> No
     save_atomic(path, lambda file: image.save(file, format="PNG", pnginfo=info))
 
 
+def shorten(text: str, font: Any, width_px: float) -> str:
+    """`text` on one line, cut with an ellipsis where it would be wider than that."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width_px:
+        return text
+    places = range(1, len(text))
+    end = bisect.bisect_right(places, width_px, key=lambda n: font.getlength(text[:n] + "…"))
+    return text[:end].rstrip() + "…"
+
+
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image | None]],
     heads: Sequence[str] = (),
     captions: Sequence[str] = (),
     cell_px: int = 256,
 ) -> Image.Image:
-    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row."""
+    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row.
+
+    None leaves a cell empty; what is too long is cut with an ellipsis.
+    """
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
-    fitted = [[ImageOps.contain(image, (cell_px, cell_px)) for image in row] for row in rows]
-    heights = [max(image.height for image in row) + (line if captions else gap) for row in fitted]
+    fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
+    below = line if captions else gap
+    heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
     width = max(len(row) for row in rows) * (cell_px + gap) + gap
     top = line if heads else gap
     sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, head in enumerate(heads):
-        draw.text((gap + x * (cell_px + gap), 3), head, "black", font)
+        draw.text((gap + x * (cell_px + gap), 3), shorten(head, font, cell_px), "black", font)
     for y, row in enumerate(fitted):
         for x, image in enumerate(row):
-            sheet.paste(image, (gap + x * (cell_px + gap), top))
+            if image:
+                sheet.paste(image, (gap + x * (cell_px + gap), top))
         top += heights[y]
         if captions:
-            draw.text((gap, top - line + 3), captions[y][: width // 8], "dimgray", font)
+            text = shorten(captions[y], font, width - 2 * gap)
+            draw.text((gap, top - line + 3), text, "dimgray", font)
     return sheet
 
 

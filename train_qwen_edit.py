@@ -18,6 +18,7 @@ latents are normalised per channel, sigma runs from 0 (picture) to 1 (noise), ve
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import csv
 import datetime
@@ -52,6 +53,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from utils import (
@@ -84,6 +86,7 @@ from utils import (
 # mistake in the config or the data is reported within seconds, before any of them is loaded.
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does too
 AREA_1MP = 1024 * 1024
 VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
@@ -127,6 +130,19 @@ def parse_blocks(text: str) -> set[int]:
     return found
 
 
+def check_step_rules(text: str) -> None:
+    """Raises ValueError unless `text` is like "1:100,0.1:200,0.01", with steps that go up."""
+    number = r"\d*\.?\d+(?:[eE][-+]?\d+)?"
+    if not re.fullmatch(rf"(?:{number}:\d+,)+{number}", text.replace(" ", "")):
+        raise ValueError(
+            f"step_rules: '{text}' is not like '1:100,0.1:200,0.01' (factor:up to step, ..., "
+            "factor of the rest)"
+        )
+    steps = [int(step) for step in re.findall(r":(\d+),", text)]
+    if steps != sorted(set(steps)):
+        raise ValueError(f"step_rules: the steps of '{text}' must go up")
+
+
 class LoraConfig(Section):
     """The adapter on the transformer; everything else stays frozen."""
 
@@ -140,7 +156,7 @@ class LoraConfig(Section):
     """lokr: size of the smaller matrix; -1: about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
     """How A starts; B starts at zero, so step 0 is the base model."""
-    target_modules: list[str] | str = "attn-image"
+    target_modules: list[str] | str = ["to_q", "to_k", "to_v", "to_out.0"]
     """A named set (attn-image, attn-all, attn+mlp, all-linear), names of linear layers (matched
     from the end), or one regular expression."""
     exclude_blocks: str = ""
@@ -428,10 +444,10 @@ class LoggingConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    class_path: str = "torch.optim.AdamW"
+    class_path: str = "adamw"
     """adamw, adamw8bit, adafactor, prodigy, schedulefree, or any importable class."""
-    init_args: dict[str, Any] = {"lr": 1e-4}
-    """Its arguments."""
+    init_args: dict[str, Any] = {}
+    """Its arguments, over those in OPTIMIZERS (lr 1e-4; prodigy 1; adafactor's is relative)."""
 
 
 class LrSchedulerConfig(Section):
@@ -455,6 +471,16 @@ class LrSchedulerConfig(Section):
     """polynomial: exponent."""
     step_rules: str | None = None
     """piecewise_constant: "1:100,0.1:200,0.01": factor 1 up to step 100, 0.1 up to 200, ..."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> LrSchedulerConfig:
+        if (self.scheduler_type == "piecewise_constant") != (self.step_rules is not None):
+            raise ValueError("scheduler_type: piecewise_constant and step_rules go together")
+        if self.step_rules is not None:
+            check_step_rules(self.step_rules)
+            if self.warmup_steps:
+                raise ValueError("piecewise_constant has no warm-up: write it into step_rules")
+        return self
 
 
 class TrainConfig(Section):
@@ -521,12 +547,12 @@ class ValidationSample(Section):
 
     prompt: str
     """The instruction."""
-    images: list[Path]
+    images: list[Path] = Field(min_length=1)
     """References, in order."""
     negative_prompt: str | None = None
     """null: validation's."""
     height: int | None = Field(None, ge=32, multiple_of=16)
-    """px; null: validation.resolution."""
+    """px; null (both): validation.resolution in the last reference's aspect."""
     width: int | None = Field(None, ge=32, multiple_of=16)
     """px; see height."""
     num_inference_steps: int | None = Field(None, ge=2)
@@ -535,6 +561,12 @@ class ValidationSample(Section):
     """null: validation's."""
     seed: int | None = None
     """null: validation's."""
+
+    @model_validator(mode="after")
+    def _whole_size(self) -> ValidationSample:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("give height and width, or neither")
+        return self
 
 
 class ValidationConfig(Section):
@@ -551,7 +583,8 @@ class ValidationConfig(Section):
     seed: int = 42
     """Noise of the pictures and of the loss; the same every time."""
     resolution: int | None = Field(None, ge=64)
-    """Side of the square of equal area, px; null: the target's own size (samples: 1 MP)."""
+    """Pictures: side of the square of equal area, px; null: as in training (samples: what
+    predict() does). The loss is always of the training size."""
     num_inference_steps: int = Field(20, ge=2)
     """Euler steps of the pictures (a single one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
@@ -1264,7 +1297,7 @@ def find_samples(config: Config, index: FileIndex) -> tuple[list[Sample], list[s
         samples += found
         groups.append(wrong)
         skipped += left_out
-    unreadable = check_pictures(all_pictures(samples), index)
+    unreadable = check_pictures(all_pictures(samples) + validation_pictures(config), index)
     groups += [unreadable, [] if unreadable else check_shapes(config, samples, index)]
     report = {
         "samples": len(samples),
@@ -1362,6 +1395,29 @@ def check_device(name: str, value: str | None) -> list[str]:
     return []
 
 
+def validation_pictures(config: Config) -> list[Path]:
+    """The picture files of validation.samples, once, sorted; none when nothing is validated."""
+    samples = config.validation.samples if config.validation.steps else []
+    return sorted({path for sample in samples for path in sample.images})
+
+
+def check_validation(
+    config: Config, flavour: Flavour | None, samples: Sequence[Sample]
+) -> list[str]:
+    """Problems of the validation settings (pictures: check_pictures)."""
+    settings, problems = config.validation, []
+    something = settings.samples or any(sample.held_out for sample in samples)
+    if settings.steps and samples and not something:
+        problems.append(
+            "validation.steps is set, but nothing is held out (holdout, holdout_ratio, "
+            "eval_dataset_id) and validation.samples is empty"
+        )
+    if flavour and flavour.name == "edit-v1":
+        numbers = (i for i, sample in enumerate(settings.samples) if len(sample.images) > 1)
+        problems += [f"validation.samples.{i}.images: 2508 takes one reference" for i in numbers]
+    return problems
+
+
 def audit(config: Config) -> list[str]:
     """Everything that can be known to be wrong before a model loads: one line per problem."""
     problems = []
@@ -1394,15 +1450,7 @@ def audit(config: Config) -> list[str]:
             problems.append(
                 f"validation.eval_dataset_id: no data set '{name}'{nearest(name, names)}"
             )
-    drawn = config.validation.samples or any(s.held_out for s in samples)
-    if config.validation.steps and samples and not drawn:
-        problems.append(
-            "validation.steps is set, but nothing is held out: name samples in holdout, or give "
-            "holdout_ratio, validation.eval_dataset_id or validation.samples"
-        )
-    for i, edit in enumerate(config.validation.samples):
-        missing = [path for path in edit.images if not path.is_file()]
-        problems += [f"validation.samples.{i}.images: no picture {path}" for path in missing]
+    problems += check_validation(config, flavour, samples)
     return problems
 
 
@@ -1576,7 +1624,8 @@ def choose_frame(
     variant = sample.variants[draw.variant]
     fact = index.known(variant.target)
     aspect = fact["width"] / fact["height"]
-    sizes = table_buckets if ds.buckets == "table" else buckets
+    table = ds.buckets == "table" and variant.resolution in TABLES
+    sizes = table_buckets if table else buckets
     size = nearest_bucket(fact["width"], fact["height"], variant.resolution, sizes)
     box, flip = cover_box(aspect, size[0] / size[1]), False
     if draw.view:  # EDIT HERE: augmentation (each view is cached)
@@ -2755,30 +2804,139 @@ def denoise(
     return latents
 
 
+class Edit(NamedTuple):
+    """One row of the validation sheet."""
+
+    example: Example  # target.size is drawn; without a target the main reference stands for it
+    settings: ValidationConfig  # with what a validation sample says itself
+    has_target: bool
+
+    @property
+    def negative(self) -> Example | None:
+        """The same pictures with the negative prompt; None: no guidance."""
+        if self.settings.true_cfg_scale <= 1:
+            return None
+        return self.example._replace(caption=self.settings.negative_prompt)
+
+
+def at_resolution(samples: Sequence[Sample], side_px: int) -> list[Sample]:
+    """The same samples with targets of another resolution: all sizes follow their rules."""
+    return [
+        sample._replace(variants=tuple(v._replace(resolution=side_px) for v in sample.variants))
+        for sample in samples
+    ]
+
+
+# two in each quarter: fixed noise levels of the validation loss
+VALIDATION_SIGMAS = tuple((i + 0.5) / 8 for i in range(8))
+
+
+class Rung(NamedTuple):
+    """A way to draw a validation picture with less memory than the one before."""
+
+    area: float  # share of the area of the picture and of its references
+    tiled: bool  # decode in tiles of 256 px
+    note: str
+
+
+# Guidance is no rung: denoise() makes its two passes one after the other anyway.
+RUNGS = (
+    Rung(1.0, False, ""),
+    Rung(1.0, True, "VAE in tiles"),
+    Rung(0.5, True, "half the area"),
+    Rung(0.25, True, "a quarter of the area"),
+)
+
+
+def shrunk(example: Example, area: float) -> Example:
+    """The example with that share of its pictures' area; the embedding stays, it is cached."""
+
+    def small(picture: Picture) -> Picture:
+        width, height = picture.size
+        return picture._replace(size=pick_size(width * height * area, width / height))
+
+    if area == 1:  # KEEP: sizes that are no multiple of 32 stay too
+        return example
+    references = tuple(small(picture) for picture in example.references)
+    return example._replace(target=small(example.target), references=references)
+
+
+@contextlib.contextmanager
+def tiled_decoding(vae: Any, on: bool) -> Iterator[None]:
+    """Inside, the VAE works in overlapping tiles of 256 px; never outside."""
+    if on:
+        vae.enable_tiling()
+    try:
+        yield
+    finally:  # KEEP: without a cache the same VAE encodes what is trained
+        vae.disable_tiling()
+
+
+@contextlib.contextmanager
+def without_adapter(transformer: Any) -> Iterator[None]:
+    """Inside, the transformer is the base model."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+
+
+def shorten(text: str, font: Any, width_px: float) -> str:
+    """`text` on one line, cut with an ellipsis where it would be wider than that."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width_px:
+        return text
+    places = range(1, len(text))
+    end = bisect.bisect_right(places, width_px, key=lambda n: font.getlength(text[:n] + "…"))
+    return text[:end].rstrip() + "…"
+
+
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image | None]],
     heads: Sequence[str] = (),
     captions: Sequence[str] = (),
     cell_px: int = 256,
 ) -> Image.Image:
-    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row."""
+    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row.
+
+    None leaves a cell empty; what is too long is cut with an ellipsis.
+    """
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
-    fitted = [[ImageOps.contain(image, (cell_px, cell_px)) for image in row] for row in rows]
-    heights = [max(image.height for image in row) + (line if captions else gap) for row in fitted]
+    fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
+    below = line if captions else gap
+    heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
     width = max(len(row) for row in rows) * (cell_px + gap) + gap
     top = line if heads else gap
     sheet = Image.new("RGB", (width, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, head in enumerate(heads):
-        draw.text((gap + x * (cell_px + gap), 3), head, "black", font)
+        draw.text((gap + x * (cell_px + gap), 3), shorten(head, font, cell_px), "black", font)
     for y, row in enumerate(fitted):
         for x, image in enumerate(row):
-            sheet.paste(image, (gap + x * (cell_px + gap), top))
+            if image:
+                sheet.paste(image, (gap + x * (cell_px + gap), top))
         top += heights[y]
         if captions:
-            draw.text((gap, top - line + 3), captions[y][: width // 8], "dimgray", font)
+            text = shorten(captions[y], font, width - 2 * gap)
+            draw.text((gap, top - line + 3), text, "dimgray", font)
     return sheet
+
+
+def edit_sheet(
+    references: Sequence[Sequence[Image.Image]],
+    results: Sequence[Sequence[Image.Image | None]],
+    heads: Sequence[str],
+    captions: Sequence[str],
+) -> Image.Image:
+    """References of each row, however many it has | its results, under `heads`."""
+    most = max(map(len, references))
+    rows = [
+        [*shown, *[None] * (most - len(shown)), *row]
+        for shown, row in zip(references, results, strict=True)
+    ]
+    return contact_sheet(rows, [f"reference {i + 1}" for i in range(most)] + [*heads], captions)
 
 
 # --- 7. checkpoints -------------------------------------------------------------------------------
@@ -2787,7 +2945,7 @@ FREE_TO_CHANGE = {  # settings that may differ between a checkpoint and the run 
     "max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "gradient_checkpointing", "gradient_accumulation_steps",
     "batch_size", "num_workers", "recreate_cache", "train_data_dir",
-    "devices", "blocks_to_swap", "quantize_via",
+    "devices", "blocks_to_swap", "quantize_via", "ema_device",
 }  # fmt: skip
 TRAINS = ("model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed")
 
@@ -3031,7 +3189,6 @@ def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
 
 def possible_draws(config: Config, samples: Sequence[Sample]) -> Iterator[Draw]:
     """Every Draw that can happen, so that everything it needs is cached."""
-    guided = config.validation.true_cfg_scale > 1
     for number, sample in enumerate(samples):
         views = 1 if sample.held_out else config.data.dataset_configs[sample.dataset].views
         for which, variant in enumerate(sample.variants):
@@ -3042,7 +3199,7 @@ def possible_draws(config: Config, samples: Sequence[Sample]) -> Iterator[Draw]:
                 subsets = [
                     s for k in range(least, n + 1) for s in itertools.combinations(range(n), k)
                 ]
-            without = guided if sample.held_out else variant.caption_dropout > 0
+            without = variant.caption_dropout > 0 and not sample.held_out
             for view, subset, dropped in itertools.product(
                 range(views), subsets, (False, True) if without else (False,)
             ):
@@ -3182,9 +3339,25 @@ def to_device(value: Any, device: torch.device) -> Any:
     return [to_device(item, device) for item in value] if isinstance(value, list) else value
 
 
+# EDIT HERE: short name -> class, its arguments where init_args says nothing
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("torch.optim.AdamW", {"lr": 1e-4}),
+    "adamw8bit": ("bitsandbytes.optim.AdamW8bit", {"lr": 1e-4}),
+    # its lr is the largest step relative to a weight's own size, so 1e-4 would stand still
+    "adafactor": ("torch.optim.Adafactor", {"lr": 1e-2}),
+    "prodigy": (
+        "prodigyopt.Prodigy",  # what its authors recommend for diffusion models
+        {"lr": 1.0, "safeguard_warmup": True, "use_bias_correction": True, "weight_decay": 0.01},
+    ),
+    "schedulefree": ("schedulefree.AdamWScheduleFree", {"lr": 1e-4}),
+}
+
+
 def import_class(path: str) -> Any:
     """The class behind a dotted path. Raises UserError with what to install."""
     module, _, name = path.rpartition(".")
+    if not module:
+        raise UserError(f"optimizer.class_path: no '{path}'{nearest(path, OPTIMIZERS)}")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, ValueError) as error:
@@ -3217,6 +3390,96 @@ def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
     return record
 
 
+def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> Any:
+    """What the config names. Raises UserError: no such class, or arguments it does not take."""
+    kinds = (kind for name, kind in OPTIMIZERS.items() if settings.class_path in (name, kind[0]))
+    path, args = next(kinds, (settings.class_path, {}))
+    args = args | settings.init_args
+    optimizer_class = import_class(path)
+    try:
+        return optimizer_class(parameters, **args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer {path} with {args}: {error}") from error
+
+
+def make_schedule(settings: LrSchedulerConfig, optimizer: Any, steps: int) -> Any:
+    """The learning rate schedule over `steps` optimizer steps. Raises ValueError."""
+    from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
+
+    name, cycles = settings.scheduler_type, settings.num_cycles
+    warmup = settings.warmup_steps
+    steps = max(steps, warmup + 1)  # KEEP: polynomial divides by steps - warmup
+    if name == "cosine":  # KEEP: get_scheduler() would drop num_cycles
+        return get_cosine_schedule_with_warmup(optimizer, warmup, steps, cycles)
+    return get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        step_rules=settings.step_rules,
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        num_cycles=max(1, round(cycles)),
+        power=settings.power,
+    )
+
+
+def effective_lr(optimizer: Any) -> float:
+    """The rate a step is made with: Prodigy's is its lr times the d it has found."""
+    group = optimizer.param_groups[0]
+    rate = group.get("scheduled_lr", group["lr"])  # schedule-free has a warm-up of its own
+    return float(rate * group["d"] if "d0" in group else rate)  # d without d0: Adafactor's clipping
+
+
+def check_optimizer(optimizer: Any, config: Config) -> list[str]:
+    """Problems of an optimizer beside the other settings; warns of what is merely unusual."""
+    problems, group = [], optimizer.param_groups[0]
+    name, shape = config.optimizer.class_path, config.lr_scheduler.scheduler_type
+    averages = hasattr(optimizer, "eval")
+    if averages and config.train.use_ema:
+        problems.append(f"train.use_ema: {name} averages by itself; leave one of the two out")
+    if averages and not shape.startswith("constant"):
+        log.warning("%s needs no schedule; lr_scheduler.scheduler_type is %s", name, shape)
+    if "d0" in group and group["lr"] != 1:
+        lr = group["lr"]
+        log.warning("%s finds the rate itself: lr is meant to be 1, not %g (see d_coef)", name, lr)
+    return problems
+
+
+class MovingAverage:
+    """Exponential moving average of named parameters, fp32 whatever they are trained in."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], train: TrainConfig) -> None:
+        self.parameters = parameters
+        self.decay, self.interval = train.ema_decay, train.ema_update_interval
+        place = torch.device("cpu") if train.ema_device == "cpu" else None
+        self.averages = {
+            name: p.detach().to(place or p.device, torch.float32, copy=True)
+            for name, p in parameters.items()
+        }
+
+    def update(self, step: int) -> None:
+        """After optimizer step `step`, from 1: average += (1 - d) (weight - average).
+
+        d = min(decay, (1 + step) / (10 + step)) to the power of the interval.
+        """
+        if step % self.interval:
+            return
+        averages = list(self.averages.values())
+        now = [p.detach().to(a) for p, a in zip(self.parameters.values(), averages, strict=True)]
+        decay = min(self.decay, (1 + step) / (10 + step)) ** self.interval
+        get_ema_multi_avg_fn(decay)(averages, now, None)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def write_to_parameters(self) -> None:
+        """Put the averages in the weights' place."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.averages[name])
+
+    def load(self, averages: dict[str, torch.Tensor]) -> None:
+        """Go on from the averages of a checkpoint."""
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
+
+
 def memory_gb(device: torch.device) -> float:
     """Peak memory so far: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
@@ -3238,6 +3501,7 @@ class QwenImageEditTrainer:
         self.accelerator: Any = None
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
+        self.ema: MovingAverage | None = None
         self.global_step = 0
         self.vae: Any = None  # AutoencoderKLQwenImage
         self.qwen_vl: Any = None  # Qwen2_5_VLForConditionalGeneration
@@ -3256,8 +3520,9 @@ class QwenImageEditTrainer:
         self.samples: list[Sample] = []
         self.index = FileIndex(None)
         self._keys: CacheKeys | None = None
-        self._base_pictures: dict[str, Image.Image] = {}  # validation pictures without the LoRA
+        self._base_pictures: dict[tuple[int, int], Image.Image] = {}  # of (row, rung): no LoRA
         self._measured: dict[str, list[Callable[[], float]]] = {}
+        self._rungs: dict[int, int] = {}  # row of the validation sheet -> where on the ladder
         self._drawn = 0  # batches of this step, from a loader of the user's, that got noise here
         self._shapes: dict[tuple[int, int, int | None], Shape] = {}
         self.samples_per_step = 1
@@ -3540,7 +3805,7 @@ class QwenImageEditTrainer:
                 if not fresh or again or ds.recreate_cache:
                     for part in wanted:
                         jobs.setdefault(self.keys.of(part), part)
-        return jobs
+        return jobs if fresh else jobs | self.validation_jobs()
 
     def _intact(self, key: str) -> bool:
         """Whether an entry is there and unharmed; a file that has not changed is not read again."""
@@ -3792,6 +4057,46 @@ class QwenImageEditTrainer:
         self.qwen_vl.to(devices.text_encoder or self.device)
         self.transformer.eval()
 
+    def edit_example(
+        self,
+        pictures: Sequence[Picture],
+        prompt: str,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> Example:
+        """What an edit without a target shows the model, by the rules of training.
+
+        pictures: each whole, at its own size. The result's target is the main one (2508: the
+        first, else the last) at the size that is drawn: width x height px, down to a multiple of
+        16, or 1 MP (the training size if references are as large as the target).
+        """
+        data = self.config.data
+        main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
+        aspect = main.size[0] / main.size[1]
+        aligned = data.reference_area == "target"
+        size = pick_size(AREA_1MP, aspect)
+        if aligned and data.dataset_configs:
+            size = nearest_bucket(*main.size, data.dataset_configs[0].resolution)
+        size = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
+        box = cover_box(aspect, size[0] / size[1])
+        area_px = reference_area_px(self.config, size)
+        vision_area = float(self.about_lora()["vision_area"] or area_px)
+
+        def fit(picture: Picture, area_px: float) -> Picture:
+            own = picture.size[0] / picture.size[1]
+            if aligned and aligns(own, aspect):
+                return picture._replace(size=pick_size(area_px, size[0] / size[1]), box=box)
+            return picture._replace(size=pick_size(area_px, own))
+
+        return Example(
+            name="",
+            target=main._replace(size=size),
+            references=tuple(fit(picture, area_px) for picture in pictures),
+            vision=tuple(fit(picture, vision_area) for picture in pictures),
+            caption=prompt,
+            instruction=self.about_lora()["instruction"],
+        )
+
     def predict(
         self,
         prompt_image: Any,
@@ -3818,36 +4123,17 @@ class QwenImageEditTrainer:
         if num_inference_steps < 2:
             raise UserError("num_inference_steps: 2 or more (1 divides by zero in the scheduler)")
         images = prompt_image if isinstance(prompt_image, list | tuple) else [prompt_image]
-        pictures = [as_image(image) for image in images]
-        main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
-        data = self.config.data
-        aligned = data.reference_area == "target"
-        size = pick_size(AREA_1MP, main.width / main.height)
-        if aligned and data.dataset_configs:
-            size = nearest_bucket(main.width, main.height, data.dataset_configs[0].resolution)
-        width, height = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
-        area_px = reference_area_px(self.config, (width, height))
-        if aligned:  # as in training: cropped to the target's aspect
-            box = cover_box(main.width / main.height, width / height)
-            pictures = [
-                crop(p, box) if aligns(p.width / p.height, main.width / main.height) else p
-                for p in pictures
-            ]
-        vision_area = float(self.about_lora()["vision_area"] or area_px)
-
-        def fit(image: Image.Image, area_px: float) -> Image.Image:
-            size = pick_size(area_px, image.width / image.height)
-            return image.resize(size, Image.Resampling.LANCZOS)
-
+        whole = [Picture(image, "", image.size) for image in map(as_image, images)]
+        example = self.edit_example(whole, prompt, width, height)
+        width, height = example.target.size
         references = [
-            self.encode_image_embedding(fit(p, area_px), self.vae.device) for p in pictures
+            self.encode_image_embedding(load_picture(p), self.vae.device)
+            for p in example.references
         ]
-        shown = [fit(p, vision_area) for p in pictures]
         device = self.qwen_vl.device
-        embeds, _ = self.encode_prompt_image_embedding(prompt, shown, device)
-        negative = None
+        embeds, negative = self._embed(example, device)[None], None
         if negative_prompt is not None and true_cfg_scale > 1:
-            negative, _ = self.encode_prompt_image_embedding(negative_prompt, shown, device)
+            negative = self._embed(example._replace(caption=negative_prompt), device)[None]
         latents = self._sample(
             height, width, references, embeds, negative, num_inference_steps, true_cfg_scale, seed
         )
@@ -3883,26 +4169,16 @@ class QwenImageEditTrainer:
     # -- training
 
     def configure_optimizers(self) -> None:
-        """Optimizer and learning rate schedule from the config."""
-        from diffusers.optimization import get_scheduler
-
-        settings = self.config.optimizer
-        optimizer_class = import_class(settings.class_path)
-        self.optimizer = optimizer_class(self.trainable(), **settings.init_args)
-        schedule = self.config.lr_scheduler
-        name, cycles = schedule.scheduler_type, schedule.num_cycles
-        if name == "constant" and schedule.warmup_steps:
-            name = "constant_with_warmup"
-        if name == "cosine_with_restarts":
-            cycles = max(1, round(cycles))
-        self.lr_scheduler = get_scheduler(
-            name,
-            self.optimizer,
-            num_warmup_steps=schedule.warmup_steps,
-            num_training_steps=self.total_steps(),
-            num_cycles=cycles,  # type: ignore[arg-type]
-            power=schedule.power,
+        """Optimizer, learning rate schedule (it counts optimizer steps) and moving average."""
+        self.optimizer = make_optimizer(self.config.optimizer, self.trainable())
+        # KEEP: accelerate must not wrap it, or it would go as many steps as there are processes
+        self.lr_scheduler = make_schedule(
+            self.config.lr_scheduler, self.optimizer, self.total_steps()
         )
+        if self.config.train.use_ema:
+            named = self.transformer.named_parameters()
+            trained = {name: p for name, p in named if p.requires_grad}
+            self.ema = MovingAverage(trained, self.config.train)
 
     def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Mean loss of a batch: of cached tensors, or of pictures and prompts."""
@@ -4108,12 +4384,12 @@ class QwenImageEditTrainer:
                 check_start(lora.pretrained_weight, lora)
         except UserError as error:
             problems.append(str(error))
-        args = config.optimizer.init_args
         try:
-            optimizer_class = import_class(config.optimizer.class_path)
-            optimizer_class([torch.nn.Parameter(torch.zeros(1))], **args)
-        except (UserError, TypeError, ValueError) as error:
-            problems.append(f"optimizer {config.optimizer.class_path} with {args}: {error}")
+            optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+            make_schedule(config.lr_scheduler, optimizer, config.train.max_train_steps)
+            problems += check_optimizer(optimizer, config)
+        except (UserError, ValueError) as error:
+            problems.append(str(error))
         trackers: list[str] = {"none": [], "all": []}.get(
             config.logging.report_to, [config.logging.report_to]
         )
@@ -4168,12 +4444,14 @@ class QwenImageEditTrainer:
         metrics = None
         if self.accelerator.is_main_process:
             metrics = MetricLog(self.config.logging.output_dir / "metrics.jsonl", self.global_step)
+        self.optimizer.train()
         with StopSignal() as stop:
             share = self.samples_per_step // self.accelerator.num_processes
             stopped = self._loop(loader, steps, share, stop, metrics)
         if self.accelerator.is_main_process:
-            self.save_lora(self.config.logging.output_dir)
+            self._save_adapters(self.config.logging.output_dir)
             self._write_card()
+        self.optimizer.eval()  # what predict() and save_lora() meet is what was saved
         if metrics:
             metrics.close()
         self.accelerator.wait_for_everyone()
@@ -4202,16 +4480,16 @@ class QwenImageEditTrainer:
         )
         if self.global_step == 0 and self.accelerator.is_main_process:
             draws = list(itertools.chain.from_iterable(next(iter(plan), [])))[:8]
-            rows, captions = [], []
-            for draw in draws:
-                e = resolve(self.config, self.flavour, self.samples, draw, self.index)
-                rows.append([load_picture(p) for p in (*e.references, e.target)])
-                captions.append(f"{e.name}: {e.caption or '(empty)'}")
-            columns = max(map(len, rows))
-            blank = Image.new("RGB", (1, 1), "white")
-            rows = [[*row[:-1], *[blank] * (columns - len(row)), row[-1]] for row in rows]
-            heads = [f"reference {i}" for i in range(1, columns)] + ["target"]
-            self._save_sheet("first_batch", contact_sheet(rows, heads, captions))
+            examples = [
+                resolve(self.config, self.flavour, self.samples, draw, self.index) for draw in draws
+            ]
+            sheet = edit_sheet(
+                [[load_picture(p) for p in e.references] for e in examples],
+                [[load_picture(e.target)] for e in examples],
+                ["target"],
+                [f"{e.name}: {e.caption or '(empty)'}" for e in examples],
+            )
+            self._save_sheet("first_batch", sheet)
 
     def _save_sheet(self, name: str, sheet: Image.Image) -> None:
         folder = self.config.logging.output_dir / "samples"
@@ -4278,6 +4556,8 @@ class QwenImageEditTrainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.global_step += 1
+        if self.ema:
+            self.ema.update(self.global_step)
         self._drawn = 0
         names = [str(name) for batch in batches for name in batch.get("names", [])]
         return names, loss, norm
@@ -4327,7 +4607,7 @@ class QwenImageEditTrainer:
         for name, reads in self._measured.items():
             values[name] = sum(read() for read in reads) / len(reads)
         self._measured.clear()
-        values |= {"lr": self.lr_scheduler.get_last_lr()[0], "memory_gb": memory_gb(self.device)}
+        values |= {"lr": effective_lr(self.optimizer), "memory_gb": memory_gb(self.device)}
         left = datetime.timedelta(
             seconds=round(values["seconds_per_step"] * (steps - self.global_step))
         )
@@ -4341,21 +4621,52 @@ class QwenImageEditTrainer:
             metrics.write(self.global_step, **values)
         self.accelerator.log(values, step=self.global_step)
 
+    @contextlib.contextmanager
+    def averaged(self, ema: bool = False) -> Iterator[None]:
+        """Inside, the weights are those to look at and to save; outside, those that are trained.
+
+        They differ with `ema`, and where the optimizer averages (schedule-free). Afterwards the
+        trained weights are back to the bit, whatever happened inside.
+        """
+        parameters = self.trainable()
+        trained = [p.detach().clone() for p in parameters]
+        try:
+            if ema and self.ema:
+                self.ema.write_to_parameters()
+            else:
+                self.optimizer.eval()
+            yield
+        finally:
+            self.optimizer.train()
+            with torch.no_grad():
+                # KEEP: schedule-free's own way back is a lerp, right to rounding only
+                for parameter, bits in zip(parameters, trained, strict=True):
+                    parameter.copy_(bits)
+
+    def _save_adapters(self, folder: Path) -> None:
+        """The LoRA file, and beside it the one of the moving average."""
+        with self.averaged():
+            self.save_lora(folder)
+        if self.ema:
+            with self.averaged(ema=True):
+                self.save_lora(folder / EMA_FILE)
+
     def save_checkpoint(self, epoch: int, global_step: int) -> None:
         """checkpoint-<step>/: LoRA file, raw adapter, optimizer, schedule; complete or absent."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             output_dir = self.config.logging.output_dir
-            transformer = self.bare_transformer()
-            adapter = {k: v.detach().cpu().clone() for k, v in lora_tensors(transformer).items()}
+            adapter = lora_tensors(self.bare_transformer())
             training = {
-                "adapter": adapter,  # as it trains; the LoRA file has alpha folded in
+                # as it trains; the LoRA file has alpha folded in
+                "adapter": {k: v.detach().cpu().clone() for k, v in adapter.items()},
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
+                "ema": self.ema.averages if self.ema else None,
             }
 
             def write(folder: Path) -> None:
-                save_lora_file(folder / LORA_FILE, transformer, self.about_lora())
+                self._save_adapters(folder)
                 torch.save(training, folder / "training_state.pt")
                 state = {
                     "step": global_step,
@@ -4380,6 +4691,8 @@ class QwenImageEditTrainer:
         set_peft_model_state_dict(self.transformer, saved["adapter"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        if self.ema:
+            self.ema.load(saved["ema"])
         self.global_step = state["step"]
         log.info("resumed from %s (step %d)", folder, self.global_step)
 
@@ -4399,92 +4712,222 @@ class QwenImageEditTrainer:
 
     # -- validation
 
-    def _validate(self, metrics: MetricLog | None, last: bool = False) -> None:
-        """Every validation.steps, at the start and the end: loss and sheet of held-out pairs."""
+    def validation_edits(self) -> list[Edit]:
+        """Rows of the sheet: the first held-out pairs, then validation.samples.
+
+        Raises:
+            UserError: a picture of validation.samples cannot be read.
+        """
         settings = self.config.validation
-        held_out = [number for number, sample in enumerate(self.samples) if sample.held_out]
-        if not settings.steps or not held_out:
+        if not settings.steps:
+            return []
+        samples = self.samples
+        if settings.resolution:
+            samples = at_resolution(samples, settings.resolution)
+        edits = []
+        for number in self._held_out()[: settings.max_samples]:
+            example = resolve(self.config, self.flavour, samples, Draw(0, number), self.index)
+            edits.append(Edit(example, settings, has_target=True))
+        paths = validation_pictures(self.config)
+        if problems := check_pictures(paths, self.index):
+            raise UserError(f"validation.samples\n{listed(problems)}")
+        index_content(paths, self.index)
+        return edits + [self._sample_edit(sample) for sample in settings.samples]
+
+    def _held_out(self) -> list[int]:
+        return [number for number, sample in enumerate(self.samples) if sample.held_out]
+
+    def _sample_edit(self, sample: ValidationSample) -> Edit:
+        """A row without a target; what the sample says goes over validation's settings."""
+        settings = self.config.validation
+        own = {k: v for k, v in sample if v is not None and k in ValidationConfig.model_fields}
+        known = [(path, self.index.known(path)) for path in sample.images]
+        pictures = [Picture(p, f["content"], (f["width"], f["height"])) for p, f in known]
+        size = sample.width, sample.height
+        if settings.resolution and not sample.width:
+            main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
+            size = pick_size(settings.resolution**2, main.size[0] / main.size[1])
+        example = self.edit_example(pictures, sample.prompt, *size)
+        example = example._replace(name=sample.images[-1].stem)
+        return Edit(example, settings.model_copy(update=own), has_target=False)
+
+    def validation_jobs(self) -> dict[str, Picture | Example | Region]:
+        """What the validation pictures ask of the cache: {key: what to encode}."""
+        jobs: dict[str, Picture | Example | Region] = {}
+        for edit in self.validation_edits():
+            jobs |= {self.keys.latent(picture): picture for picture in edit.example.references}
+            prompts = (edit.example, edit.negative)
+            jobs |= {self.keys.prompt(prompt): prompt for prompt in prompts if prompt}
+        return jobs
+
+    def _validate(self, metrics: MetricLog | None, last: bool = False) -> None:
+        """Every validation.steps, at the start and the end: losses and the sheet.
+
+        The work is shared out over the processes; process 0 writes what comes of it.
+        """
+        every = self.config.validation.steps
+        if not every or (self.global_step % every and not last):
             return
-        if self.global_step % settings.steps and not last:
-            return
+        transformer = self.bare_transformer()
+        transformer.eval()
+        with torch.no_grad():
+            values = self._validation_losses()
+            rows = self._validation_rows()
+        transformer.train()
         if self.accelerator.is_main_process:
-            items = [self._validation_item(number) for number in held_out]
-            transformer = self.bare_transformer()
-            transformer.eval()
-            with torch.no_grad():
-                loss = self._validation_loss(items)
-                self._validation_sheet(items[: settings.max_samples])
-            transformer.train()
-            tqdm.write(f"step {self.global_step} validation loss {loss:.4f}")
-            if metrics:
-                metrics.write(self.global_step, validation_loss=loss)
-            self.accelerator.log({"validation_loss": loss}, step=self.global_step)
+            if rows:
+                self._save_sheet(f"step_{self.global_step:06d}", self._validation_sheet(rows))
+            if values:
+                tqdm.write(
+                    f"step {self.global_step} validation loss {values['validation_loss']:.4f}"
+                )
+                self.accelerator.log(values, step=self.global_step)
+            if values and metrics:
+                metrics.write(self.global_step, **values)
         self.accelerator.wait_for_everyone()
 
-    def _validation_item(self, number: int) -> tuple[Example, dict[str, Any], torch.Tensor]:
-        """Example, its batch of one, and the embedding of the empty instruction."""
-        data, draw = PairDataset(self, self.use_cache), Draw(0, number)
-        example, paths = data.resolved(draw)
-        if self.use_cache:
-            item = read_entries(paths)
-            empty = read_entries(data.resolved(draw._replace(dropped=True))[1])
-        else:
-            item, empty = self._encode(example), self._encode(example._replace(caption=""))
-        return example, collate([item]), empty["prompt_embed"][None]
+    def _validation_losses(self) -> dict[str, float]:
+        """validation_loss, and by quartile of sigma (q1: the least noise); again for the EMA."""
+        if not self._held_out():
+            return {}
+        values = {}
+        for suffix in ("", "_ema") if self.ema else ("",):
+            with self.averaged(ema=bool(suffix)):
+                losses = self._fixed_noise_losses().mean(0).tolist()
+            quarters = {f"_q{i + 1}": losses[2 * i : 2 * i + 2] for i in range(4)}
+            for name, part in {"": losses, **quarters}.items():
+                values[f"validation_loss{suffix}{name}"] = sum(part) / len(part)
+        return values
 
-    def _validation_loss(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> float:
-        """Mean over the held-out pairs at four noise levels, with the same noise every time."""
-        levels, total = (0.125, 0.375, 0.625, 0.875), 0.0
-        for example, batch, _ in items:
-            batch = to_device(batch, self.device)
-            for level in levels:
-                shape, seed = batch["pixel_latent"].shape, self.config.validation.seed
-                drawn = {
-                    "noise": normal(shape, seed, example.name, level).to(self.device),
-                    "sigma": torch.tensor([level], device=self.device),
-                }
-                # only this process validates
-                total += self._compute_loss(batch | drawn, self.bare_transformer()).item()
-        return total / len(items) / len(levels)
+    def _fixed_noise_losses(self) -> torch.Tensor:
+        """Loss of every held-out pair at every sigma, (pairs, 8) fp32, on every process.
 
-    def _validation_sheet(self, items: Sequence[tuple[Example, dict[str, Any], Any]]) -> None:
-        """references | base | LoRA | target, one row per pair."""
-        transformer = self.bare_transformer()
-        rows, captions = [], []
-        for example, batch, empty in progress(items, "validation pictures", leave=False):
-            if example.name not in self._base_pictures:
-                transformer.disable_adapters()
-                self._base_pictures[example.name] = self._validation_picture(example, batch, empty)
-                transformer.enable_adapters()
-            references = [load_picture(p) for p in example.references]
-            base = self._base_pictures[example.name]
-            edited = self._validation_picture(example, batch, empty)
-            rows.append([*references, base, edited, load_picture(example.target)])
-            captions.append(f"{example.name}: {example.caption}")
-        if self.use_cache:
-            self.unload("vae")
-        heads = [f"reference {i + 1}" for i in range(len(rows[0]) - 3)] + ["base", "LoRA", "target"]
-        self._save_sheet(f"step_{self.global_step:06d}", contact_sheet(rows, heads, captions))
+        Always the same noise, so small changes mean something; no dropout, sigma not shifted.
+        """
+        settings, accelerator, pairs = self.config.validation, self.accelerator, self._held_out()
+        losses = torch.zeros(len(pairs), len(VALIDATION_SIGMAS), device=self.device)
+        every = list(itertools.product(range(len(pairs)), range(len(VALIDATION_SIGMAS))))
+        mine = every[accelerator.process_index :: accelerator.num_processes]
+        for row, places in itertools.groupby(mine, key=lambda place: place[0]):
+            name, batch = self._validation_batch(pairs[row])
+            for _, column in places:
+                level = VALIDATION_SIGMAS[column]
+                noise = normal(batch["pixel_latent"].shape, settings.seed, name, level)
+                drawn = {"noise": noise, "sigma": torch.tensor([level])}
+                losses[row, column] = self._compute_loss(
+                    batch | to_device(drawn, self.device),
+                    self.bare_transformer(),  # KEEP: processes do not call it equally often
+                    shift=False,
+                )[0]
+        return accelerator.reduce(losses, "sum")  # each is 0 on all processes but one
+
+    def _validation_batch(self, number: int) -> tuple[str, dict[str, Any]]:
+        """Name and batch of one held-out pair, as trained but for dropout."""
+        example, paths = PairDataset(self, self.use_cache).resolved(Draw(0, number))
+        batch = collate([read_entries(paths) if self.use_cache else self._encode(example)])
+        if self.samples[number].variants[0].start_mode == "consistent":
+            batch["consistent"] = torch.tensor([True])
+        return example.name, to_device(batch, self.device)
+
+    def _validation_rows(self) -> list[tuple[Edit, list[Image.Image], str]]:
+        """(edit, pictures, note) of all rows, drawn by all processes."""
+        from accelerate.utils import gather_object
+
+        edits, accelerator = self.validation_edits(), self.accelerator
+        mine = range(accelerator.process_index, len(edits), accelerator.num_processes)
+        drawn = [
+            (number, *self._validation_row(number, edits[number]))
+            for number in progress(mine, "validation pictures", leave=False)
+        ]
+        self._release_encoders()
+        drawn = sorted(gather_object(drawn), key=lambda row: row[0])
+        return [(edits[number], pictures, note) for number, pictures, note in drawn]
+
+    def _validation_row(self, number: int, edit: Edit) -> tuple[list[Image.Image], str]:
+        """Pictures of base, LoRA (and EMA) and a note; none if there is never memory enough.
+
+        Out of memory, the row goes down RUNGS and stays there for the rest of the run.
+        """
+        while (rung := self._rungs.get(number, 0)) < len(RUNGS):
+            area, tiled, note = RUNGS[rung]
+            smaller = edit._replace(example=shrunk(edit.example, area))
+            try:
+                return self._draw_row((number, rung), smaller, tiled), note
+            except torch.OutOfMemoryError:
+                self._rungs[number] = rung + 1
+                next_note = RUNGS[rung + 1].note if rung + 1 < len(RUNGS) else "left out"
+                name = edit.example.name
+                # error: below it the other processes are silent
+                log.error("validation of %s: out of memory, from now on: %s", name, next_note)
+            # KEEP: not in the except clause, where the error still holds the tensors
+            self._release_encoders()
+        return [], "left out"
+
+    def _release_encoders(self) -> None:
+        """Free the memory of the VAE, and what else is free; without a cache it is needed."""
+        self.unload(*(["vae", "text_encoder"] if self.use_cache else []))
+
+    def _draw_row(self, place: tuple[int, int], edit: Edit, tiled: bool) -> list[Image.Image]:
+        """Base, LoRA and, if there is one, EMA, all of one size; the base is drawn once."""
+        inputs = self._edit_inputs(edit)
+        if place not in self._base_pictures:
+            with without_adapter(self.bare_transformer()):
+                self._base_pictures[place] = self._validation_picture(edit, inputs, tiled)
+        row = [self._base_pictures[place]]
+        for ema in (False, True) if self.ema else (False,):
+            with self.averaged(ema):
+                row.append(self._validation_picture(edit, inputs, tiled))
+        return row
+
+    def _edit_inputs(self, edit: Edit) -> dict[str, Any]:
+        """Latents (1, 16, 1, hk, wk) and embeddings (1, T, D) of a row, from the cache."""
+        cache, example, negative = self.config.cache, edit.example, edit.negative
+
+        def embed(prompt: Example) -> torch.Tensor:
+            return self._through_cache(prompt, cache.text_encoder_device)[None]
+
+        references = [self._through_cache(p, cache.vae_encoder_device) for p in example.references]
+        return {
+            "references": [reference[None] for reference in references],
+            "embeds": embed(example),
+            "negative": embed(negative) if negative else None,
+        }
 
     def _validation_picture(
-        self, example: Example, batch: dict[str, Any], empty: torch.Tensor
+        self, edit: Edit, inputs: dict[str, Any], tiled: bool = False
     ) -> Image.Image:
-        """One sampled picture at the target's size, from cached latents and embeddings."""
-        settings = self.config.validation
-        width, height = example.target.size
+        """What predict() gives for the same pictures and settings."""
+        width, height = edit.example.target.size
+        settings = edit.settings
         latents = self._sample(
             height,
             width,
-            batch["control_latent"],
-            batch["prompt_embed"],
-            empty if settings.true_cfg_scale > 1 else None,
-            settings.num_inference_steps,
-            settings.true_cfg_scale,
-            settings.seed,
+            **inputs,
+            steps=settings.num_inference_steps,
+            scale=settings.true_cfg_scale,
+            seed=settings.seed,
         )
         self.load_model(["vae"])
         self.vae.to(self.config.cache.vae_encoder_device or self.device)
-        return to_image(decode_latents_qwen(self.vae, latents)[0])
+        with tiled_decoding(self.vae, tiled):
+            return to_image(decode_latents_qwen(self.vae, latents)[0])
+
+    def _validation_sheet(self, rows: Sequence[tuple[Edit, list[Image.Image], str]]) -> Image.Image:
+        """references | base | LoRA | EMA, if there is one | target, if there is one."""
+        columns = ["base", "LoRA", *(["EMA"] if self.ema else [])]
+        with_target = any(edit.has_target for edit, _, _ in rows)
+        references, results, captions = [], [], []
+        for edit, pictures, note in rows:
+            example = edit.example
+            references.append([load_picture(picture) for picture in example.references])
+            row: list[Image.Image | None] = [*pictures] or [None] * len(columns)
+            if with_target:
+                row.append(load_picture(example.target) if edit.has_target else None)
+            results.append(row)
+            note = f"[out of memory: {note}] " if note else ""
+            captions.append(f"{note}{example.name}: {example.caption}")
+        heads = columns + (["target"] if with_target else [])
+        return edit_sheet(references, results, heads, captions)
 
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:

@@ -60,8 +60,8 @@ def test_generated_pixels_are_the_trainers(lora, checkpoints, tmp_path):
     number = next(i for i, s in enumerate(trainer.samples) if s.name == "hubble0")
     trainer.samples[number] = trainer.samples[number]._replace(held_out=True)
     trainer.cache_embeddings()
-    example, batch, _ = trainer._validation_item(number)
-    width, height = example.target.size
+    _, batch = trainer._validation_batch(number)
+    height, width = (8 * side for side in batch["pixel_latent"].shape[-2:])
     references, embeds = batch["control_latent"], batch["prompt_embed"]
     trainer.transformer.eval()
     latents = trainer._sample(height, width, references, embeds, None, 2, 1.0, 42)

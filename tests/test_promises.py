@@ -46,14 +46,16 @@ def test_each_of_three_references_changes_the_loss_and_the_validation_picture(
     changed, make_trainer, tmp_path
 ):
     dataset = three_references(tmp_path / "data")
-    changes = {"data.dataset_configs": [dataset], "validation.num_inference_steps": 2}
+    changes = {"data.dataset_configs": [dataset], "validation.steps": 1}
+    changes["validation.num_inference_steps"] = 2
 
     def look():
         trainer = prepared(make_trainer, **changes)
         batch = script.PairDataset(trainer, True).batch([script.Draw(0, 0)])
         with torch.no_grad():
             loss = trainer.training_step(batch).item()
-            picture = trainer._validation_picture(*trainer._validation_item(1))
+            (edit,) = trainer.validation_edits()
+            picture = trainer._validation_picture(edit, trainer._edit_inputs(edit))
         return loss, picture.tobytes()
 
     before = look()
@@ -129,14 +131,14 @@ def test_training_and_inference_embed_a_pair_alike_bit_for_bit(make_trainer):
     example, _ = script.PairDataset(trainer, True).resolved(script.Draw(0, number))
     cached = trainer._embed(example, None)
     seen = []
-    original = trainer.encode_prompt_image_embedding
-    trainer.encode_prompt_image_embedding = lambda *a: seen.append(original(*a)) or seen[-1]
+    original = trainer._embed
+    trainer._embed = lambda *a: seen.append(original(*a)) or seen[-1]
     trainer._sample = lambda *a: torch.zeros(1, 16, 1, 8, 8)
     trainer.setup_predict()
     picture = script.open_rgb(trainer.samples[number].variants[0].references[0].path)
     assert picture.width == picture.height  # the bucket's aspect: nothing is cropped
     trainer.predict(picture, example.caption, negative_prompt=None)
-    assert torch.equal(seen[0][0][0], cached)
+    assert torch.equal(seen[0], cached)
 
 
 @pytest.mark.parametrize("grey", [0, 255])
