@@ -621,7 +621,7 @@ def test_simpletuner_values(tmp_path):
         "num_inference_steps": 30,
         "true_cfg_scale": 3.5,
     }
-    assert "optimizer" not in output and named(lines, "text")
+    assert output["optimizer"] == {"init_args": {"lr": 1e-4}} and named(lines, "text")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ QUICK = {
     "train.max_train_steps": 2,
     "train.mixed_precision": "no",
     "train.gradient_checkpointing": False,
-    "optimizer.class_path": "torch.optim.AdamW",  # the 8-bit one wants a GPU
     "lr_scheduler.warmup_steps": 0,
 }
 
