@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 from conftest import ROOT
+from test_seeds import folder_pictures, suffix_pictures, trained
 
 import train_qwen_edit as script
 from utils import load_config
@@ -73,3 +74,36 @@ def test_the_recipes_of_the_three_models_differ_in_their_model_alone(card):
         config["logging"].pop("output_dir")
         found.append(config)
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("card", CARDS_GIB)
+def test_the_recipe_of_a_card_trains(card, checkpoints, tmp_path):
+    folder_pictures(tmp_path, ["after", "before"], samples=6)
+    changes = {
+        "data.dataset_configs.0.train_data_dir": tmp_path,
+        "data.dataset_configs.0.resolution": 64,
+        "data.reference_area": "target",
+        "train.gradient_checkpointing": True,
+        "validation.num_inference_steps": 2,
+    }
+    recipe = ROOT / "configs" / f"qwen_edit_2511_lora{card}.yaml"
+    if "nf4" in load(recipe).model.precision:
+        # bitsandbytes on a CPU repacks nf4 in eval mode and cannot train after that
+        changes["validation.steps"] = None
+    trainer = trained(recipe, tmp_path, checkpoints["2511"], **changes)
+    assert trainer.precision == load(recipe).model.precision
+    assert len(trainer.samples) == 6 and sum(s.held_out for s in trainer.samples) == 1
+
+
+def test_the_recipe_with_many_references_is_the_documents_example(checkpoints, tmp_path):
+    changes = {}
+    for number, ds in enumerate(load(RECIPES[-1]).data.dataset_configs):
+        suffixes = {image.suffix for image in ds.image_configs.values()}
+        folder = suffix_pictures(tmp_path / ds.name, suffixes)
+        changes[f"data.dataset_configs.{number}.train_data_dir"] = folder
+        changes[f"data.dataset_configs.{number}.resolution"] = 64
+    trainer = trained(RECIPES[-1], tmp_path, checkpoints["2511"], **changes)
+    variants = [v for s in trainer.samples for v in s.variants]
+    assert len(variants) == 3 * 6 + 3 * 5
+    assert all(v.target.stem.endswith("_T") for v in variants)
+    assert sum(v.start is not None for v in variants) == 3 * 5
