@@ -552,6 +552,48 @@ def test_t2itrainer_lokr_prodigy_and_ambiguous_words(tmp_path):
         assert named(lines, key), key
 
 
+@pytest.mark.parametrize(
+    ("kind", "base", "key"),
+    [("t2itrainer", T2I_BASE, "cosine_restarts"), ("simpletuner", ST_BASE, "lr_num_cycles")],
+)
+def test_restarts_bend_no_other_schedule(kind, base, key, tmp_path):
+    """A cosine of one cycle would end where it began."""
+    more = [ST_DATA] if kind == "simpletuner" else []
+    for schedule, cycles in (("cosine", None), ("cosine_with_restarts", 3)):
+        source = {**base, "lr_scheduler": schedule, key: 3}
+        output, lines = converted(kind, tmp_path, source, *more)
+        assert output["lr_scheduler"].get("num_cycles") == cycles
+        assert bool(named(lines, key)) == (cycles is None)
+
+
+@pytest.mark.parametrize("resolution", ["2048", "1536", "1328", "1024", 768, 512])
+def test_t2itrainers_resolutions(resolution, tmp_path):
+    output, _ = converted("t2itrainer", tmp_path, {**T2I_BASE, "resolution": resolution})
+    (ds,) = output["data"]["dataset_configs"]
+    assert ds.get("resolution", 1024) == int(resolution) and ds["buckets"] == "table"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "resolution", "area"),
+    [
+        ("target_size", [832, 576], 704, None),
+        ("target_pixels", "512*512", 512, None),
+        ("target_pixels", 262144, 512, None),
+        ("multi_resolutions", [262144, 589824], 512, None),
+        ("multi_resolutions", ["768*768", "512*512"], 768, None),
+        ("multi_resolutions", {"target": ["768*768"], "controls": [["512*512"]]}, 768, 512 * 512),
+        ("controls_size", [[384, 672], [512, 512]], 1024, 384 * 672),
+        ("controls_pixels", [262144, 262144], 1024, 262144),
+    ],
+)
+def test_sizes_of_qwen_image_finetune(key, value, resolution, area, tmp_path):
+    source = with_key(QF_BASE, f"{PROCESSOR}init_args.{key}", value)
+    output, lines = converted("qwen-image-finetune", tmp_path, source)
+    (ds,) = output["data"]["dataset_configs"]
+    assert ds.get("resolution", 1024) == resolution and named(lines, key)
+    assert output["data"]["reference_area"] == (area or "target")
+
+
 def test_simpletuner_values(tmp_path):
     source = {
         "model_flavour": "edit-v3",

@@ -59,12 +59,9 @@ def first_side_px(sizes: Any) -> int:
 
 
 def area_px(size: Any) -> int:
-    """[H, W], "H*W", a number, or a list of one of them -> the (first one's) pixels."""
-    if isinstance(size, list) and not (len(size) == 2 and all(isinstance(n, int) for n in size)):
-        return area_px(size[0])
-    return math.prod(
-        int(side) for side in (size if isinstance(size, list) else str(size).split("*"))
-    )
+    """[H, W], "H*W" or a number -> pixels."""
+    sides = size if isinstance(size, list) else str(size).split("*")
+    return math.prod(int(side) for side in sides)
 
 
 def resolution_of(side: float) -> int:
@@ -160,7 +157,7 @@ def follow(
             say(where + key, rule.note)
         if rule.to:
             put(ours, rule.to, converted(where + key, value, rule, say))
-    for key in source.keys() - table.keys():
+    for key in [key for key in source if key not in table]:
         say(where + key, UNKNOWN)
 
 
@@ -174,11 +171,17 @@ def with_defaults(source: Settings, tool: str, say: Say) -> Settings:
     return source | missing
 
 
+def drop_cycles(source: Settings, key: str, say: Say) -> None:
+    """A number of restarts that comes with another schedule."""
+    if source.get("lr_scheduler") != "cosine_with_restarts" and source.pop(key, None) is not None:
+        say(key, "counts with cosine_with_restarts alone -> left out")
+
+
 def only_known(value: Any, kind: Any, where: str, say: Say) -> Any:
     """`value` without the keys that our config class lacks, at any depth; they are named."""
     if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, dict):
         fields = kind.model_fields
-        for key in value.keys() - fields.keys():
+        for key in [key for key in value if key not in fields]:
             say(f"{where}.{key}", UNKNOWN)
         known = {key: fields[key].annotation for key in value if key in fields}
         return {k: only_known(value[k], kind, f"{where}.{k}", say) for k, kind in known.items()}
@@ -221,6 +224,7 @@ def from_t2itrainer(source: Any, say: Say) -> Settings:
         put(ours, "validation.steps", every if every > 0 else 500)
     if source.get("use_lokr") and "rank_alpha" in source:
         put(ours, "model.lora.lora_alpha", source.pop("rank_alpha"))
+    drop_cycles(source, "cosine_restarts", say)
     follow(tables()["t2itrainer"]["keys"], source, ours, say)
     return ours
 
@@ -284,6 +288,7 @@ def from_simpletuner(source: Any, backends: Any, say: Say) -> Settings:
     if source.get("use_ema"):
         source.setdefault("ema_device", "cpu")
     put(ours, "data.dataset_configs", st_data_sets(backends, source, ours, say))
+    drop_cycles(source, "lr_num_cycles", say)
     follow(tables()["simpletuner"]["keys"], source, ours, say)
     validation = ours.get("validation", {})
     if not validation.get("eval_dataset_id") and validation.pop("steps", None):
@@ -362,7 +367,7 @@ def st_data_set(
             crops[other] = crop
         if c.pop("resolution", size) != size:
             say(f"{other}.resolution", "of this reference -> data.reference_area, of all")
-        for key in c.keys() - {"id", "type", "dataset_type"}:
+        for key in [key for key in c if key not in ("id", "type", "dataset_type")]:
             say(f"{other}.{key}", table.get(key, Rule()).note or "its own -> the target's")
     kinds = set(crops.values())
     ds["conditioning_type"] = kinds.pop() if len(kinds) == 1 else "auto"
@@ -434,9 +439,11 @@ def qf_area(source: Settings, names: tuple[str, ...], say: Say) -> int | None:
     """Takes the sizes out of `source`; the first one's pixels."""
     areas = []
     for key in [k for k in source if k.startswith("data.init_args") and k.split(".")[-1] in names]:
-        value = source.pop(key)
-        areas.append(converted(key, value, Rule(change="area_px"), say))
-        say(key, f"{value} -> the first one's area ({areas[0]} px), aspects kept")
+        value = first = source.pop(key)
+        while isinstance(first, list) and (isinstance(first[0], list) or not key.endswith("size")):
+            first = first[0]
+        areas.append(converted(key, first, Rule(change="area_px"), say))
+        say(key, f"{value} -> the area of the first one, {areas[0]} px, and each aspect kept")
     return areas[0] if areas else None
 
 
@@ -537,7 +544,10 @@ def convert(tool: str, files: list[Path], say: Say) -> Config:
             ours = from_simpletuner(read_json(files[0]), read_json(files[1]), say)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # text for a number, ...
         raise UserError(f"{files[0]} is not shaped like a config of {tool}: {error}") from error
-    lora = ours.get("model", {}).get("lora", {})
+    model = ours.setdefault("model", {})
+    if "pretrained_model_name_or_path" not in model:
+        say("pretrained_model_name_or_path", "not in the file -> our default, 2511")
+    lora = model.get("lora", {})
     if lora.get("lora_alpha") == lora.get("r", 16):
         lora.pop("lora_alpha", None)  # our default
     sections = {name: json.dumps(part, ensure_ascii=False) for name, part in ours.items()}
