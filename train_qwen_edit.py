@@ -1769,7 +1769,7 @@ def contact_sheet(
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
     fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
-    below = line if captions else gap
+    below = gap + (line if captions else 0)
     heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
     width = max(len(row) for row in rows) * (cell_px + gap) + gap
     top = line if heads else gap
@@ -1784,7 +1784,7 @@ def contact_sheet(
         top += heights[y]
         if captions:
             text = shorten(captions[y], font, width - 2 * gap)
-            draw.text((gap, top - line + 3), text, "dimgray", font)
+            draw.text((gap, top - below + 3), text, "dimgray", font)
     return sheet
 
 
@@ -3497,8 +3497,7 @@ class QwenImageEditTrainer:
                 self._rungs[number] = rung + 1
                 next_note = RUNGS[rung + 1].note if rung + 1 < len(RUNGS) else "left out"
                 name = edit.example.name
-                # error: below it the other processes are silent
-                log.error("validation of %s: out of memory, from now on: %s", name, next_note)
+                tqdm.write(f"validation of {name}: out of memory, from now on: {next_note}")
             # KEEP: not in the except clause, where the error still holds the tensors
             self._release_encoders()
         return [], "left out"
