@@ -1047,8 +1047,8 @@ def check_validation(
     something = settings.samples or any(sample.held_out for sample in samples)
     if settings.steps and samples and not something:
         problems.append(
-            "validation.steps is set, but nothing is held out (holdout, holdout_ratio, "
-            "eval_dataset_id) and validation.samples is empty"
+            "validation.steps is set, but no data set names samples in holdout (or holdout_ratio, "
+            "or eval_dataset_id), and validation.samples is empty"
         )
     if flavour and flavour.name == "edit-v1":
         numbers = (i for i, sample in enumerate(settings.samples) if len(sample.images) > 1)

@@ -458,7 +458,7 @@ def test_what_validation_lacks_is_in_the_audit(config_file, shared):
     assert "validation.samples.0.images: 2508 takes one reference" in found
     assert problems(**{"validation.samples": [sample], "validation.steps": None}) == ""
     nothing = {"data.dataset_configs": [suffix_dataset(shared[0])]}
-    assert "nothing is held out" in problems(**nothing)
+    assert "validation.samples is empty" in problems(**nothing)
     good = {"prompt": "x", "images": [str(photo(shared, "coffee0_R.png"))]}
     assert problems(**nothing, **{"validation.samples": [good]}) == ""
 
