@@ -133,7 +133,7 @@ class LoraConfig(Section):
     """lokr: size of the smaller matrix; -1: about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
     """How A starts; B starts at zero, so step 0 is the base model."""
-    target_modules: list[str] | str = ["to_q", "to_k", "to_v", "to_out.0"]
+    target_modules: list[str] | str = "attn-image"
     """A named set (attn-image, attn-all, attn+mlp, all-linear), names of linear layers (matched
     from the end), or one regular expression."""
     exclude_blocks: str = ""
