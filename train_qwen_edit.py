@@ -814,7 +814,7 @@ def make_variants(ds: DatasetConfig, files: dict[str, Path], rate: float) -> tup
                 vision_dropout=dropout,
                 vision_min=least,
                 vision_area=area,
-                weight=batch.weight or 1.0,
+                weight=batch.weight,
             )
         )
     return tuple(variants)
