@@ -156,7 +156,7 @@ class LoraConfig(Section):
     """lokr: size of the smaller matrix; -1: about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
     """How A starts; B starts at zero, so step 0 is the base model."""
-    target_modules: list[str] | str = ["to_q", "to_k", "to_v", "to_out.0"]
+    target_modules: list[str] | str = "attn-image"
     """A named set (attn-image, attn-all, attn+mlp, all-linear), names of linear layers (matched
     from the end), or one regular expression."""
     exclude_blocks: str = ""
@@ -1409,8 +1409,8 @@ def check_validation(
     something = settings.samples or any(sample.held_out for sample in samples)
     if settings.steps and samples and not something:
         problems.append(
-            "validation.steps is set, but nothing is held out (holdout, holdout_ratio, "
-            "eval_dataset_id) and validation.samples is empty"
+            "validation.steps is set, but no data set names samples in holdout (or holdout_ratio, "
+            "or eval_dataset_id), and validation.samples is empty"
         )
     if flavour and flavour.name == "edit-v1":
         numbers = (i for i, sample in enumerate(settings.samples) if len(sample.images) > 1)
@@ -2905,7 +2905,7 @@ def contact_sheet(
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
     fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
-    below = line if captions else gap
+    below = gap + (line if captions else 0)
     heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
     width = max(len(row) for row in rows) * (cell_px + gap) + gap
     top = line if heads else gap
@@ -2920,7 +2920,7 @@ def contact_sheet(
         top += heights[y]
         if captions:
             text = shorten(captions[y], font, width - 2 * gap)
-            draw.text((gap, top - line + 3), text, "dimgray", font)
+            draw.text((gap, top - below + 3), text, "dimgray", font)
     return sheet
 
 
@@ -4857,8 +4857,7 @@ class QwenImageEditTrainer:
                 self._rungs[number] = rung + 1
                 next_note = RUNGS[rung + 1].note if rung + 1 < len(RUNGS) else "left out"
                 name = edit.example.name
-                # error: below it the other processes are silent
-                log.error("validation of %s: out of memory, from now on: %s", name, next_note)
+                tqdm.write(f"validation of {name}: out of memory, from now on: {next_note}")
             # KEEP: not in the except clause, where the error still holds the tensors
             self._release_encoders()
         return [], "left out"

@@ -127,7 +127,7 @@ def test_a_run_leaves_what_the_house_promises(straight_run):
 def test_validation_shows_references_base_lora_target(straight_run):
     sheets = straight_run[0] / "out" / "samples"
     start, end = (Image.open(sheets / f"step_{s:06d}.png") for s in (0, 12))
-    assert start.size == end.size == (4 * 264 + 8, 24 + 256 + 24)
+    assert start.size == end.size == (4 * 264 + 8, 24 + 256 + 32)
     columns = [
         [sheet.crop((8 + 264 * i, 24, 264 * (i + 1), 280)) for i in range(4)]
         for sheet in (start, end)
