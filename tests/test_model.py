@@ -1,5 +1,6 @@
 """Section 4: loading, quantising, LoRA kinds, devices, block swap."""
 
+import json
 import logging
 import multiprocessing
 import shutil
@@ -7,12 +8,13 @@ import shutil
 import diffusers
 import pytest
 import torch
-from conftest import with_lora_noise
+from conftest import run, with_lora_noise
 from safetensors.torch import load_file, save_file
 
 import demo
 import generate
 import train_qwen_edit as script
+from benchmarks import load_quantized
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -559,3 +561,23 @@ def test_generate_applies_lokr_files_alone_and_beside_a_lora(make_trainer, tmp_p
             assert min((seen - v).abs().max() for v in (base, *expected.values())) > 0.05
         generate.set_scales(pipeline, config, 0.0)
         assert torch.equal(velocity(pipeline.transformer), base)
+
+
+# -- memory
+
+
+def test_loading_int8_never_holds_more_than_two_blocks_in_full_precision(tmp_path):
+    """Resident memory of a fresh process, own and mapped pages, sampled every millisecond."""
+    whole, block = load_quantized.write_random_transformer(
+        tmp_path / "transformer", load_quantized.SMALL
+    )
+    assert whole > 800 * 2**20
+    places = [tmp_path / "transformer", tmp_path / "cache"]
+    command = [load_quantized.__file__, "--precision", "int8-quanto", "--measure", *places]
+    # temporaries while the largest layer (8 MiB) is quantised: |w|, w / scale, rounded, clamped
+    slack = 48 * 2**20
+    for start in ("first", "from the cache"):
+        found = json.loads(run(*command).stdout.splitlines()[-1])
+        assert 0.65 * whole < found["size"] < 0.69 * whole  # a third (modulation) stays bf16
+        assert found["cpu"] <= found["size"] + 2 * block + slack < whole, start
+        assert found["cpu"] >= found["size"], "the sampling missed something"
