@@ -8,7 +8,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from conftest import run, with_lora_noise
+from conftest import copy_pairs, run, with_lora_noise
 from safetensors.torch import load_file, save_file
 
 import demo
@@ -581,3 +581,120 @@ def test_loading_int8_never_holds_more_than_two_blocks_in_full_precision(tmp_pat
         assert 0.65 * whole < found["size"] < 0.69 * whole  # a third (modulation) stays bf16
         assert found["cpu"] <= found["size"] + 2 * block + slack < whole, start
         assert found["cpu"] >= found["size"], "the sampling missed something"
+
+
+# -- quantised activations
+
+
+def activations_trainer(make, precision="int8-quanto", quantise=True, **changes):
+    return make(
+        **{
+            "model.base_model_precision": precision,
+            "model.quantize_activations": quantise,
+            "model.lora.target_modules": "attn+mlp",
+            "train.gradient_checkpointing": True,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["int8-quanto", "fp8-quanto"])
+def test_activations_are_quantised_and_the_lora_still_learns(precision, mixed, make_deep):
+    steps = {}
+    for quantise in (True, False):
+        trainer = activations_trainer(
+            make_deep, precision, quantise, **{"train.mixed_precision": mixed}
+        )
+        trainer.set_lora()
+        trainer.calibrate([[a_batch(1), a_batch(2)], a_batch(0)])
+        steps[quantise] = loss_and_gradients(trainer)
+    (loss, gradients), (expected, wanted) = steps[True], steps[False]
+    assert loss != expected
+    torch.testing.assert_close(loss, expected, rtol=0.03, atol=0)
+    ours, theirs = (torch.cat([g.flatten() for g in gs.values()]) for gs in (gradients, wanted))
+    similarity = torch.nn.functional.cosine_similarity(ours, theirs, dim=0)
+    assert similarity > (0.98 if precision == "int8-quanto" else 0.95)
+
+
+def test_what_enters_a_layer_is_rounded_to_its_scale(make_deep):
+    trainer = activations_trainer(make_deep)
+    trainer.set_lora()
+    trainer.calibrate([a_batch()])
+    layer = trainer.transformer.transformer_blocks[3].attn.to_q.base_layer
+    inputs = 0.3 * torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+    rounded = (inputs / layer.input_scale).round().clamp(-127, 127) * layer.input_scale
+    expected = torch.nn.functional.linear(rounded, layer.weight.dequantize(), layer.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def input_scales(transformer):
+    from optimum.quanto import QLinear
+
+    layers = [m for m in transformer.modules() if isinstance(m, QLinear)]
+    return torch.stack([layer.input_scale for layer in layers])
+
+
+def test_scales_are_the_largest_inputs_of_the_first_steps(make_deep):
+    found = []
+    for batches in ([a_batch(0), a_batch(1)], [a_batch(1), a_batch(0)], [a_batch(0)]):
+        trainer = activations_trainer(make_deep)
+        trainer.set_lora()
+        trainer.calibrate(batches)
+        found.append(input_scales(trainer.transformer))
+        before = found[-1].clone()
+        trainer.calibrate([a_batch(2)])  # once is enough
+        assert torch.equal(input_scales(trainer.transformer), before)
+    assert torch.equal(found[0], found[1]) and (found[0] >= found[2]).all()
+    assert (found[0] > found[2]).any() and (found[2] > 0).all() and not (found[2] == 1).any()
+    seen = []
+    trainer = activations_trainer(make_deep, quantise=False)
+    trainer.set_lora()
+    layer = trainer.transformer.transformer_blocks[0].attn.to_q.base_layer
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].abs().max()))
+    with torch.no_grad():
+        trainer.training_step(a_batch(0))
+    assert found[2][list(quanto_names(trainer)).index("transformer_blocks.0.attn.to_q")] == (
+        seen[0] / 127
+    )
+
+
+def quanto_names(trainer):
+    from optimum.quanto import QLinear
+
+    for name, module in trainer.transformer.named_modules():
+        if isinstance(module, QLinear):
+            yield name.removesuffix(".base_layer")
+
+
+def folders_dataset(folder):
+    """Four photo pairs in the folders layout."""
+    copy_pairs(folder)
+    for end, name in (("T", "after"), ("R", "before")):
+        (folder / name).mkdir()
+        for file in folder.glob(f"*_{end}.*"):
+            file.rename(folder / name / file.name.replace(f"_{end}", ""))
+    data = {"train_data_dir": str(folder), "resolution": 64}
+    return {**data, "target_dir": "after", "reference_dirs": ["before"]}
+
+
+def test_a_resumed_run_has_the_same_scales_and_ends_bit_equal(make_deep, tmp_path):
+    changes = {
+        "data.dataset_configs": [folders_dataset(tmp_path / "data")],
+        "train.resume_from_checkpoint": "latest",
+    }
+    straight = activations_trainer(make_deep, **changes)
+    straight.fit()  # 4 steps, checkpoints at 2 and 4
+    out = tmp_path / "out"
+    trained = load_file(out / script.LORA_FILE)
+    shutil.rmtree(out / "checkpoint-4")
+    resumed = activations_trainer(make_deep, **changes)
+    resumed.fit()
+    assert resumed.global_step == 4
+    ours, theirs = (input_scales(t.bare_transformer()) for t in (resumed, straight))
+    assert torch.equal(ours, theirs)
+    again = load_file(out / script.LORA_FILE)
+    assert again.keys() == trained.keys()
+    for name, tensor in again.items():
+        assert torch.equal(tensor, trained[name]), name
