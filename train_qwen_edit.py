@@ -21,6 +21,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import csv
+import ctypes
 import datetime
 import difflib
 import functools
@@ -2100,6 +2101,7 @@ class TransformerLoader:
             is_block = name.startswith("transformer_blocks.")
             via = torch.device("cpu") if quantize_via == "cpu" else device
             self.fill(name, home, via if is_block else None)
+            return_freed_memory()
         model.eval().requires_grad_(False)
         mark_quantized(model, self.precision)
         connect(model, layout)
@@ -2140,6 +2142,15 @@ class TransformerLoader:
                         tensor = file.get_tensor(name).to(device, self.dtype, copy=True)
                         tensors[name.removeprefix(prefix)] = tensor
         return tensors
+
+
+def return_freed_memory() -> None:
+    """Give the holes between small tensors that stay back to the system.
+
+    KEEP: without it glibc holds more than the whole model in full precision at the end.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_kept(path: Path, device: torch.device) -> dict[str, torch.Tensor] | None:
