@@ -301,7 +301,7 @@ class DatasetConfig(Section):
     """Name of the data set, for validation.eval_dataset_id and the log; default: its folder's."""
     train_data_dir: Path = Path()
     """Folder of the data set; it is only read."""
-    resolution: int = Field(1024, ge=64, multiple_of=SIZE_MULTIPLE)
+    resolution: int = Field(1024, ge=64, multiple_of=16)
     """Side of the square whose area the targets get, px; aspect ratios are kept (buckets)."""
     buckets: Literal["fine", "table"] = "fine"
     """fine: every size in steps of 32 px; table: the 13 shapes (and their transposes) that

@@ -63,7 +63,7 @@ WHOLE = ("demo.py", "-m pytest")
 def workplace(tmp_path_factory, checkpoints):
     """A copy of the project in which the documents' commands run on tiny models."""
     place = tmp_path_factory.mktemp("docs")
-    for name in ("data", "configs"):
+    for name in ("data", "configs", "tools", "tests/seeds"):
         shutil.copytree(ROOT / name, place / name)
     for file in ROOT.glob("*.py"):
         shutil.copy(file, place)

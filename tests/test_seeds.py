@@ -1,0 +1,426 @@
+"""The examples of the three documents this project answers, as they stand in tests/seeds/.
+
+Only paths, device numbers, the model's name, the resolution (64 px) and the number of steps are
+replaced. Each data example trains: converted and, where the grammar is ours, as it is.
+"""
+
+import ast
+import inspect
+import json
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+from PIL import Image
+from safetensors.torch import load_file
+from test_convert import tool
+
+import train_qwen_edit as script
+from utils import UserError, load_config
+
+SEEDS = ROOT / "tests" / "seeds"
+QUICK = {
+    "data.num_workers": 0,
+    "train.max_train_steps": 2,
+    "train.mixed_precision": "no",
+    "train.gradient_checkpointing": False,
+    "lr_scheduler.warmup_steps": 0,
+}
+
+
+def overrides(values):
+    """As one types them: text without quotes."""
+    for key, value in values.items():
+        plain = isinstance(value, str | Path)
+        yield f"--{key}={value if plain else json.dumps(value)}"
+
+
+def text_of(name):
+    return (SEEDS / name).read_text()
+
+
+def fragment(name, folder):
+    """A piece of JSON as the document has it; some end in the comma that led on to the next."""
+    file = folder / name
+    file.write_text(text_of(name).strip().removesuffix(","))
+    return tool.read_json(file)
+
+
+def picture(file, seed, size=(72, 64)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8)
+    Image.fromarray(pixels).save(file)
+
+
+def suffix_pictures(folder, suffixes, samples=3):
+    """name_T.png, name_T.txt, ... for every suffix."""
+    for number in range(samples):
+        for place, suffix in enumerate(sorted(suffixes)):
+            picture(folder / f"sample{number}{suffix}.png", 100 * number + place)
+            (folder / f"sample{number}{suffix}.txt").write_text(f"from {suffix} to T")
+    return folder
+
+
+def folder_pictures(root, folders, samples=3):
+    """The same names in every folder, a text with two captions beside the first one's."""
+    for number in range(samples):
+        for place, folder in enumerate(folders):
+            picture(root / folder / f"{number}.png", 100 * number + place)
+        (root / folders[0] / f"{number}.txt").write_text("make it snow\nlet snow fall\n")
+    return root / folders[0]
+
+
+def trained(config_file, tmp_path, checkpoint, **changes):
+    """The trainer after a real run of a config file, its first steps recorded."""
+    quick = QUICK | {
+        "model.pretrained_model_name_or_path": checkpoint,
+        "logging.output_dir": tmp_path / "out",
+        "cache.cache_dir": tmp_path / "cache",
+        **changes,
+    }
+    argv = ["--config", str(config_file), *overrides(quick)]
+    config = load_config(script.Config, argv, script.audit)
+    trainer = script.QwenImageEditTrainer(config)
+    trainer.fit()
+    lora = load_file(config.logging.output_dir / script.LORA_FILE)
+    assert trainer.global_step == config.train.max_train_steps
+    assert any(tensor.any() for name, tensor in lora.items() if "lora_B" in name)
+    return trainer
+
+
+def written(path, config):
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+def converted(kind, tmp_path, *sources):
+    """Settings that the converter makes of these files."""
+    files = [written(tmp_path / f"{number}.json", s) for number, s in enumerate(sources)]
+    return tool.convert(kind, files, lambda key, text: None).model_dump(
+        mode="json", exclude_defaults=True
+    )
+
+
+def targets(trainer):
+    return {v.target.stem.rsplit("_")[-1] for s in trainer.samples for v in s.variants}
+
+
+# --- T2ITrainer -----------------------------------------------------------------------------------
+
+
+def small_data_set(folder):
+    """The document's fragments, put together as it describes."""
+    return {
+        "train_data_dir": str(suffix_pictures(folder, ("_T", "_R", "_D"))),
+        "resolution": "512",
+        "recreate_cache": True,
+        "repeats": 2,
+        "image_configs": fragment("000_image_configs.json", folder),
+        "target_configs": fragment("000_target_configs.json", folder),
+        "reference_configs": fragment("000_reference_configs.json", folder),
+        "caption_configs": fragment("000_caption_configs.json", folder),
+        "batch_configs": fragment("000_batch_configs.json", folder),
+    }
+
+
+def long_example(folder):
+    """The document's second example, on pictures with its suffixes."""
+    source = tool.read_json(SEEDS / "000_dataset_configs.json")
+    for ds in source["dataset_configs"]:
+        suffixes = {image["suffix"] for image in ds["image_configs"].values()}
+        name = ds["train_data_dir"].rsplit("/", 1)[1]
+        ds["train_data_dir"] = str(suffix_pictures(folder / name, suffixes))
+    return source
+
+
+def as_it_is(source, tmp_path):
+    data = {
+        **json.loads(json.dumps(source)),
+        "reference_area": "target",
+    }  # 1 MP pictures take a CPU too long
+    return written(tmp_path / "direct.yaml", at_64_px({"data": data}))
+
+
+def through_the_converter(source, tmp_path):
+    """But for T2ITrainer's shapes (the smallest have 384 px) and block 59 of a tiny model."""
+    ours = converted("t2itrainer", tmp_path, {**source, "validation_ratio": 0})
+    assert ours["model"]["lora"].pop("exclude_blocks") == "59"
+    assert {ds.pop("buckets") for ds in ours["data"]["dataset_configs"]} == {"table"}
+    return written(tmp_path / "converted.yaml", at_64_px(ours))
+
+
+def at_64_px(config):
+    for ds in config["data"]["dataset_configs"]:
+        assert int(ds["resolution"]) == 512
+        ds["resolution"] = 64
+    return config
+
+
+WAYS = pytest.mark.parametrize("way", [as_it_is, through_the_converter])
+
+
+@WAYS
+def test_the_small_example_names_its_mistake_and_trains_without_it(way, checkpoints, tmp_path):
+    ds = small_data_set(tmp_path / "photos")
+    file = way({"dataset_configs": [ds]}, tmp_path)
+    with pytest.raises(UserError, match="did you mean 'reference_train'"):
+        trained(file, tmp_path, checkpoints["2511"])
+    ds["batch_configs"][0]["reference_config"] = "reference_train"
+    file = way({"dataset_configs": [ds]}, tmp_path)
+    trainer = trained(file, tmp_path, checkpoints["2511"])
+    assert len(trainer.samples) == 3 and targets(trainer) == {"T"}
+    for sample in trainer.samples:
+        (variant,) = sample.variants
+        assert [r.path.stem[-2:] for r in variant.references] == ["_R", "_D"]
+        assert variant.caption_dropout == 0.1 and variant.caption == "from _T to T"
+        assert [r.area for r in variant.vision] == [384**2] * 2
+
+
+def test_two_orders_of_references_are_two_combinations(checkpoints, tmp_path):
+    ds = small_data_set(tmp_path / "photos")
+    ds["reference_configs"] = fragment("000_reference_configs_two_orders.json", tmp_path)
+    ds["caption_configs"]["train_caption"].pop("reference_list")
+    batch = {"target_config": "target_train", "caption_config": "train_caption"}
+    ds["batch_configs"] = [batch | {"reference_config": name} for name in ds["reference_configs"]]
+    trainer = trained(as_it_is({"dataset_configs": [ds]}, tmp_path), tmp_path, checkpoints["2511"])
+    orders = [[r.path.stem[-1] for r in v.references] for v in trainer.samples[0].variants]
+    assert orders == [["R", "D"], ["D", "R"]]
+
+
+@WAYS
+def test_the_long_example_trains_every_single_reference_towards_t(way, checkpoints, tmp_path):
+    trainer = trained(way(long_example(tmp_path), tmp_path), tmp_path, checkpoints["2511"])
+    assert [len(s.variants) for s in trainer.samples] == [6] * 3 + [5] * 3
+    assert targets(trainer) == {"T"}
+    for sample in trainer.samples:
+        for variant in sample.variants:
+            (reference,) = variant.references
+            assert variant.vision[0].path == reference.path
+            assert variant.caption == f"from _{reference.path.stem.rsplit('_')[-1]} to T"
+            assert variant.caption_dropout == 0.1
+            assert variant.weight == pytest.approx(1 / len(sample.variants))
+            start = variant.start.stem.rsplit("_")[-1] if variant.start else None
+            assert start == (None if sample.dataset == 0 else "DT")
+    assert trainer.step_plan().steps_per_epoch == 3 * 8 + 3 * 30
+
+
+# --- SimpleTuner ----------------------------------------------------------------------------------
+
+
+def simpletuner_example(version, tmp_path, **changes):
+    """config.json, multidatabackend.json -> the data sets' folders filled, our config file."""
+    source = tool.read_json(SEEDS / "002_config.jsonc") | changes
+    text = text_of(f"002_multidatabackend_edit_{version}.jsonc")
+    text = text.replace('"/datasets', f'"{tmp_path}').replace("1024", "64")
+    data = json.loads(text)
+    folders = [d["instance_data_dir"] for d in data if "instance_data_dir" in d]
+    folder_pictures(tmp_path, folders)
+    return source, data
+
+
+def test_edit_v1_trains(checkpoints, tmp_path):
+    ours = converted("simpletuner", tmp_path, *simpletuner_example("v1", tmp_path))
+    assert ours["model"]["pretrained_model_name_or_path"] == "Qwen/Qwen-Image-Edit"
+    assert ours["model"]["base_model_precision"] == "int8-quanto"
+    assert ours["loss"]["timestep_shift"] == 1.73 and ours["validation"]["resolution"] == 1024
+    trainer = trained(
+        written(tmp_path / "my.yaml", ours),
+        tmp_path,
+        checkpoints["2508"],
+        **{"data.reference_area": 64 * 64},
+    )
+    assert len(trainer.samples) == 3
+    for sample in trainer.samples:  # a caption in each line of the text file
+        assert [v.caption for v in sample.variants] == ["make it snow", "let snow fall"]
+        for variant in sample.variants:
+            assert variant.target.parent.name == "images"
+            assert [r.path.parent.name for r in variant.references] == ["reference"]
+
+
+def test_edit_v2_trains_with_all_three_references_as_large_as_the_target(checkpoints, tmp_path):
+    changes = {"model_flavour": "edit-v2", **tool.read_json(SEEDS / "002_model_kwargs.jsonc")}
+    ours = converted("simpletuner", tmp_path, *simpletuner_example("v2", tmp_path, **changes))
+    assert ours["data"]["reference_area"] == "target"
+    trainer = trained(written(tmp_path / "my.yaml", ours), tmp_path, checkpoints["2509"])
+    expected = ["reference_a", "reference_b", "reference_c"]
+    for sample in trainer.samples:
+        for variant in sample.variants:
+            assert [r.path.parent.name for r in variant.references] == expected
+    example = script.resolve(
+        trainer.config, trainer.flavour, trainer.samples, script.Draw(0, 0), trainer.index
+    )
+    assert {p.size for p in example.references} == {example.target.size}
+
+
+def test_eval_dataset_id_is_drawn_and_never_trained(checkpoints, tmp_path):
+    changes = tool.read_json(SEEDS / "002_eval_dataset_id.jsonc")
+    source, data = simpletuner_example("v1", tmp_path, **changes, validation_step_interval=1)
+    held_out = [
+        json.loads(json.dumps(d).replace("qwen-edit-", "qwen-edit-val-").replace("images", "held"))
+        for d in data[:2]
+    ]
+    held_out[0] |= {"id": "qwen-edit-val", "instance_data_dir": f"{tmp_path}/val"}
+    held_out[1] |= {"instance_data_dir": f"{tmp_path}/val_reference"}
+    folder_pictures(tmp_path, ["val", "val_reference"], samples=2)
+    ours = converted("simpletuner", tmp_path, source, data + held_out)
+    changes = {"data.reference_area": 64 * 64, "validation.resolution": 64}
+    changes |= {"validation.num_inference_steps": 2, "validation.true_cfg_scale": 1}
+    file = written(tmp_path / "my.yaml", ours)
+    trainer = trained(file, tmp_path, checkpoints["2508"], **changes)
+    assert [s.held_out for s in trainer.samples] == [False] * 3 + [True] * 2
+    assert (tmp_path / "out" / "samples" / "step_000001.png").exists()
+
+
+def example_names():
+    """{example of SimpleTuner: recipe of ours}, as docs/convert_config.md has it."""
+    page = (ROOT / "docs" / "convert_config.md").read_text()
+    return dict(re.findall(r"\| `example=(\S+)` \| `configs/(\S+)` \|", page))
+
+
+@pytest.mark.parametrize("line", [0, 1])
+def test_the_examples_commands_have_a_recipe_that_trains(line, checkpoints, tmp_path):
+    """`simpletuner train example=NAME` -> train_qwen_edit.py --config configs/..."""
+    commands = [c for c in text_of("002_train_example.sh").splitlines() if c[0] != "#"]
+    name = commands[line].removeprefix("simpletuner train example=")
+    recipe = ROOT / "configs" / example_names()[name]
+    folder_pictures(tmp_path, ["after", "before"], samples=6)
+    changes = {
+        "data.dataset_configs.0.train_data_dir": tmp_path,
+        "data.dataset_configs.0.resolution": 64,
+        "data.reference_area": 64 * 64,
+        "validation.num_inference_steps": 2,
+    }
+    kind = "2508" if "edit-v1" in name else "2509"
+    trainer = trained(recipe, tmp_path, checkpoints[kind], **changes)
+    assert trainer.flavour.name == name.split(".")[1].removesuffix("-lora")
+    assert sum(not s.held_out for s in trainer.samples) == 5
+
+
+def test_the_manual_command_is_two_of_ours(checkpoints, tmp_path):
+    """`simpletuner train --config A --data B` -> convert_config.py simpletuner A B, then train."""
+    source, data = simpletuner_example("v1", tmp_path)
+    words = shlex.split(text_of("002_train_config.sh").replace("\\\n", " "))
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    for flag, content in (("--config", source), ("--data", data)):
+        (tmp_path / given[flag]).parent.mkdir(parents=True, exist_ok=True)
+        written(tmp_path / given[flag], content)
+    converter = ROOT / "tools" / "convert_config.py"
+    done = run(converter, "simpletuner", given["--config"], given["--data"], cwd=tmp_path)
+    (tmp_path / "my.yaml").write_text(done.stdout)
+    quick = QUICK | {"data.reference_area": 64 * 64}
+    quick |= {"model.pretrained_model_name_or_path": checkpoints["2508"]}
+    run(script.__file__, "--config", "my.yaml", *overrides(quick), cwd=tmp_path)
+    assert (tmp_path / "outputs" / "qwen_edit" / script.LORA_FILE).exists()
+
+
+# --- QwenImageEditTrainer -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notebook(checkpoints, tmp_path, monkeypatch):
+    """The modules that the document imports, its config file, and a loader of batches."""
+    (tmp_path / "configs").mkdir()
+    text = text_of("003_config.yaml").replace("/path/to/cache", str(tmp_path / "cache"))
+    config_file = tmp_path / "configs" / "qwen_image_edit_config.yaml"
+    config_file.write_text(re.sub(r"cuda:\d", "cpu", text))
+    named = {
+        "model.pretrained_model_name_or_path": checkpoints["2511"],
+        "logging.output_dir": tmp_path / "out",
+        "train.max_train_steps": 2,
+        "train.mixed_precision": "no",  # these CPUs are slower in bf16
+        "data.reference_area": "target",
+        "data.dataset_configs.0.target_dir": folder_pictures(tmp_path, ["after", "before"]),
+        "data.dataset_configs.0.reference_dirs": ["before"],
+        "data.dataset_configs.0.resolution": 64,  # what predict draws
+    }
+    modules = {
+        "qwen_image_edit_trainer": {"QwenImageEditTrainer": script.QwenImageEditTrainer},
+        "data": {"__path__": []},
+        "data.config": {
+            "load_config_from_yaml": lambda path: load_config(
+                script.Config, ["--config", path, *overrides(named)]
+            )
+        },
+    }
+    for name, members in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    photos = rng.integers(0, 255, (2, 64, 64, 3), np.uint8)
+    batch = {"image": [photos[0]], "control": [[photos[1]]], "prompt": ["make it snow"]}
+    return {"train_dataloader": [batch, batch], "prompt_image": photos[1], "prompt": "snow"}
+
+
+def test_the_usage_examples_run_as_written(notebook, tmp_path):
+    exec(text_of("003_basic_usage.py"), notebook)
+    trainer = notebook["trainer"]
+    assert trainer.global_step == 2 and trainer.cache_exist
+    assert notebook["image"].shape == (64, 64, 3) and notebook["image"].dtype == np.uint8
+    assert trainer.config.predict.devices.transformer == "cpu"
+    code = text_of("003_advanced_usage.py").replace("/path/to/lora", str(tmp_path / "lora"))
+    _, learn, quantised, *_ = re.split(r"^(?=# )", code, flags=re.MULTILINE)
+    trainer = script.QwenImageEditTrainer(trainer.config)
+    exec(learn, notebook | {"trainer": trainer})
+    assert trainer.global_step == 2 and list((tmp_path / "lora").rglob(script.LORA_FILE))
+    trainer = script.QwenImageEditTrainer(trainer.config)
+    later = notebook | {"trainer": trainer}
+    exec(quantised, later)
+    assert later["image"].shape == (64, 64, 3)
+    assert trainer.precision == "fp8-quanto"
+
+
+def test_the_yaml_is_read_as_written():
+    config = load_config(script.Config, ["--config", str(SEEDS / "003_config.yaml")])
+    assert config.train.gradient_checkpointing and config.train.max_grad_norm == 1
+    assert config.cache.vae_encoder_device == "cuda:1"
+    assert config.cache.text_encoder_device == "cuda:2" and config.cache.use_cache
+    devices = config.predict.devices
+    assert (devices.vae, devices.text_encoder, devices.transformer) == (
+        "cuda:5",
+        "cuda:6",
+        "cuda:7",
+    )
+
+
+def test_both_choices_of_gradient_checkpointing_are_read(tmp_path):
+    """The document shows them in one block; together they are a duplicate key."""
+    file = SEEDS / "003_gradient_checkpointing.yaml"
+    with pytest.raises(UserError, match="duplicate key 'gradient_checkpointing'"):
+        load_config(script.Config, ["--config", str(file)])
+    *head, first, second = file.read_text().splitlines()
+    for line, expected in ((first, True), (second, False)):
+        (tmp_path / "one.yaml").write_text("\n".join([*head, line]))
+        config = load_config(script.Config, ["--config", str(tmp_path / "one.yaml")])
+        assert config.train.gradient_checkpointing is expected
+
+
+def listed_methods():
+    """(method, its arguments; None: not all named) of the document's lists."""
+    for file in sorted(SEEDS.glob("003_*_methods.py")):
+        for name, arguments in re.findall(r"^(\w+)\((.*?)\)", file.read_text(), re.MULTILINE):
+            names = [a.strip() for a in arguments.split(",") if a.strip()]
+            yield name, None if "..." in names else names
+
+
+@pytest.mark.parametrize(("name", "arguments"), list(listed_methods()))
+def test_every_method_of_the_document_exists_and_takes_its_arguments(name, arguments):
+    signature = inspect.signature(getattr(script.QwenImageEditTrainer, name))
+    if arguments is not None:
+        signature.bind("self", *arguments)
+
+
+def test_predict_has_the_documents_signature():
+    code = text_of("003_predict_signature.py") + "    pass\n"
+    document = ast.parse(code).body[0].args
+    ours = list(inspect.signature(script.QwenImageEditTrainer.predict).parameters.values())
+    names = [argument.arg for argument in document.args]
+    assert [p.name for p in ours[: len(names)]] == names
+    defaults = [ast.literal_eval(node) for node in document.defaults]
+    assert [p.default for p in ours[len(names) - len(defaults) : len(names)]] == defaults
