@@ -300,15 +300,16 @@ def test_damaged_or_missing_parts_are_built_again(deep, tmp_path, caplog):
     first = load(deep, torch.bfloat16, "int8-quanto", cache=tmp_path)
     files = kept_files(tmp_path)
     sound = {file: file.read_bytes() for file in files}
-    files[0].write_bytes(sound[files[0]][:-7] + b"damaged")
-    files[1].write_bytes(b"")
-    files[2].unlink()
-    times = {file: file.stat().st_mtime_ns for file in files[3:]}
+    hurt = [next(f for f in files if f.stem == f"transformer_blocks.{n}") for n in (1, 3, 4)]
+    hurt[0].write_bytes(sound[hurt[0]][:-7] + b"damaged")
+    hurt[1].write_bytes(b"")
+    hurt[2].unlink()
+    times = {file: file.stat().st_mtime_ns for file in files if file not in hurt}
     with caplog.at_level(logging.WARNING):
         again = load(deep, torch.bfloat16, "int8-quanto", cache=tmp_path)
-    assert caplog.text.count("it is built again") == 2 and files[0].name in caplog.text
+    assert caplog.text.count("it is built again") == 2 and hurt[0].name in caplog.text
     assert {file: file.read_bytes() for file in files} == sound
-    assert {file: file.stat().st_mtime_ns for file in files[3:]} == times
+    assert {file: file.stat().st_mtime_ns for file in times} == times
     assert torch.equal(velocity(again, torch.bfloat16), velocity(first, torch.bfloat16))
 
 
@@ -404,6 +405,9 @@ def test_wrong_targets_and_blocks_are_named(make_deep, deep):
     trainer = make_deep(**{"model.lora.target_modules": "attn-img"})
     with pytest.raises(UserError, match=r"attn-img; there are the sets attn-image, attn-all.*to_q"):
         trainer.set_lora()
+    trainer = make_deep(**{"model.lora.exclude_blocks": "0-5"})
+    with pytest.raises(UserError, match="no layer is left to train"):
+        trainer.preflight()
     config = make_deep(**{"model.lora.exclude_blocks": "0, 6-9"}).config
     assert "model.lora.exclude_blocks: no block 6, the last is 5" in script.audit(config)
 
@@ -576,12 +580,10 @@ def test_loading_int8_never_holds_more_than_two_blocks_in_full_precision(tmp_pat
     assert whole > 800 * 2**20
     places = [tmp_path / "transformer", tmp_path / "cache"]
     command = [load_quantized.__file__, "--precision", "int8-quanto", "--measure", *places]
-    # temporaries while the largest layer (8 MiB) is quantised: |w|, w / scale, rounded, clamped
-    slack = 48 * 2**20
     for start in ("first", "from the cache"):
         found = json.loads(run(*command).stdout.splitlines()[-1])
         assert 0.65 * whole < found["size"] < 0.69 * whole  # a third (modulation) stays bf16
-        assert found["cpu"] <= found["size"] + 2 * block + slack < whole, start
+        assert found["cpu"] <= found["size"] + 2 * block < whole, start
         assert found["cpu"] >= found["size"], "the sampling missed something"
 
 
