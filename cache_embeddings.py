@@ -80,6 +80,10 @@ def stats(trainer: Any) -> None:
     print(f"  used by this config: {len(used)}, {sum(used.values()) / 1e6:.1f} MB")
     print(f"  missing: {len(jobs) - len(used)} of {len(jobs)}")
     print(f"  not used by this config: {len(files) - len(used)} (--prune drops them)")
+    for kept in ("quantized", "hub"):  # weights and pictures that a run writes there itself
+        size = sum(f.stat().st_size for f in (trainer.cache_dir / kept).rglob("*") if f.is_file())
+        if size:
+            print(f"  {kept}/: {size / 1e6:.1f} MB (made again when it is deleted)")
 
 
 def verify(trainer: Any) -> int:

@@ -698,7 +698,7 @@ def contact_sheet(
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
     fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
-    below = line if captions else gap
+    below = gap + (line if captions else 0)
     heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
     width = max(len(row) for row in rows) * (cell_px + gap) + gap
     top = line if heads else gap
@@ -713,7 +713,7 @@ def contact_sheet(
         top += heights[y]
         if captions:
             text = shorten(captions[y], font, width - 2 * gap)
-            draw.text((gap, top - line + 3), text, "dimgray", font)
+            draw.text((gap, top - below + 3), text, "dimgray", font)
     return sheet
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import csv
+import ctypes
 import datetime
 import difflib
 import functools
@@ -156,13 +157,13 @@ class LoraConfig(Section):
     """lokr: size of the smaller matrix; -1: about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
     """How A starts; B starts at zero, so step 0 is the base model."""
-    target_modules: list[str] | str = ["to_q", "to_k", "to_v", "to_out.0"]
+    target_modules: list[str] | str = "attn-image"
     """A named set (attn-image, attn-all, attn+mlp, all-linear), names of linear layers (matched
     from the end), or one regular expression."""
     exclude_blocks: str = ""
     """Blocks without an adapter: "59" or "0-10, 50-59"."""
     pretrained_weight: Path | None = None
-    """Start from this LoRA file (same r and target_modules) instead of from nothing."""
+    """Start from this LoRA file (same method, r and target_modules) instead of from nothing."""
 
     @field_validator("exclude_blocks")
     @classmethod
@@ -1409,8 +1410,8 @@ def check_validation(
     something = settings.samples or any(sample.held_out for sample in samples)
     if settings.steps and samples and not something:
         problems.append(
-            "validation.steps is set, but nothing is held out (holdout, holdout_ratio, "
-            "eval_dataset_id) and validation.samples is empty"
+            "validation.steps is set, but no data set names samples in holdout (or holdout_ratio, "
+            "or eval_dataset_id), and validation.samples is empty"
         )
     if flavour and flavour.name == "edit-v1":
         numbers = (i for i, sample in enumerate(settings.samples) if len(sample.images) > 1)
@@ -1925,14 +1926,17 @@ def check_zero_cond_t(transformer_config: dict[str, Any], accepted: Iterable[str
         )
 
 
-# What the blocks can be stored in, by the end of the precision: (module, its name for pip).
+# Behind the precisions that end so: (module, its name for pip).
 PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "bnb": ("bitsandbytes", "bitsandbytes")}
 QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 
 
 def check_precision(precision: str) -> list[str]:
     """One problem if the package behind a precision is not installed."""
-    module, name = PACKAGES.get(precision.rpartition("-")[2], ("torch", "torch"))
+    kind = precision.rpartition("-")[2]
+    if kind not in PACKAGES:
+        return []
+    module, name = PACKAGES[kind]
     with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
         if importlib.util.find_spec(module):
             return []
@@ -1989,7 +1993,7 @@ def find_weights(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """
     index, names = folder / f"{WEIGHTS_FILE}.index.json", [WEIGHTS_FILE]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_model_json(str(folder), index.name).get("weight_map", {}).values()))
     found = {}
     for path in (folder / name for name in names):
         try:
@@ -2034,7 +2038,7 @@ def swapped_blocks(n_blocks: int, count: int) -> list[int]:
     return [(2 * number + 1) * n_blocks // (2 * count) for number in range(count)]
 
 
-def homes(transformer: Any, layout: Layout) -> list[tuple[str, torch.device, torch.device]]:
+def placement(transformer: Any, layout: Layout) -> list[tuple[str, torch.device, torch.device]]:
     """(name, where its weights live, where it computes) of every block and embedder."""
     blocks = transformer.transformer_blocks
     swapped = swapped_blocks(len(blocks), layout.blocks_to_swap)
@@ -2080,7 +2084,8 @@ class TransformerLoader:
         if problems := check_precision(precision):
             raise UserError(problems[0])
         self.folder, self.dtype, self.precision = folder, dtype, precision
-        self.model = empty_transformer(json.loads((folder / "config.json").read_text("utf-8")))
+        self.model = empty_transformer(read_model_json(str(folder), "config.json"))
+        self.shapes = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         self.kept: Path | None = None
         if cache_dir and precision != "no_change":
             library = PACKAGES[precision.rpartition("-")[2]][1]
@@ -2096,26 +2101,26 @@ class TransformerLoader:
             UserError: weights are missing, damaged or of another model.
         """
         model = self.model
-        for name, home, device in progress(homes(model, layout), "load transformer", leave=False):
-            is_block = name.startswith("transformer_blocks.")
-            via = torch.device("cpu") if quantize_via == "cpu" else device
-            self.fill(name, home, via if is_block else None)
+        parts = placement(model, layout)
+        for name, home, device in progress(parts, "load transformer", leave=False):
+            self.fill(name, home, torch.device("cpu") if quantize_via == "cpu" else device)
+            return_freed_memory()
         model.eval().requires_grad_(False)
         mark_quantized(model, self.precision)
         connect(model, layout)
         return model
 
-    def fill(self, name: str, home: torch.device, via: torch.device | None = None) -> None:
+    def fill(self, name: str, home: torch.device, via: torch.device) -> None:
         """Give a part its weights on `home`; a block is quantised on `via` before."""
         part = self.model.get_submodule(name)
-        quantised = self.precision if via else "no_change"
+        precision = self.precision if name.startswith("transformer_blocks.") else "no_change"
         file = self.kept / f"{name}.safetensors" if self.kept else None
         if file and (tensors := read_kept(file, home)):
-            restore_part(part, quantised, tensors)
+            restore_part(part, precision, tensors)
             return
-        place = home if quantised == "no_change" or via is None else via
+        place = home if precision == "no_change" else via
         part.load_state_dict(self.read(f"{name}.", place), assign=True)
-        quantize_part(part, quantised)
+        quantize_part(part, precision)
         if file:
             write_tensors(file, part.state_dict())
         move(part, home)
@@ -2124,8 +2129,7 @@ class TransformerLoader:
     def weights(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
         """find_weights(), checked; not asked for when every part is kept."""
         found = find_weights(self.folder)
-        wanted = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
-        check_weights({name: shape for name, (_, shape) in found.items()}, wanted)
+        check_weights({name: shape for name, (_, shape) in found.items()}, self.shapes)
         return found
 
     def read(self, prefix: str, device: torch.device) -> dict[str, torch.Tensor]:
@@ -2142,6 +2146,15 @@ class TransformerLoader:
         return tensors
 
 
+def return_freed_memory() -> None:
+    """Give the holes that large tensors have left between small ones back to the system.
+
+    KEEP: else the process ends up larger than the model in full precision, for glibc holds them.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def read_kept(path: Path, device: torch.device) -> dict[str, torch.Tensor] | None:
     """Tensors of a quantised part from the cache, as copies; None if absent or damaged."""
     if not path.exists():
@@ -2153,29 +2166,35 @@ def read_kept(path: Path, device: torch.device) -> dict[str, torch.Tensor] | Non
         return None
 
 
-def quantized_layers(part: torch.nn.Module, precision: str) -> list[tuple[str, torch.nn.Linear]]:
-    """The linear layers of a block but for its modulation, which sets the scale of the rest."""
+def quantized_layers(part: torch.nn.Module, precision: str) -> list[str]:
+    """Names of a block's linear layers but for the modulation, which sets the scale of the rest."""
     if precision == "no_change":
         return []
-    layers = [(n, m) for n, m in part.named_modules() if isinstance(m, torch.nn.Linear)]
-    return [(n, m) for n, m in layers if not n.startswith(("img_mod.", "txt_mod."))]
+    names = [name for name, layer in part.named_modules() if isinstance(layer, torch.nn.Linear)]
+    return [name for name in names if not name.startswith(("img_mod.", "txt_mod."))]
 
 
 def quantize_part(part: torch.nn.Module, precision: str) -> None:
     """Replace the layers one by one by quantised ones on the same device."""
-    for name, linear in quantized_layers(part, precision):
-        make = quantize_nf4 if precision == "nf4-bnb" else quantize_quanto
-        part.set_submodule(name, make(linear, precision))
+    for name in quantized_layers(part, precision):
+        linear: Any = part.get_submodule(name)
+        nf4 = precision == "nf4-bnb"
+        layer = quantize_nf4(linear) if nf4 else quantize_quanto(linear, precision)
+        part.set_submodule(name, layer)
+        del linear
+        return_freed_memory()
 
 
 def restore_part(part: torch.nn.Module, precision: str, tensors: dict[str, torch.Tensor]) -> None:
     """Fill an empty part with the state_dict() of a quantised one."""
-    for name, linear in quantized_layers(part, precision):
-        prefix = f"{name}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        make = restore_nf4 if precision == "nf4-bnb" else restore_quanto
-        part.set_submodule(name, make(linear, precision, own))
-        tensors = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
+    for name in quantized_layers(part, precision):
+        linear: Any = part.get_submodule(name)
+        own = {n: t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        tensors = {n: t for n, t in tensors.items() if n not in own}
+        own = {n.removeprefix(f"{name}."): t for n, t in own.items()}
+        nf4 = precision == "nf4-bnb"
+        layer = restore_nf4(linear, own) if nf4 else restore_quanto(linear, own, precision)
+        part.set_submodule(name, layer)
     part.load_state_dict(tensors, assign=True, strict=precision == "no_change")
 
 
@@ -2205,7 +2224,7 @@ def quantize_quanto(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
 
 
 def restore_quanto(
-    linear: torch.nn.Linear, precision: str, tensors: dict[str, torch.Tensor]
+    linear: torch.nn.Linear, tensors: dict[str, torch.Tensor], precision: str
 ) -> torch.nn.Linear:
     """The layer whose state_dict() `tensors` is."""
     from optimum import quanto
@@ -2239,7 +2258,7 @@ def empty_nf4(linear: torch.nn.Linear) -> Any:
     )
 
 
-def quantize_nf4(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
+def quantize_nf4(linear: torch.nn.Linear) -> torch.nn.Linear:
     """Linear4bit: blocks of 64 weights, scales in fp32, computes in the dtype of `linear`."""
     from bitsandbytes.nn import Params4bit
 
@@ -2251,9 +2270,7 @@ def quantize_nf4(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
     return layer
 
 
-def restore_nf4(
-    linear: torch.nn.Linear, precision: str, tensors: dict[str, torch.Tensor]
-) -> torch.nn.Linear:
+def restore_nf4(linear: torch.nn.Linear, tensors: dict[str, torch.Tensor]) -> torch.nn.Linear:
     """The layer whose state_dict() `tensors` is."""
     from bitsandbytes.nn import Params4bit
 
@@ -2298,7 +2315,7 @@ def place(transformer: Any, layout: Layout) -> None:
     """Move a transformer that is already loaded. Raises UserError if its blocks are swapped."""
     if hasattr(transformer, "block_swap"):
         raise UserError("with model.blocks_to_swap the transformer stays on its device")
-    for name, home, _ in homes(transformer, layout):
+    for name, home, _ in placement(transformer, layout):
         move(transformer.get_submodule(name), home)
     connect(transformer, layout)
 
@@ -2313,6 +2330,7 @@ def connect(transformer: Any, layout: Layout) -> None:
         numbers = swapped_blocks(len(blocks), layout.blocks_to_swap)
         transformer.block_swap = BlockSwap({n: blocks[n] for n in numbers}, device)
         transformer.register_forward_pre_hook(lambda *_: transformer.block_swap.begin())
+        return_freed_memory()  # pinned memory has taken its place
 
 
 def carry_activations(transformer: Any, devices: Sequence[torch.device]) -> None:
@@ -2332,10 +2350,10 @@ def carry_activations(transformer: Any, devices: Sequence[torch.device]) -> None
 class BlockSwap:
     """Blocks whose frozen weights lie in (pinned) CPU memory and visit the device for their turn.
 
-    While one works, the next is copied. Gradient checkpointing makes the order known: up in the
-    forward pass, down in the backward pass, where every block is computed once more. On the device
-    are the block at work, the next one, and for a moment the one before, which autograd still
-    holds: the module's parameters are exchanged as objects, so what autograd saved stays valid.
+    While one works, the next is copied; there are never more on the device. Gradient checkpointing
+    makes the order known: up in the forward pass, down in the backward pass, where every block is
+    computed once more. A module's parameters are exchanged as objects, so what autograd has saved
+    for the backward pass of a block stays valid after its turn, and goes with it.
     """
 
     def __init__(self, blocks: dict[int, torch.nn.Module], device: torch.device) -> None:
@@ -2449,14 +2467,19 @@ TARGET_SETS = {  # EDIT HERE: names for model.lora.target_modules
 }
 
 
+def matches(layer: str, targets: Sequence[str] | str) -> bool:
+    """Whether PEFT would take the layer: ends of names, or one regular expression."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, layer) is not None
+    return any(f".{layer}".endswith(f".{target}") for target in targets)
+
+
 def target_modules(transformer: Any, targets: Sequence[str] | str) -> list[str] | str:
     """Names or regex for PEFT; every one matches a layer. Raises UserError with what there is."""
     layers = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
     named = TARGET_SETS.get(targets, targets) if isinstance(targets, str) else list(targets)
-    if isinstance(named, str):
-        wrong = [] if any(re.fullmatch(named, layer) for layer in layers) else [named]
-    else:
-        wrong = [t for t in named if not any(f".{n}".endswith(f".{t}") for n in layers)]
+    each = {named: named} if isinstance(named, str) else {name: [name] for name in named}
+    wrong = [text for text, t in each.items() if not any(matches(n, t) for n in layers)]
     if wrong or not named:
         short = sorted({n.split(".", 2)[2] for n in layers if n.startswith("transformer_blocks.")})
         raise UserError(
@@ -2475,18 +2498,19 @@ def excluded_modules(transformer: Any, exclude_blocks: str) -> str:
     return rf"transformer_blocks\.({'|'.join([dead, *blocks])})"
 
 
-def peft_config(transformer: Any, lora: LoraConfig) -> Any:
+def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
     """PEFT's own config for model.lora. Raises UserError for a name without a layer."""
     from peft import LoKrConfig
     from peft import LoraConfig as PeftLoraConfig
 
+    targets = target_modules(transformer, lora.target_modules)
+    excluded = excluded_modules(transformer, lora.exclude_blocks)
+    layers = (n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear))
+    if not any(matches(n, targets) and not re.fullmatch(excluded, n) for n in layers):
+        raise UserError("model.lora.exclude_blocks: no layer is left to train")
     alpha: Any = lora.lora_alpha or lora.r
-    common: dict[str, Any] = {
-        "r": lora.r,
-        "target_modules": target_modules(transformer, lora.target_modules),
-        # KEEP: DDP waits forever for parameters that never get a gradient
-        "exclude_modules": excluded_modules(transformer, lora.exclude_blocks),
-    }
+    # KEEP exclude_modules: DDP waits forever for parameters that never get a gradient
+    common: dict[str, Any] = {"r": lora.r, "target_modules": targets, "exclude_modules": excluded}
     if lora.method == "lokr":
         return LoKrConfig(alpha=alpha, decompose_factor=lora.lokr_factor, **common)
     init: Any = True if lora.init_lora_weights == "kaiming" else "gaussian"
@@ -2496,7 +2520,7 @@ def peft_config(transformer: Any, lora: LoraConfig) -> Any:
 
 def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
     """Freeze the base, add the adapter in fp32. Raises UserError for a name without a layer."""
-    settings = peft_config(transformer, lora)
+    settings = adapter_config(transformer, lora)
     transformer.requires_grad_(False)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no modules were excluded.*")
@@ -2905,7 +2929,7 @@ def contact_sheet(
     font = ImageFont.load_default(size=15)
     gap, line = 8, 24
     fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
-    below = line if captions else gap
+    below = gap + (line if captions else 0)
     heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
     width = max(len(row) for row in rows) * (cell_px + gap) + gap
     top = line if heads else gap
@@ -2920,7 +2944,7 @@ def contact_sheet(
         top += heights[y]
         if captions:
             text = shorten(captions[y], font, width - 2 * gap)
-            draw.text((gap, top - line + 3), text, "dimgray", font)
+            draw.text((gap, top - below + 3), text, "dimgray", font)
     return sheet
 
 
@@ -3627,6 +3651,7 @@ class QwenImageEditTrainer:
         self.accelerator = Accelerator(
             mixed_precision=self.config.train.mixed_precision,
             cpu=not torch.accelerator.is_available(),
+            device_placement=False,  # the transformer is where its layout wants it
             log_with=None if log_with == "none" else log_with,
             project_dir=self.config.logging.output_dir,
             kwargs_handlers=[
@@ -3911,6 +3936,8 @@ class QwenImageEditTrainer:
     def set_lora(self) -> None:
         """Put the transformer on the training device and add the adapter to it."""
         self.setup_accelerator()
+        if problems := check_model(self.config, self.precision):
+            raise UserError("\n".join(problems))
         self._place_transformer(self.device)
         self.load_model(["scheduler"])
         if getattr(self.transformer, "peft_config", None):
@@ -4379,7 +4406,7 @@ class QwenImageEditTrainer:
         path = config.model.pretrained_model_name_or_path
         try:
             empty = empty_transformer(read_model_json(path, "transformer/config.json"))
-            target_modules(empty, lora.target_modules)
+            adapter_config(empty, lora)
             if lora.pretrained_weight:
                 check_start(lora.pretrained_weight, lora)
         except UserError as error:
@@ -4427,9 +4454,8 @@ class QwenImageEditTrainer:
         if found:
             self._restore(*found)
         # KEEP: DDP must wrap the transformer itself, or gradients are never averaged
-        # and must not move it: its blocks may live on several devices, or wait in CPU memory
         self.transformer, self.optimizer = self.accelerator.prepare(
-            self.transformer, self.optimizer, device_placement=[False, True]
+            self.transformer, self.optimizer
         )
         if self.config.logging.report_to != "none":
             name = self.config.logging.tracker_project_name
@@ -4857,8 +4883,7 @@ class QwenImageEditTrainer:
                 self._rungs[number] = rung + 1
                 next_note = RUNGS[rung + 1].note if rung + 1 < len(RUNGS) else "left out"
                 name = edit.example.name
-                # error: below it the other processes are silent
-                log.error("validation of %s: out of memory, from now on: %s", name, next_note)
+                tqdm.write(f"validation of {name}: out of memory, from now on: {next_note}")
             # KEEP: not in the except clause, where the error still holds the tensors
             self._release_encoders()
         return [], "left out"

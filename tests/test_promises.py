@@ -175,13 +175,13 @@ def test_encoders_and_transformer_are_never_in_memory_together(make_trainer, mon
     original = script.QwenImageEditTrainer.load_model
 
     def watched(self, *args):
-        gc.collect()
         original(self, *args)
-        for name in ("vae", "qwen_vl", "transformer"):
-            if (model := getattr(self, name)) is not None:
-                alive.add(model)
-        gc.collect()
-        most.append(sorted(type(model).__name__ for model in alive))
+        models = {getattr(self, name) for name in ("vae", "qwen_vl", "transformer")} - {None}
+        if models - set(alive):  # a new one was loaded
+            alive.update(models)
+            del models
+            gc.collect()
+            most.append(sorted(type(model).__name__ for model in alive))
 
     monkeypatch.setattr(script.QwenImageEditTrainer, "load_model", watched)
     trainer.fit()

@@ -127,7 +127,7 @@ def test_a_run_leaves_what_the_house_promises(straight_run):
 def test_validation_shows_references_base_lora_target(straight_run):
     sheets = straight_run[0] / "out" / "samples"
     start, end = (Image.open(sheets / f"step_{s:06d}.png") for s in (0, 12))
-    assert start.size == end.size == (4 * 264 + 8, 24 + 256 + 24)
+    assert start.size == end.size == (4 * 264 + 8, 24 + 256 + 32)
     columns = [
         [sheet.crop((8 + 264 * i, 24, 264 * (i + 1), 280)) for i in range(4)]
         for sheet in (start, end)
@@ -509,7 +509,9 @@ def test_training_can_start_from_a_lora_file(make_trainer, tmp_path):
     other.set_lora()
     assert_same(script.lora_tensors(other.transformer), script.lora_tensors(trainer.transformer))
     wrong = make_trainer(**{"model.lora.r": 8, "model.lora.pretrained_weight": str(file)})
-    with pytest.raises(UserError, match="another rank"):
+    with pytest.raises(
+        UserError, match="it is a lora of rank 4, model.lora asks for lora of rank 8"
+    ):
         wrong.set_lora()
 
 
@@ -575,11 +577,11 @@ def test_the_uncached_command_ends_with_the_cached_commands_lora(straight_run, t
     assert_same(lora_of(tmp_path), lora_of(straight_run[0]))
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int8", "int4", "int2"])
+@pytest.mark.parametrize("precision", ["fp8-quanto", "int8-quanto", "int4-quanto", "int2-quanto"])
 def test_quantised_bases_train_and_their_lora_loads(precision, make_trainer, tmp_path):
     trainer = make_trainer(
         **{
-            "model.quantize": precision,
+            "model.base_model_precision": precision,
             "train.max_train_steps": 2,
             "train.gradient_checkpointing": True,
         }
@@ -664,7 +666,7 @@ def test_the_seeds_notebook_examples(make_trainer, tmp_path):
     other = make_trainer()
     other.quantize = True
     other.setup_predict()
-    assert other.transformer.quantized_to == "fp8"
+    assert other.transformer.quantized_to == "fp8-quanto"
     assert other.predict(photos[0], "sunset", num_inference_steps=2).shape == (64, 64, 3)
 
 

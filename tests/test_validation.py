@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_qwen_edit as script
 from utils import UserError, load_config, normal
 
-CELL, CAPTION = 264, 24  # px: a cell of a sheet with its gap; the line under a row
+CELL, HEAD, CAPTION = 264, 24, 32  # px: a cell with its gap, the heads, the line under a row
 
 
 @pytest.fixture(scope="session")
@@ -185,7 +185,7 @@ def test_the_sheet_has_a_column_for_everything_there_is(make, shared, tmp_path):
     assert start.shape == end.shape and start.shape[1] == 6 * CELL + 8
 
     def cell(sheet, row, column):
-        top = CAPTION + row * (256 + CAPTION)
+        top = HEAD + row * (256 + CAPTION)
         return sheet[top : top + 60, 8 + column * CELL : (column + 1) * CELL]
 
     white = [[bool((cell(end, row, column) == 255).all()) for column in range(6)] for row in (0, 1)]
@@ -352,16 +352,16 @@ def run_out(trainer, monkeypatch, fits):
     ],
 )
 def test_out_of_memory_goes_down_a_ladder_once(
-    fits, ladder, note, make, tmp_path, monkeypatch, caplog
+    fits, ladder, note, make, tmp_path, monkeypatch, capsys
 ):
     changes = {"validation.max_samples": 1, "validation.steps": 2, "validation.resolution": 128}
     make("enough", **changes).fit()
-    caplog.clear()
+    capsys.readouterr()
     trainer = make("short", **changes)
     tried = run_out(trainer, monkeypatch, fits)
     # at step 0 the base goes down to where it fits; then the LoRA there at steps 0, 2 and 4
     assert tried == ladder + [ladder[-1]] * (0 if note == "left out" else 3)
-    steps = [r.message for r in caplog.records if "out of memory" in r.message]
+    steps = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     notes = ["VAE in tiles", "half the area", "a quarter of the area", "left out"]
     told = notes[: notes.index(note) + 1]
     assert [text.rpartition(": ")[2] for text in steps] == told
@@ -369,7 +369,7 @@ def test_out_of_memory_goes_down_a_ladder_once(
     assert same_lora(tmp_path / "enough", tmp_path / "short")
     assert metrics_of(tmp_path / "enough") == metrics_of(tmp_path / "short")
     sheet = np.asarray(sheet_of(tmp_path / "short", 4))
-    column = sheet[CAPTION : CAPTION + 256, 8 + 2 * CELL : 3 * CELL]
+    column = sheet[HEAD : HEAD + 256, 8 + 2 * CELL : 3 * CELL]
     assert (column == 255).all() == (note == "left out")
 
 
@@ -392,7 +392,7 @@ def test_out_of_memory_anywhere_leaves_the_weights_alone(call, make, tmp_path, m
     assert same_lora(tmp_path / "enough", tmp_path / "short", script.EMA_FILE)
     assert metrics_of(tmp_path / "enough") == metrics_of(tmp_path / "short")
     ours, theirs = (sheet_of(tmp_path / name, 4) for name in ("enough", "short"))
-    rows = [np.asarray(sheet)[: CAPTION + 256] for sheet in (ours, theirs)]
+    rows = [np.asarray(sheet)[: HEAD + 256] for sheet in (ours, theirs)]
     assert np.array_equal(*rows)  # 64 px are one tile: the same picture
 
 
@@ -459,7 +459,7 @@ def test_what_validation_lacks_is_in_the_audit(config_file, shared):
     assert "validation.samples.0.images: 2508 takes one reference" in found
     assert problems(**{"validation.samples": [sample], "validation.steps": None}) == ""
     nothing = {"data.dataset_configs": [suffix_dataset(shared[0])]}
-    assert "nothing is held out" in problems(**nothing)
+    assert "validation.samples is empty" in problems(**nothing)
     good = {"prompt": "x", "images": [str(photo(shared, "coffee0_R.png"))]}
     assert problems(**nothing, **{"validation.samples": [good]}) == ""
 
@@ -477,6 +477,6 @@ def test_long_captions_end_in_an_ellipsis_inside_the_sheet():
     assert script.shorten("short", font, 500) == "short"
     cells = [[Image.new("RGB", (300, 200), "red"), None], [None, Image.new("RGB", (10, 10), "red")]]
     sheet = script.contact_sheet(cells, ["a head that is much too long for a cell"] * 2, [text, ""])
-    assert sheet.size == (2 * CELL + 8, CAPTION + 171 + CAPTION + 256 + CAPTION)
+    assert sheet.size == (2 * CELL + 8, HEAD + 171 + CAPTION + 256 + CAPTION)
     pixels = np.asarray(sheet)
-    assert (pixels[:, -8:] == 255).all() and (pixels[CAPTION : CAPTION + 171, CELL:] == 255).all()
+    assert (pixels[:, -8:] == 255).all() and (pixels[HEAD : HEAD + 171, CELL:] == 255).all()
