@@ -38,6 +38,7 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -4064,6 +4065,14 @@ class QwenImageEditTrainer:
 
     # -- inference
 
+    def _quantize_trained(self) -> None:
+        """`trainer.quantize = True` after training: the base again, quantised, with the LoRA."""
+        if not hasattr(self.transformer, "quantized_to"):
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_lora(folder)
+                self.unload("transformer")
+                self.load_lora(folder)
+
     def setup_predict(self) -> None:
         """Load everything onto predict.devices; takes the LoRA just trained, or the config's."""
         devices = self.config.predict.devices
@@ -4075,6 +4084,8 @@ class QwenImageEditTrainer:
         if problems:
             raise UserError("\n".join(problems))
         self.transformer = self.bare_transformer()
+        if self.quantize and getattr(self.transformer, "peft_config", None):
+            self._quantize_trained()
         self._place_transformer(devices.transformer or self.device)
         self.load_model()
         start = self.config.model.lora.pretrained_weight

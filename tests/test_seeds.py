@@ -365,15 +365,12 @@ def test_the_usage_examples_run_as_written(notebook, tmp_path):
     assert notebook["image"].shape == (64, 64, 3) and notebook["image"].dtype == np.uint8
     assert trainer.config.predict.devices.transformer == "cpu"
     code = text_of("003_advanced_usage.py").replace("/path/to/lora", str(tmp_path / "lora"))
-    _, learn, quantised, *_ = re.split(r"^(?=# )", code, flags=re.MULTILINE)
-    trainer = script.QwenImageEditTrainer(trainer.config)
-    exec(learn, notebook | {"trainer": trainer})
+    later = notebook | {"trainer": script.QwenImageEditTrainer(trainer.config)}
+    exec(code, later)
+    trainer = later["trainer"]
     assert trainer.global_step == 2 and list((tmp_path / "lora").rglob(script.LORA_FILE))
-    trainer = script.QwenImageEditTrainer(trainer.config)
-    later = notebook | {"trainer": trainer}
-    exec(quantised, later)
-    assert later["image"].shape == (64, 64, 3)
-    assert trainer.precision == "fp8-quanto"
+    assert trainer.precision == trainer.transformer.quantized_to == "fp8-quanto"
+    assert trainer.transformer.peft_config and later["image"].shape == (64, 64, 3)
 
 
 def test_the_yaml_is_read_as_written():
