@@ -2249,7 +2249,7 @@ def empty_nf4(linear: torch.nn.Linear) -> Any:
     """Linear4bit of the same shape, without weights."""
     from bitsandbytes.nn import Linear4bit
 
-    return Linear4bit(
+    layer = Linear4bit(
         linear.in_features,
         linear.out_features,
         compute_dtype=linear.weight.dtype,
@@ -2257,6 +2257,9 @@ def empty_nf4(linear: torch.nn.Linear) -> Any:
         quant_type="nf4",
         device="meta",
     )
+    # KEEP: some CPUs would repack the weights in eval mode, and nothing could train after that
+    layer.support_avx512bf16_for_cpu = False
+    return layer
 
 
 def quantize_nf4(linear: torch.nn.Linear) -> torch.nn.Linear:

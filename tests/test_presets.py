@@ -87,9 +87,6 @@ def test_the_recipe_of_a_card_trains(card, checkpoints, tmp_path):
         "validation.num_inference_steps": 2,
     }
     recipe = ROOT / "configs" / f"qwen_edit_2511_lora{card}.yaml"
-    if "nf4" in load(recipe).model.precision:
-        # bitsandbytes on a CPU repacks nf4 in eval mode and cannot train after that
-        changes["validation.steps"] = None
     trainer = trained(recipe, tmp_path, checkpoints["2511"], **changes)
     assert trainer.precision == load(recipe).model.precision
     assert len(trainer.samples) == 6 and sum(s.held_out for s in trainer.samples) == 1
