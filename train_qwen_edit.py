@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -1660,12 +1661,32 @@ def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 
+def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 holding 8 / bits values each -> all values, the lowest bits of every byte first."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+
+
+def quanto_type(precision: str) -> Any:
+    """The qtype of a precision.
+
+    KEEP: quanto unpacks 4 and 2 bits with an extension that it compiles at the first use, on CUDA
+    with nvcc; unpack_bits takes its place.
+    """
+    from optimum import quanto
+    from optimum.quanto.library.extensions import extension
+
+    for known in extension._extensions.values():
+        known._lib = known._lib or SimpleNamespace(unpack=unpack_bits)
+    return getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+
+
 @torch.no_grad()
 def quantize_quanto(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
     """QLinear, per output channel (8 bits) or group (4, 2 bits)."""
     from optimum import quanto
 
-    kind = getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+    kind = quanto_type(precision)
     layer = quanto.QLinear.from_module(linear, weights=kind)
     if kind.bits == 8:
         how = {"scale": layer.optimizer(linear.weight, qtype=kind, axis=0)}
@@ -1686,7 +1707,7 @@ def restore_quanto(
     """The layer whose state_dict() `tensors` is."""
     from optimum import quanto
 
-    kind = getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+    kind = quanto_type(precision)
     layer = quanto.QLinear.from_module(linear, weights=kind)
     how: dict[str, Any] = {"qtype": kind, "axis": 0, "missing_keys": []}
     how |= {"size": linear.weight.size(), "stride": linear.weight.stride()}

@@ -234,9 +234,31 @@ def test_quantize_true_means_fp8(make_trainer):
     trainer.load_model(["transformer"])
     assert trainer.quantize_model(trainer.transformer) is trainer.transformer
     assert trainer.transformer.quantized_to == "fp8-quanto"
+    trainer = make_trainer()
+    trainer.load_model(["transformer"])
+    trainer.quantize = True  # late: it is quantised in place
     trainer.set_lora()
+    assert trainer.transformer.quantized_to == "fp8-quanto"
     with pytest.raises(UserError, match="before"):
         trainer.quantize_model(trainer.transformer)
+
+
+@pytest.mark.parametrize("precision", ["int4-quanto", "int2-quanto"])
+def test_no_extension_is_compiled(precision, deep, monkeypatch):
+    from optimum.quanto.library.extensions import extension
+
+    def never(**options):
+        raise AssertionError("a compiler was called")
+
+    monkeypatch.setattr(extension, "load", never)
+    for known in extension._extensions.values():
+        monkeypatch.setattr(known, "_lib", None)
+    model = load(deep, torch.float32, precision)
+    packed = model.transformer_blocks[2].attn.to_k.weight._data
+    bits = int(precision[3])
+    values = torch.arange(64 * 32, dtype=torch.uint8).view(64, 32) % 2**bits
+    assert torch.equal(script.unpack_bits(type(packed).pack(values, bits)._data, bits), values)
+    assert torch.isfinite(velocity(model)).all()
 
 
 def test_a_missing_package_is_named_before_anything_loads(make_trainer, monkeypatch):
@@ -914,6 +936,10 @@ def test_the_audit_names_impossible_swaps(make_deep):
     problems = script.audit(config)
     assert any("blocks_to_swap: 7 of 6 blocks" in p for p in problems)
     assert any("blocks_to_swap needs train.gradient_checkpointing" in p for p in problems)
+    trainer = make_deep(**SWAP, **{"model.blocks_to_swap": 2})
+    trainer.load_model(["transformer"])
+    with pytest.raises(UserError, match="stays on its device"):
+        script.place(trainer.transformer, ONE_CPU)
     trainer = make_deep(**{"model.blocks_to_swap": 7, "train.gradient_checkpointing": True})
     with pytest.raises(UserError, match="7 of 6 blocks"):
         trainer.fit([a_batch()])
