@@ -2988,16 +2988,17 @@ class QwenImageEditTrainer:
         return "fp8-quanto" if self.quantize and precision == "no_change" else precision
 
     def quantize_model(self, model: Any, device: torch.device | str | None = None) -> Any:
-        """Quantise the blocks of a loaded transformer in place, on `device` (no_change: to fp8).
+        """Quantise the blocks of a loaded transformer in place (no_change: to fp8).
 
-        A transformer that the trainer loads itself is quantised while it loads, which takes less
-        memory.
+        device: each block moves there before; None: it stays where it is. What the trainer loads
+        itself is quantised while it loads, which takes less memory.
         """
         if getattr(model, "peft_config", None) or hasattr(model, "block_swap"):
             raise UserError("quantise before that: set trainer.quantize before loading")
         precision = "fp8-quanto" if self.precision == "no_change" else self.precision
         for block in progress(model.transformer_blocks, f"quantize to {precision}", leave=False):
-            block.to(device or self.device)
+            if device:
+                block.to(device)
             quantize_part(block, precision)
         mark_quantized(model, precision)
         return model
@@ -3019,7 +3020,7 @@ class QwenImageEditTrainer:
             loader = TransformerLoader(folder, self.weight_dtype, self.precision, cache_dir)
             self.transformer = loader.load(layout, self.config.model.quantize_via)
         elif self.precision != "no_change" and not hasattr(self.transformer, "quantized_to"):
-            self.quantize_model(self.transformer, device)
+            self.quantize_model(self.transformer)
         if getattr(self.transformer, "layout", None) != layout:
             place(self.transformer, layout)
 
@@ -3064,11 +3065,15 @@ class QwenImageEditTrainer:
         steps = itertools.islice(batches, CALIBRATION_STEPS)
         for step in progress(steps, "calibrate", total=CALIBRATION_STEPS, leave=False):
             for batch in step if isinstance(step, list) else [step]:
+                if "error" in batch:
+                    raise UserError(batch["error"])
                 for layer in layers:
                     layer.input_scale = torch.ones_like(layer.input_scale)  # 1: not known yet
                 with torch.no_grad(), Calibration(streamline=False):
                     self.training_step(batch)
                 found.append(torch.stack([layer.input_scale.float() for layer in layers]))
+        if not found:
+            raise UserError("the data loader has no batch to calibrate the activations with")
         scales = self.accelerator.gather(torch.stack(found).amax(0)[None]).amax(0)
         for layer, scale in zip(layers, scales, strict=True):
             layer.input_scale = scale.to(layer.input_scale.device)
@@ -3092,7 +3097,7 @@ class QwenImageEditTrainer:
 
     def bare_transformer(self) -> Any:
         """The transformer without its distributed wrapper."""
-        if self.accelerator:
+        if self.accelerator and self.transformer is not None:
             return self.accelerator.unwrap_model(self.transformer)
         return self.transformer
 
