@@ -3052,8 +3052,8 @@ class QwenImageEditTrainer:
         """With model.quantize_activations: measure the layers' inputs, quantise them from now on.
 
         The scale of a layer is its largest input in CALIBRATION_STEPS of `batches` (as fit() takes
-        them; None: the first training steps) on all processes. So the same batches give the same
-        scales. What has been calibrated stays as it is.
+        them, an iterator loses these; None: the first training steps) on all processes. So the same
+        batches give the same scales. What has been calibrated stays as it is.
         """
         transformer = self.bare_transformer()
         if not self.config.model.quantize_activations or hasattr(transformer, "calibrated"):
