@@ -46,6 +46,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -2204,12 +2205,32 @@ def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 
+def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 holding 8 / bits values each -> all values, the lowest bits of every byte first."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+
+
+def quanto_type(precision: str) -> Any:
+    """The qtype of a precision.
+
+    KEEP: quanto unpacks 4 and 2 bits with an extension that it compiles at the first use, on CUDA
+    with nvcc; unpack_bits takes its place.
+    """
+    from optimum import quanto
+    from optimum.quanto.library.extensions import extension
+
+    for known in extension._extensions.values():
+        known._lib = known._lib or SimpleNamespace(unpack=unpack_bits)
+    return getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+
+
 @torch.no_grad()
 def quantize_quanto(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
     """QLinear, per output channel (8 bits) or group (4, 2 bits)."""
     from optimum import quanto
 
-    kind = getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+    kind = quanto_type(precision)
     layer = quanto.QLinear.from_module(linear, weights=kind)
     if kind.bits == 8:
         how = {"scale": layer.optimizer(linear.weight, qtype=kind, axis=0)}
@@ -2230,7 +2251,7 @@ def restore_quanto(
     """The layer whose state_dict() `tensors` is."""
     from optimum import quanto
 
-    kind = getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+    kind = quanto_type(precision)
     layer = quanto.QLinear.from_module(linear, weights=kind)
     how: dict[str, Any] = {"qtype": kind, "axis": 0, "missing_keys": []}
     how |= {"size": linear.weight.size(), "stride": linear.weight.stride()}
@@ -2283,6 +2304,7 @@ def restore_nf4(linear: torch.nn.Linear, tensors: dict[str, torch.Tensor]) -> to
     weight, device = tensors["weight"], tensors["weight"].device
     layer.weight = Params4bit.from_prequantized(weight, state, device=device, module=layer)
     layer.bias = frozen(tensors["bias"])
+    layer.compute_dtype = layer.bias.dtype  # KEEP: not that of the empty `linear`
     return layer
 
 
@@ -3902,16 +3924,17 @@ class QwenImageEditTrainer:
         return "fp8-quanto" if self.quantize and precision == "no_change" else precision
 
     def quantize_model(self, model: Any, device: torch.device | str | None = None) -> Any:
-        """Quantise the blocks of a loaded transformer in place, on `device` (no_change: to fp8).
+        """Quantise the blocks of a loaded transformer in place (no_change: to fp8).
 
-        A transformer that the trainer loads itself is quantised while it loads, which takes less
-        memory.
+        device: each block moves there before; None: it stays where it is. What the trainer loads
+        itself is quantised while it loads, which takes less memory.
         """
         if getattr(model, "peft_config", None) or hasattr(model, "block_swap"):
             raise UserError("quantise before that: set trainer.quantize before loading")
         precision = "fp8-quanto" if self.precision == "no_change" else self.precision
         for block in progress(model.transformer_blocks, f"quantize to {precision}", leave=False):
-            block.to(device or self.device)
+            if device:
+                block.to(device)
             quantize_part(block, precision)
         mark_quantized(model, precision)
         return model
@@ -3933,7 +3956,7 @@ class QwenImageEditTrainer:
             loader = TransformerLoader(folder, self.weight_dtype, self.precision, cache_dir)
             self.transformer = loader.load(layout, self.config.model.quantize_via)
         elif self.precision != "no_change" and not hasattr(self.transformer, "quantized_to"):
-            self.quantize_model(self.transformer, device)
+            self.quantize_model(self.transformer)
         if getattr(self.transformer, "layout", None) != layout:
             place(self.transformer, layout)
 
@@ -3965,8 +3988,8 @@ class QwenImageEditTrainer:
         """With model.quantize_activations: measure the layers' inputs, quantise them from now on.
 
         The scale of a layer is its largest input in CALIBRATION_STEPS of `batches` (as fit() takes
-        them; None: the first training steps) on all processes. So the same batches give the same
-        scales. What has been calibrated stays as it is.
+        them, an iterator loses these; None: the first training steps) on all processes. So the same
+        batches give the same scales. What has been calibrated stays as it is.
         """
         transformer = self.bare_transformer()
         if not self.config.model.quantize_activations or hasattr(transformer, "calibrated"):
@@ -3978,11 +4001,15 @@ class QwenImageEditTrainer:
         steps = itertools.islice(batches, CALIBRATION_STEPS)
         for step in progress(steps, "calibrate", total=CALIBRATION_STEPS, leave=False):
             for batch in step if isinstance(step, list) else [step]:
+                if "error" in batch:
+                    raise UserError(batch["error"])
                 for layer in layers:
                     layer.input_scale = torch.ones_like(layer.input_scale)  # 1: not known yet
                 with torch.no_grad(), Calibration(streamline=False):
                     self.training_step(batch)
                 found.append(torch.stack([layer.input_scale.float() for layer in layers]))
+        if not found:
+            raise UserError("the data loader has no batch to calibrate the activations with")
         scales = self.accelerator.gather(torch.stack(found).amax(0)[None]).amax(0)
         for layer, scale in zip(layers, scales, strict=True):
             layer.input_scale = scale.to(layer.input_scale.device)

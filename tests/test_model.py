@@ -1,5 +1,7 @@
 """Section 4: loading, quantising, LoRA kinds, devices, block swap."""
 
+import contextlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -234,9 +236,31 @@ def test_quantize_true_means_fp8(make_trainer):
     trainer.load_model(["transformer"])
     assert trainer.quantize_model(trainer.transformer) is trainer.transformer
     assert trainer.transformer.quantized_to == "fp8-quanto"
+    trainer = make_trainer()
+    trainer.load_model(["transformer"])
+    trainer.quantize = True  # late: it is quantised in place
     trainer.set_lora()
+    assert trainer.transformer.quantized_to == "fp8-quanto"
     with pytest.raises(UserError, match="before"):
         trainer.quantize_model(trainer.transformer)
+
+
+@pytest.mark.parametrize("precision", ["int4-quanto", "int2-quanto"])
+def test_no_extension_is_compiled(precision, deep, monkeypatch):
+    from optimum.quanto.library.extensions import extension
+
+    def never(**options):
+        raise AssertionError("a compiler was called")
+
+    monkeypatch.setattr(extension, "load", never)
+    for known in extension._extensions.values():
+        monkeypatch.setattr(known, "_lib", None)
+    model = load(deep, torch.float32, precision)
+    packed = model.transformer_blocks[2].attn.to_k.weight._data
+    bits = int(precision[3])
+    values = torch.arange(64 * 32, dtype=torch.uint8).view(64, 32) % 2**bits
+    assert torch.equal(script.unpack_bits(type(packed).pack(values, bits)._data, bits), values)
+    assert torch.isfinite(velocity(model)).all()
 
 
 def test_a_missing_package_is_named_before_anything_loads(make_trainer, monkeypatch):
@@ -744,24 +768,21 @@ def test_two_devices_give_the_same_bits(method, checkpointing, make_deep, monkey
     assert sent[15:] == checkpointing * ([second] * 2 * 3 + [first] * 2 * 3)
 
 
-def test_two_devices_train_and_predict_the_same(make_deep, tmp_path):
+def test_two_devices_or_swapping_train_and_predict_the_same(make_deep, tmp_path):
     files, pictures = [], []
-    for name, devices in (("one", []), ("two", ["cpu", "cpu"])):
-        trainer = make_deep(
-            **{
-                "model.devices": devices,
-                "logging.output_dir": str(tmp_path / name),
-                "train.gradient_checkpointing": True,
-            }
-        )
+    ways = ({}, {"model.devices": ["cpu", "cpu"]}, {"model.blocks_to_swap": 4})
+    for number, way in enumerate(ways):
+        out = tmp_path / str(number)
+        changes = {"logging.output_dir": str(out), "train.gradient_checkpointing": True}
+        trainer = make_deep(**way, **changes)
         trainer.fit([a_batch(0), a_batch(1)])
-        files.append(load_file(tmp_path / name / script.LORA_FILE))
+        files.append(load_file(out / script.LORA_FILE))
         trainer.setup_predict()
         photo = torch.arange(64 * 64 * 3).remainder(256).view(64, 64, 3).byte().numpy()
         pictures.append(trainer.predict(photo, "sunset", num_inference_steps=2))
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    assert (pictures[0] == pictures[1]).all()
+    for file, picture in zip(files, pictures, strict=True):
+        assert file.keys() == files[0].keys() and (picture == pictures[0]).all()
+        assert all(torch.equal(file[name], files[0][name]) for name in file)
 
 
 def test_the_audit_names_impossible_devices(make_deep, monkeypatch):
@@ -777,6 +798,16 @@ def test_the_audit_names_impossible_devices(make_deep, monkeypatch):
 
 
 # -- swapped blocks
+
+
+def test_swapped_blocks_are_spread_over_the_depth():
+    assert script.swapped_blocks(6, 3) == [1, 3, 5]
+    assert script.swapped_blocks(60, 0) == [] and script.swapped_blocks(60, 1) == [30]
+    assert script.swapped_blocks(60, 60) == list(range(60))
+    for count in range(2, 60):
+        numbers = script.swapped_blocks(60, count)
+        gaps = [after - before for before, after in itertools.pairwise(numbers)]
+        assert len(numbers) == count and max(gaps) - min(gaps) <= 1
 
 
 class Residents:
@@ -899,6 +930,36 @@ def test_a_pass_that_breaks_off_does_no_harm(make_deep, monkeypatch):
     assert residents.most <= 3
 
 
+def test_streams_wait_for_each_other(make_deep, monkeypatch):
+    """The order of events that a GPU would see, with streams that only take notes."""
+    expected = loss_and_gradients(make_deep(**SWAP))
+    trainer = make_deep(**SWAP, **{"model.blocks_to_swap": 4})
+    trainer.set_lora()
+    notes = []
+
+    class Stream:
+        def wait_stream(self, other):
+            notes.append(("copying waits for", other))
+
+        def record_event(self):
+            notes.append(("copied", len(notes)))
+            return len(notes) - 1
+
+        def wait_event(self, event):
+            notes.append(("computing waits for", event))
+
+    computing, swap = Stream(), trainer.transformer.block_swap
+    swap.stream = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    assert_same_step(loss_and_gradients(trainer), expected)
+    copied = [n for n, (what, _) in enumerate(notes) if what == "copied"]
+    assert len(copied) == 4 + 3  # up, and down; the last block stays for its second turn
+    for event in copied:
+        assert notes[event - 1] == ("copying waits for", computing)
+        assert ("computing waits for", event) in notes[event:]
+
+
 def test_swapped_and_quantised_activations_together(make_deep):
     steps = []
     for count in (0, 3):
@@ -914,6 +975,10 @@ def test_the_audit_names_impossible_swaps(make_deep):
     problems = script.audit(config)
     assert any("blocks_to_swap: 7 of 6 blocks" in p for p in problems)
     assert any("blocks_to_swap needs train.gradient_checkpointing" in p for p in problems)
+    trainer = make_deep(**SWAP, **{"model.blocks_to_swap": 2})
+    trainer.load_model(["transformer"])
+    with pytest.raises(UserError, match="stays on its device"):
+        script.place(trainer.transformer, ONE_CPU)
     trainer = make_deep(**{"model.blocks_to_swap": 7, "train.gradient_checkpointing": True})
     with pytest.raises(UserError, match="7 of 6 blocks"):
         trainer.fit([a_batch()])
