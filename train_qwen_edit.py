@@ -956,7 +956,7 @@ def read_hub_dataset(ds: DatasetConfig, cache_dir: Path) -> Found:
         if isinstance(feature, datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
+            table = table.cast_column(column, type(feature)(datasets.Image(decode=False)))
     stats = [(file["filename"], Path(file["filename"]).stat()) for file in table.cache_files]
     stamp = cache_key("hub", name=name, files=[(f, s.st_size, s.st_mtime_ns) for f, s in stats])
 

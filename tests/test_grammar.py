@@ -414,6 +414,7 @@ def test_a_tables_mistakes_are_named_by_row(tmp_path):
 
 def test_a_hub_data_set_with_the_row_schema(tmp_path):
     import datasets
+
     rng = np.random.default_rng(0)
     names = ("one", "two", "three")
     images = {n: Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)) for n in names}
