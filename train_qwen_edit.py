@@ -38,6 +38,7 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -45,7 +46,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -144,6 +145,13 @@ def check_step_rules(text: str) -> None:
         raise ValueError(f"step_rules: the steps of '{text}' must go up")
 
 
+def check_extension(text: str) -> str:
+    """`text`, if it is like ".txt". Raises ValueError."""
+    if not re.fullmatch(r"\.[^./\\]+", text):
+        raise ValueError(f"'{text}' is no extension such as .txt")
+    return text
+
+
 class LoraConfig(Section):
     """The adapter on the transformer; everything else stays frozen."""
 
@@ -169,6 +177,15 @@ class LoraConfig(Section):
     @classmethod
     def _ranges(cls, value: str) -> str:
         parse_blocks(value)
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _expression(cls, value: list[str] | str) -> list[str] | str:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from error
         return value
 
 
@@ -276,6 +293,11 @@ class CaptionConfig(Section):
     reference_list: ReferenceListConfig | None = None
     """null: the references of the batch config, which is what inference does."""
 
+    @field_validator("ext")
+    @classmethod
+    def _dot(cls, value: str) -> str:
+        return check_extension(value)
+
 
 class BatchConfig(Section):
     """One combination of target, references and caption; one is drawn per visit."""
@@ -368,7 +390,7 @@ class DatasetConfig(Section):
     prompt and, if there are masks, control_mask."""
     hf_split: str = "train"
     """Its split."""
-    selected_control_indexes: list[int] = []
+    selected_control_indexes: list[Annotated[int, Field(ge=1)]] = []
     """Of several references per sample only these, from 1; [] means all."""
 
     @model_validator(mode="after")
@@ -423,7 +445,7 @@ class DataConfig(Section):
     caption_dropout_mode: Literal["empty", "zero"] = "empty"
     """empty: the empty instruction with the same references, which is what guidance uses; zero:
     the whole embedding (pictures too) is zeros of the same length."""
-    reference_area: Literal["1mp", "target"] | int = "1mp"
+    reference_area: Literal["1mp", "target"] | Annotated[int, Field(ge=1024)] = "1mp"
     """Area of each reference in the transformer: 1mp is what the pipelines do; "target" makes it
     as large as the target (2.8 times fewer operations at 512 px); or a number of pixels. It is
     written into the LoRA file, and generate.py follows it."""
@@ -878,7 +900,7 @@ def from_columns(record: dict[str, Any]) -> dict[str, Any]:
         numbered = [(0, row["references"])] + [
             (int(match[1]), value)
             for column, value in record.items()
-            if (match := re.fullmatch(r"(?:path_)?control_(\d+)", column))
+            if (match := re.fullmatch(r"(?:path_)?control_(\d+)", str(column)))
         ]
         row["references"] = [value for _, value in sorted(numbered, key=lambda n: n[0]) if value]
     prompts = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
@@ -893,8 +915,11 @@ def rows_of_records(
     rows: dict[str, Row] = {}
     problems = []
     for number, record in enumerate(records, 1):
+        if None in record:  # csv.DictReader: more cells than columns
+            problems.append(f"row {number}: more cells than columns; quote a text with commas")
+            continue
         row = from_columns(record)
-        if row["target"] is None or not row["references"]:
+        if row["target"] is None or not row["references"] or None in row["references"]:
             problems.append(f"row {number}: no {'reference' if row['target'] else 'target'}")
             continue
         files = {"target": locate(row["target"], f"{number}_target")}
@@ -930,7 +955,10 @@ def read_records(ds: DatasetConfig, root: Path) -> Found:
         places = [root / str(value), table.parent / str(value)]
         return next((place for place in places if place.is_file()), places[0])
 
-    found = rows_of_records(ds, records, locate)
+    try:
+        found = rows_of_records(ds, records, locate)
+    except OSError as error:  # a name that no file can have
+        return Found({}, [], [f"table {table}: {error}"])
     return found._replace(problems=[f"{table}: {problem}" for problem in found.problems])
 
 
@@ -959,6 +987,8 @@ def read_hub_dataset(ds: DatasetConfig, cache_dir: Path) -> Found:
     stamp = cache_key("hub", name=name, files=[(f, s.st_size, s.st_mtime_ns) for f, s in stats])
 
     def locate(value: Any, name: str) -> Path:
+        if not isinstance(value, dict):  # another kind of column: a file that is not there
+            return Path(str(value))
         if value.get("path") and Path(value["path"]).is_file():
             return Path(value["path"])
         file = cache_dir / "hub" / stamp / name
@@ -1298,6 +1328,8 @@ def find_samples(config: Config, index: FileIndex) -> tuple[list[Sample], list[s
         samples += found
         groups.append(wrong)
         skipped += left_out
+    if samples and all(sample.held_out for sample in samples):
+        groups.append(["data.dataset_configs: every sample is held out, none is left to train on"])
     unreadable = check_pictures(all_pictures(samples) + validation_pictures(config), index)
     groups += [unreadable, [] if unreadable else check_shapes(config, samples, index)]
     report = {
@@ -1346,7 +1378,7 @@ def fetch_from_hub(repository: str, file: str) -> Path:
         model_info(repository, timeout=4)  # answers at once; the download would retry for long
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # network, rights, spelling: the hub library has many classes
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no folder {repository}, and not on the Hub: {reason}") from error
 
 
@@ -1393,6 +1425,9 @@ def check_device(name: str, value: str | None) -> list[str]:
         return [f"{name}: '{value}' is no device (cpu, cuda:0, mps, ...)"]
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         return [f"{name}: '{value}', but this machine has {torch.cuda.device_count()} CUDA devices"]
+    here = torch.accelerator.current_accelerator()
+    if device.type not in ("cpu", "cuda", here and here.type):
+        return [f"{name}: '{value}', but this machine has no such device"]
     return []
 
 
@@ -1436,6 +1471,8 @@ def audit(config: Config) -> list[str]:
         flavour = None
     try:
         config.logging.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.logging.output_dir):
+            pass
     except OSError as error:
         problems.append(f"logging.output_dir: cannot write there: {error}")
     try:
@@ -1447,6 +1484,8 @@ def audit(config: Config) -> list[str]:
         problems += check_2508(samples)
     names = [ds.name for ds in config.data.dataset_configs]
     for name in config.validation.eval_dataset_id:
+        if names.count(name) > 1:
+            problems.append(f"validation.eval_dataset_id: several data sets are '{name}'; set id")
         if name not in names:
             problems.append(
                 f"validation.eval_dataset_id: no data set '{name}'{nearest(name, names)}"
@@ -2991,7 +3030,7 @@ def valid_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         unharmed = all(hash_file(folder / name) == h for name, h in state["files"].items())
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # cut off, overwritten
         return None
     return state if unharmed else None
 
