@@ -393,6 +393,11 @@ class DatasetConfig(Section):
     selected_control_indexes: list[Annotated[int, Field(ge=1)]] = []
     """Of several references per sample only these, from 1; [] means all."""
 
+    @field_validator("caption_ext")
+    @classmethod
+    def _dot(cls, value: str) -> str:
+        return check_extension(value)
+
     @model_validator(mode="after")
     def _one_layout(self) -> DatasetConfig:
         layouts = {
@@ -407,6 +412,20 @@ class DatasetConfig(Section):
             raise ValueError("reference_dirs is empty: name at least one folder")
         if self.reference_dirs and not self.target_dir:
             raise ValueError("reference_dirs belongs to the folders layout: name target_dir too")
+        combined = ["target_configs", "reference_configs", "caption_configs", "batch_configs"]
+        unread = {  # what this layout does not look at
+            "image_configs": [
+                *("caption", "caption_ext", "mask_dir", "hf_split"),
+                *("selected_control_indexes", "conditioning_multidataset_sampling"),
+            ],
+            "target_dir": [*combined, "hf_split"],
+            "table": [*combined, "caption_ext", "mask_dir", "hf_split"],
+            "hf_dataset": [*combined, "caption_ext", "mask_dir"],
+        }
+        layout = next(name for name in unread if getattr(self, name))
+        fields = type(self).model_fields
+        if idle := [n for n in unread[layout] if getattr(self, n) != fields[n].default]:
+            raise ValueError(f"{', '.join(idle)}: not read beside {layout}; leave it out")
         if self.views == 1 and (self.view_flip or self.view_scale < 1):
             raise ValueError("view_flip and view_scale are about random crops: set views above 1")
         if self.image_configs and not self.batch_configs:
@@ -1895,7 +1914,10 @@ def template_text(pipeline_class: str) -> str:
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a component: small files whole, weights by size and 3 samples of 64 KB each."""
+    """Hash of a component: small files whole, weights by size and 64 KB of every 4 MB.
+
+    KEEP every 4 MB: a LoRA merged into some layers leaves the other layers and the header alone.
+    """
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders if folder.is_dir() for f in folder.rglob("*")):
         if not file.is_file() or file.name.startswith("."):
@@ -1905,7 +1927,7 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
             parts.append([file.name, hash_file(file)])
             continue
         with file.open("rb") as stream:
-            for place in (0, size // 2, size - 2**16):
+            for place in (*range(0, size - 2**16, 2**22), size - 2**16):
                 stream.seek(place)
                 parts.append([file.name, size, draw_key(stream.read(2**16))])
     return cache_key("encoder", parts=parts)

@@ -101,3 +101,25 @@ def test_an_index_that_cannot_be_written_is_a_message(tmp_path):
     index.put(file, file.stat(), {"width": 1})
     with pytest.raises(UserError, match=r"index.sqlite of the cache cannot be written"):
         index.commit()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"caption": "make it snow"},
+        {"conditioning_multidataset_sampling": "random"},
+        {"selected_control_indexes": [1]},
+        {"mask_dir": "masks"},
+    ],
+)
+def test_what_the_layout_does_not_read_is_an_error(change, checkpoints, tmp_path):
+    data = [suffix_dataset(copy_pairs(tmp_path / "pairs"), **change)]
+    found = problems_of(checkpoints["2511"], tmp_path, data)
+    assert f"{next(iter(change))}: not read beside image_configs" in found
+
+
+def test_batch_configs_beside_folders_are_an_error(checkpoints, tmp_path):
+    combination = {"target_config": "a", "caption_config": "b"}
+    data = {"target_dir": "t", "reference_dirs": ["r"], "batch_configs": [combination]}
+    found = problems_of(checkpoints["2511"], tmp_path, [data])
+    assert "batch_configs: not read beside target_dir" in found
