@@ -1524,10 +1524,10 @@ def check_2508(samples: Sequence[Sample]) -> list[str]:
         for variant in sample.variants:
             same = [r.path for r in variant.vision] == [r.path for r in variant.references]
             fewer = variant.vision_dropout and variant.vision_min < 1
-            if not same or fewer or any(r.area for r in variant.vision):
+            if not same or fewer or any(r.area for r in (*variant.vision, *variant.references)):
                 problems.append(
                     f"{where}: 2508 shows its encoder the picture that the VAE gets; leave out "
-                    "reference_list.resize and dropout, and use the same references"
+                    "every resize of references and the dropout, and use the same references"
                 )
                 break
     return problems
@@ -2814,7 +2814,8 @@ def weighted_mean(error: torch.Tensor, weight: torch.Tensor | None) -> torch.Ten
     if weight is None:
         return error.flatten(1).mean(1)
     weight = weight.expand_as(error).flatten(1)
-    return (weight * error.flatten(1)).sum(1) / weight.sum(1)
+    # KEEP the minimum: a weight of 0 and an empty mask leave nothing to learn, not a NaN
+    return (weight * error.flatten(1)).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": flow_loss, "huber": huber_loss}
@@ -3029,7 +3030,8 @@ def edit_sheet(
 FREE_TO_CHANGE = {  # settings that may differ between a checkpoint and the run that continues it
     "max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "gradient_checkpointing", "gradient_accumulation_steps",
-    "batch_size", "num_workers", "recreate_cache", "train_data_dir",
+    "batch_size", "max_tokens_per_batch", "num_workers", "train_data_dir",
+    "recreate_cache", "recreate_cache_target", "recreate_cache_reference", "recreate_cache_caption",
     "devices", "blocks_to_swap", "quantize_via", "ema_device",
 }  # fmt: skip
 TRAINS = ("model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed")
@@ -3880,14 +3882,13 @@ class QwenImageEditTrainer:
         jobs: dict[str, Picture | Example | Region] = {}
         for draw in possible_draws(self.config, self.samples):
             ds = self.config.data.dataset_configs[self.samples[draw.sample].dataset]
+            flags = ds.recreate_cache_target, ds.recreate_cache_reference, ds.recreate_cache_caption
+            if fresh and not (ds.recreate_cache or any(flags)):
+                continue
             e = resolve(self.config, self.flavour, self.samples, draw, self.index)
             targets = [part for part in (e.target, e.start, e.region) if part]
-            parts: list[tuple[bool, Sequence[Picture | Example | Region]]] = [
-                (ds.recreate_cache_target, targets),
-                (ds.recreate_cache_reference, e.references),
-                (ds.recreate_cache_caption, [e]),
-            ]
-            for again, wanted in parts:
+            parts: list[Sequence[Picture | Example | Region]] = [targets, e.references, [e]]
+            for again, wanted in zip(flags, parts, strict=True):
                 if not fresh or again or ds.recreate_cache:
                     for part in wanted:
                         jobs.setdefault(self.keys.of(part), part)
@@ -4533,8 +4534,7 @@ class QwenImageEditTrainer:
             metrics = MetricLog(self.config.logging.output_dir / "metrics.jsonl", self.global_step)
         self.optimizer.train()
         with StopSignal() as stop:
-            share = self.samples_per_step // self.accelerator.num_processes
-            stopped = self._loop(loader, steps, share, stop, metrics)
+            stopped = self._loop(loader, steps, stop, metrics)
         if self.accelerator.is_main_process:
             self._save_adapters(self.config.logging.output_dir)
             self._write_card()
@@ -4583,12 +4583,7 @@ class QwenImageEditTrainer:
         save_atomic(folder / f"{name}.png", lambda file: sheet.save(file, format="PNG"))
 
     def _loop(
-        self,
-        loader: Iterable[Any],
-        steps: int,
-        share: int,
-        stop: StopSignal,
-        metrics: MetricLog | None,
+        self, loader: Iterable[Any], steps: int, stop: StopSignal, metrics: MetricLog | None
     ) -> bool:
         """Train up to `steps`; returns whether a signal ended it early."""
         every, saves = self.config.logging.log_every, self.config.train.checkpointing_steps
@@ -4599,7 +4594,7 @@ class QwenImageEditTrainer:
         bar = progress(None, "train", total=steps, initial=self.global_step, unit="step")
         clock = time.monotonic()  # of the window; stands still while saving and validating
         for batches in itertools.islice(loader, max(0, steps - self.global_step)):
-            names, loss, norm = self._step(batches, share)
+            names, loss, norm = self._step(batches)
             window.append((names, loss, norm))
             bar.update()
             stopped = self._agree(stop.requested)
@@ -4622,13 +4617,13 @@ class QwenImageEditTrainer:
         bar.close()
         return stopped
 
-    def _step(self, batches: Any, share: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    def _step(self, batches: Any) -> tuple[list[str], torch.Tensor, torch.Tensor]:
         """One optimizer step over micro-batches; returns sample names, mean loss, gradient norm."""
         accelerator = self.accelerator
         batches = batches if isinstance(batches, list) else [batches]
         if "error" in batches[0]:
             raise UserError(f"{batches[0]['error']}. Repair: cache_embeddings.py --verify")
-        total = share if "noise" in batches[0] else sum(batch_size(b) for b in batches)
+        total = sum(batch_size(batch) for batch in batches)
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             # processes average their gradients once, with the last micro-batch
@@ -5187,7 +5182,9 @@ def ways_out(config: Config) -> Iterator[tuple[str, Config]]:
         yield changed(data__batch_size=1)
     if config.data.reference_area == "1mp":
         yield changed(data__reference_area="target")
-    for precision in ("int8-quanto", "nf4-bnb"):
+    method, activations = config.model.lora.method, config.model.quantize_activations
+    possible = {"int8-quanto": method != "dora", "nf4-bnb": method != "lokr" and not activations}
+    for precision in (name for name, fine in possible.items() if fine):
         if BITS[precision] < BITS[config.model.precision] and not config.model.blocks_to_swap:
             yield changed(model__base_model_precision=precision, model__quantize=False)
     if not config.model.blocks_to_swap and config.model.precision != "nf4-bnb":

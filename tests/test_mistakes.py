@@ -123,3 +123,21 @@ def test_batch_configs_beside_folders_are_an_error(checkpoints, tmp_path):
     data = {"target_dir": "t", "reference_dirs": ["r"], "batch_configs": [combination]}
     found = problems_of(checkpoints["2511"], tmp_path, [data])
     assert "batch_configs: not read beside target_dir" in found
+
+
+def test_2508_cannot_resize_only_what_the_vae_gets(checkpoints, tmp_path):
+    data = suffix_dataset(
+        copy_pairs(tmp_path / "pairs"),
+        reference_configs={"before": [{"image": "before", "resize": 128}]},
+        caption_configs={"text": {"image": "after"}},
+    )
+    found = problems_of(checkpoints["2508"], tmp_path, [data])
+    assert "2508 shows its encoder the picture that the VAE gets" in found
+
+
+def test_what_changes_no_result_does_not_stop_a_resume(make_trainer):
+    parts = ("", "_target", "_reference", "_caption")
+    again = suffix_dataset("pairs", **{f"recreate_cache{part}": True for part in parts})
+    plain = make_trainer(**{"data.dataset_configs": [suffix_dataset("pairs")]})
+    other = make_trainer(**{"data.dataset_configs": [again], "data.max_tokens_per_batch": 99})
+    assert plain.trained_as() == other.trained_as()

@@ -510,7 +510,7 @@ def test_training_can_start_from_a_lora_file(make_trainer, tmp_path):
     assert_same(script.lora_tensors(other.transformer), script.lora_tensors(trainer.transformer))
     wrong = make_trainer(**{"model.lora.r": 8, "model.lora.pretrained_weight": str(file)})
     with pytest.raises(
-        UserError, match="it is a lora of rank 4, model.lora asks for lora of rank 8"
+        UserError, match=r"it is a lora of rank 4, model.lora asks for lora of rank 8"
     ):
         wrong.set_lora()
 
