@@ -1136,7 +1136,9 @@ class VariantMaker:
         for number, item in enumerate(self.ds.reference_configs[name]):
             paths = [files[item.image]] if item.image in files else []
             if item.sample_type == "from_subdir" and paths:
-                others = [p for p in self._beside(paths[0], item.suffix) if p != paths[0]]
+                # KEEP: none of the sample's own; its target would show the answer
+                own = set(files.values())
+                others = [p for p in self._beside(paths[0], item.suffix) if p not in own]
                 if len(others) < item.count:
                     raise ValueError(
                         f"reference_configs.{name}.{number}: wanted {item.count} other pictures "
@@ -1635,9 +1637,8 @@ def cover_box(
     return tuple(round(v, 6) for v in (left, top, left + width, top + height))  # type: ignore
 
 
-def reference_area_px(config: Config, size: tuple[int, int]) -> float:
+def reference_area_px(area: str | int, size: tuple[int, int]) -> float:
     """data.reference_area in pixels, for a target of `size`."""
-    area = config.data.reference_area
     return float({"1mp": AREA_1MP, "target": size[0] * size[1]}.get(str(area), area))
 
 
@@ -1721,7 +1722,7 @@ def resolve(
             return Picture(reference.path, content, size, frame.box, frame.flip)
         return Picture(reference.path, content, pick_size(area_px, own))
 
-    area_px = reference_area_px(config, size)
+    area_px = reference_area_px(config.data.reference_area, size)
     vision_area = float(flavour.vision_area or area_px)
     stay = range(len(variant.vision)) if draw.vision is None else draw.vision
     target, region = on_target(variant.target), None
@@ -3810,7 +3811,7 @@ class QwenImageEditTrainer:
         ):
             image = as_image(target)
             size = pick_size(image.width * image.height, image.width / image.height)
-            area_px = reference_area_px(self.config, size)
+            area_px = reference_area_px(self.config.data.reference_area, size)
             controls = control if isinstance(control, list | tuple) else [control]
             pictures = [as_image(c) for c in controls]
             found.append(
@@ -4073,11 +4074,12 @@ class QwenImageEditTrainer:
         data = self.config.data
         variants = [v for s in self.samples for v in s.variants]
         areas = {r.area or self.flavour.vision_area for v in variants for r in v.vision}
+        resized = {r.area for v in variants for r in v.references}  # reference_configs' resize
         instructions = sorted({v.instruction for v in variants if v.instruction})
         return {
             "base_model": self.config.model.pretrained_model_name_or_path,
             "flavour": self.flavour.name,
-            "reference_area": data.reference_area,
+            "reference_area": (len(resized) == 1 and resized.pop()) or data.reference_area,
             "vision_area": min((a for a in areas if a), default=self.flavour.vision_area),
             "instruction": instructions[0] if instructions else None,
             "resolution": data.dataset_configs[0].resolution if data.dataset_configs else None,
@@ -4159,17 +4161,17 @@ class QwenImageEditTrainer:
         first, else the last) at the size that is drawn: width x height px, down to a multiple of
         16, or 1 MP (the training size if references are as large as the target).
         """
-        data = self.config.data
+        data, about = self.config.data, self.about_lora()
         main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
         aspect = main.size[0] / main.size[1]
-        aligned = data.reference_area == "target"
+        aligned = about["reference_area"] == "target"
         size = pick_size(AREA_1MP, aspect)
         if aligned and data.dataset_configs:
             size = nearest_bucket(*main.size, data.dataset_configs[0].resolution)
         size = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
         box = cover_box(aspect, size[0] / size[1])
-        area_px = reference_area_px(self.config, size)
-        vision_area = float(self.about_lora()["vision_area"] or area_px)
+        area_px = reference_area_px(about["reference_area"], size)
+        vision_area = float(about["vision_area"] or area_px)
 
         def fit(picture: Picture, area_px: float) -> Picture:
             own = picture.size[0] / picture.size[1]
@@ -4183,7 +4185,7 @@ class QwenImageEditTrainer:
             references=tuple(fit(picture, area_px) for picture in pictures),
             vision=tuple(fit(picture, vision_area) for picture in pictures),
             caption=prompt,
-            instruction=self.about_lora()["instruction"],
+            instruction=about["instruction"],
         )
 
     def predict(
