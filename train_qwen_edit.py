@@ -2616,14 +2616,17 @@ def lora_tensors(transformer: Any) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(transformer)
 
 
-def check_start(path: Path, lora: LoraConfig) -> None:
-    """Raises UserError unless the file has the method and rank that model.lora asks for."""
+def check_start(path: Path, lora: LoraConfig, transformer: Any) -> None:
+    """Raises UserError unless the file has the method, rank and layers of the adapter there."""
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             factors = [name for name in names if ".lora_A." in name]
             ranks = {file.get_slice(name).get_shape()[0] for name in factors}
+            shapes = {
+                n.removeprefix("transformer."): tuple(file.get_slice(n).get_shape()) for n in names
+            }
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"model.lora.pretrained_weight {path}: {error}") from error
     method = "lora"
@@ -2637,6 +2640,8 @@ def check_start(path: Path, lora: LoraConfig) -> None:
             f"{', '.join(map(str, sorted(ranks))) or 'unknown'}, model.lora asks for {lora.method} "
             f"of rank {lora.r}"
         )
+    if shapes != {name: tuple(t.shape) for name, t in lora_tensors(transformer).items()}:
+        raise UserError(f"{path}: other layers than model.lora asks for")
 
 
 def strengthen(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
@@ -4055,11 +4060,8 @@ class QwenImageEditTrainer:
         """Copy a LoRA file into the adapter; alpha / r is taken out of the weights again."""
         from peft.utils import set_peft_model_state_dict
 
-        check_start(path, self.config.model.lora)
+        check_start(path, self.config.model.lora, self.transformer)
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
-        there = lora_tensors(self.transformer)
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in there.items()}:
-            raise UserError(f"{path}: other layers than model.lora asks for")
         tensors = strengthen(tensors, 1 / strength_of(self.transformer))
         set_peft_model_state_dict(self.transformer, tensors)
 
@@ -4465,6 +4467,8 @@ class QwenImageEditTrainer:
         Raises:
             UserError: with every problem.
         """
+        from accelerate import init_empty_weights
+
         config, lora = self.config, self.config.model.lora
         problems = check_precision(self.precision) + check_model(config, self.precision)
         path = config.model.pretrained_model_name_or_path
@@ -4472,7 +4476,9 @@ class QwenImageEditTrainer:
             empty = empty_transformer(read_model_json(path, "transformer/config.json"))
             adapter_config(empty, lora)
             if lora.pretrained_weight:
-                check_start(lora.pretrained_weight, lora)
+                with init_empty_weights():
+                    add_lora(empty, lora, config.seed)
+                check_start(lora.pretrained_weight, lora, empty)
         except UserError as error:
             problems.append(str(error))
         try:

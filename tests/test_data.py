@@ -381,7 +381,7 @@ def test_refused_within_ten_seconds_and_before_any_model_library(checkpoints, tm
         ("cache.cache_dir", "/dev/null/x", "cache.cache_dir: cannot write there"),
         ("cache.vae_encoder_device", "cuda:7", "this machine has"),
         ("cache.text_encoder_device", "gpu", "is no device"),
-        ("validation.steps", 2, "nothing is held out"),
+        ("validation.steps", 2, "no data set names samples in holdout"),
         ("model.lora.pretrained_weight", "no.safetensors", "no file no.safetensors"),
     ],
 )
