@@ -141,7 +141,7 @@ def fetch_from_hub(repository: str, file: str) -> Path:
         model_info(repository, timeout=4)  # answers at once; the download would retry for long
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # network, rights, spelling: the hub library has many classes
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no folder {repository}, and not on the Hub: {reason}") from error
 
 

@@ -47,7 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -146,6 +146,13 @@ def check_step_rules(text: str) -> None:
         raise ValueError(f"step_rules: the steps of '{text}' must go up")
 
 
+def check_extension(text: str) -> str:
+    """`text`, if it is like ".txt". Raises ValueError."""
+    if not re.fullmatch(r"\.[^./\\]+", text):
+        raise ValueError(f"'{text}' is no extension such as .txt")
+    return text
+
+
 class LoraConfig(Section):
     """The adapter on the transformer; everything else stays frozen."""
 
@@ -171,6 +178,15 @@ class LoraConfig(Section):
     @classmethod
     def _ranges(cls, value: str) -> str:
         parse_blocks(value)
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _expression(cls, value: list[str] | str) -> list[str] | str:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from error
         return value
 
 
@@ -278,6 +294,11 @@ class CaptionConfig(Section):
     reference_list: ReferenceListConfig | None = None
     """null: the references of the batch config, which is what inference does."""
 
+    @field_validator("ext")
+    @classmethod
+    def _dot(cls, value: str) -> str:
+        return check_extension(value)
+
 
 class BatchConfig(Section):
     """One combination of target, references and caption; one is drawn per visit."""
@@ -370,8 +391,13 @@ class DatasetConfig(Section):
     prompt and, if there are masks, control_mask."""
     hf_split: str = "train"
     """Its split."""
-    selected_control_indexes: list[int] = []
+    selected_control_indexes: list[Annotated[int, Field(ge=1)]] = []
     """Of several references per sample only these, from 1; [] means all."""
+
+    @field_validator("caption_ext")
+    @classmethod
+    def _dot(cls, value: str) -> str:
+        return check_extension(value)
 
     @model_validator(mode="after")
     def _one_layout(self) -> DatasetConfig:
@@ -387,6 +413,20 @@ class DatasetConfig(Section):
             raise ValueError("reference_dirs is empty: name at least one folder")
         if self.reference_dirs and not self.target_dir:
             raise ValueError("reference_dirs belongs to the folders layout: name target_dir too")
+        combined = ["target_configs", "reference_configs", "caption_configs", "batch_configs"]
+        unread = {  # what this layout does not look at
+            "image_configs": [
+                *("caption", "caption_ext", "mask_dir", "hf_split"),
+                *("selected_control_indexes", "conditioning_multidataset_sampling"),
+            ],
+            "target_dir": [*combined, "hf_split"],
+            "table": [*combined, "caption_ext", "mask_dir", "hf_split"],
+            "hf_dataset": [*combined, "caption_ext", "mask_dir"],
+        }
+        layout = next(name for name in unread if getattr(self, name))
+        fields = type(self).model_fields
+        if idle := [n for n in unread[layout] if getattr(self, n) != fields[n].default]:
+            raise ValueError(f"{', '.join(idle)}: not read beside {layout}; leave it out")
         if self.views == 1 and (self.view_flip or self.view_scale < 1):
             raise ValueError("view_flip and view_scale are about random crops: set views above 1")
         if self.image_configs and not self.batch_configs:
@@ -425,7 +465,7 @@ class DataConfig(Section):
     caption_dropout_mode: Literal["empty", "zero"] = "empty"
     """empty: the empty instruction with the same references, which is what guidance uses; zero:
     the whole embedding (pictures too) is zeros of the same length."""
-    reference_area: Literal["1mp", "target"] | int = "1mp"
+    reference_area: Literal["1mp", "target"] | Annotated[int, Field(ge=1024)] = "1mp"
     """Area of each reference in the transformer: 1mp is what the pipelines do; "target" makes it
     as large as the target (2.8 times fewer operations at 512 px); or a number of pixels. It is
     written into the LoRA file, and generate.py follows it."""
@@ -880,7 +920,7 @@ def from_columns(record: dict[str, Any]) -> dict[str, Any]:
         numbered = [(0, row["references"])] + [
             (int(match[1]), value)
             for column, value in record.items()
-            if (match := re.fullmatch(r"(?:path_)?control_(\d+)", column))
+            if (match := re.fullmatch(r"(?:path_)?control_(\d+)", str(column)))
         ]
         row["references"] = [value for _, value in sorted(numbered, key=lambda n: n[0]) if value]
     prompts = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
@@ -895,8 +935,11 @@ def rows_of_records(
     rows: dict[str, Row] = {}
     problems = []
     for number, record in enumerate(records, 1):
+        if None in record:  # csv.DictReader: more cells than columns
+            problems.append(f"row {number}: more cells than columns; quote a text with commas")
+            continue
         row = from_columns(record)
-        if row["target"] is None or not row["references"]:
+        if row["target"] is None or not row["references"] or None in row["references"]:
             problems.append(f"row {number}: no {'reference' if row['target'] else 'target'}")
             continue
         files = {"target": locate(row["target"], f"{number}_target")}
@@ -932,7 +975,10 @@ def read_records(ds: DatasetConfig, root: Path) -> Found:
         places = [root / str(value), table.parent / str(value)]
         return next((place for place in places if place.is_file()), places[0])
 
-    found = rows_of_records(ds, records, locate)
+    try:
+        found = rows_of_records(ds, records, locate)
+    except OSError as error:  # a name that no file can have
+        return Found({}, [], [f"table {table}: {error}"])
     return found._replace(problems=[f"{table}: {problem}" for problem in found.problems])
 
 
@@ -961,6 +1007,8 @@ def read_hub_dataset(ds: DatasetConfig, cache_dir: Path) -> Found:
     stamp = cache_key("hub", name=name, files=[(f, s.st_size, s.st_mtime_ns) for f, s in stats])
 
     def locate(value: Any, name: str) -> Path:
+        if not isinstance(value, dict):  # another kind of column: a file that is not there
+            return Path(str(value))
         if value.get("path") and Path(value["path"]).is_file():
             return Path(value["path"])
         file = cache_dir / "hub" / stamp / name
@@ -1089,7 +1137,9 @@ class VariantMaker:
         for number, item in enumerate(self.ds.reference_configs[name]):
             paths = [files[item.image]] if item.image in files else []
             if item.sample_type == "from_subdir" and paths:
-                others = [p for p in self._beside(paths[0], item.suffix) if p != paths[0]]
+                # KEEP: none of the sample's own; its target would show the answer
+                own = set(files.values())
+                others = [p for p in self._beside(paths[0], item.suffix) if p not in own]
                 if len(others) < item.count:
                     raise ValueError(
                         f"reference_configs.{name}.{number}: wanted {item.count} other pictures "
@@ -1300,6 +1350,8 @@ def find_samples(config: Config, index: FileIndex) -> tuple[list[Sample], list[s
         samples += found
         groups.append(wrong)
         skipped += left_out
+    if samples and all(sample.held_out for sample in samples):
+        groups.append(["data.dataset_configs: every sample is held out, none is left to train on"])
     unreadable = check_pictures(all_pictures(samples) + validation_pictures(config), index)
     groups += [unreadable, [] if unreadable else check_shapes(config, samples, index)]
     report = {
@@ -1348,7 +1400,7 @@ def fetch_from_hub(repository: str, file: str) -> Path:
         model_info(repository, timeout=4)  # answers at once; the download would retry for long
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # network, rights, spelling: the hub library has many classes
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no folder {repository}, and not on the Hub: {reason}") from error
 
 
@@ -1395,6 +1447,9 @@ def check_device(name: str, value: str | None) -> list[str]:
         return [f"{name}: '{value}' is no device (cpu, cuda:0, mps, ...)"]
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         return [f"{name}: '{value}', but this machine has {torch.cuda.device_count()} CUDA devices"]
+    here = torch.accelerator.current_accelerator()
+    if device.type not in ("cpu", "cuda", here and here.type):
+        return [f"{name}: '{value}', but this machine has no such device"]
     return []
 
 
@@ -1438,6 +1493,8 @@ def audit(config: Config) -> list[str]:
         flavour = None
     try:
         config.logging.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.logging.output_dir):
+            pass
     except OSError as error:
         problems.append(f"logging.output_dir: cannot write there: {error}")
     try:
@@ -1449,6 +1506,8 @@ def audit(config: Config) -> list[str]:
         problems += check_2508(samples)
     names = [ds.name for ds in config.data.dataset_configs]
     for name in config.validation.eval_dataset_id:
+        if names.count(name) > 1:
+            problems.append(f"validation.eval_dataset_id: several data sets are '{name}'; set id")
         if name not in names:
             problems.append(
                 f"validation.eval_dataset_id: no data set '{name}'{nearest(name, names)}"
@@ -1468,10 +1527,10 @@ def check_2508(samples: Sequence[Sample]) -> list[str]:
         for variant in sample.variants:
             same = [r.path for r in variant.vision] == [r.path for r in variant.references]
             fewer = variant.vision_dropout and variant.vision_min < 1
-            if not same or fewer or any(r.area for r in variant.vision):
+            if not same or fewer or any(r.area for r in (*variant.vision, *variant.references)):
                 problems.append(
                     f"{where}: 2508 shows its encoder the picture that the VAE gets; leave out "
-                    "reference_list.resize and dropout, and use the same references"
+                    "every resize of references and the dropout, and use the same references"
                 )
                 break
     return problems
@@ -1579,9 +1638,8 @@ def cover_box(
     return tuple(round(v, 6) for v in (left, top, left + width, top + height))  # type: ignore
 
 
-def reference_area_px(config: Config, size: tuple[int, int]) -> float:
+def reference_area_px(area: str | int, size: tuple[int, int]) -> float:
     """data.reference_area in pixels, for a target of `size`."""
-    area = config.data.reference_area
     return float({"1mp": AREA_1MP, "target": size[0] * size[1]}.get(str(area), area))
 
 
@@ -1665,7 +1723,7 @@ def resolve(
             return Picture(reference.path, content, size, frame.box, frame.flip)
         return Picture(reference.path, content, pick_size(area_px, own))
 
-    area_px = reference_area_px(config, size)
+    area_px = reference_area_px(config.data.reference_area, size)
     vision_area = float(flavour.vision_area or area_px)
     stay = range(len(variant.vision)) if draw.vision is None else draw.vision
     target, region = on_target(variant.target), None
@@ -1858,7 +1916,10 @@ def template_text(pipeline_class: str) -> str:
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a component: small files whole, weights by size and 3 samples of 64 KB each."""
+    """Hash of a component: small files whole, weights by size and 64 KB of every 4 MB.
+
+    KEEP every 4 MB: a LoRA merged into some layers leaves the other layers and the header alone.
+    """
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders if folder.is_dir() for f in folder.rglob("*")):
         if not file.is_file() or file.name.startswith("."):
@@ -1868,7 +1929,7 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
             parts.append([file.name, hash_file(file)])
             continue
         with file.open("rb") as stream:
-            for place in (0, size // 2, size - 2**16):
+            for place in (*range(0, size - 2**16, 2**22), size - 2**16):
                 stream.seek(place)
                 parts.append([file.name, size, draw_key(stream.read(2**16))])
     return cache_key("encoder", parts=parts)
@@ -2580,14 +2641,17 @@ def lora_tensors(transformer: Any) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(transformer)
 
 
-def check_start(path: Path, lora: LoraConfig) -> None:
-    """Raises UserError unless the file has the method and rank that model.lora asks for."""
+def check_start(path: Path, lora: LoraConfig, transformer: Any) -> None:
+    """Raises UserError unless the file has the method, rank and layers of the adapter there."""
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             factors = [name for name in names if ".lora_A." in name]
             ranks = {file.get_slice(name).get_shape()[0] for name in factors}
+            shapes = {
+                n.removeprefix("transformer."): tuple(file.get_slice(n).get_shape()) for n in names
+            }
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"model.lora.pretrained_weight {path}: {error}") from error
     method = "lora"
@@ -2601,6 +2665,8 @@ def check_start(path: Path, lora: LoraConfig) -> None:
             f"{', '.join(map(str, sorted(ranks))) or 'unknown'}, model.lora asks for {lora.method} "
             f"of rank {lora.r}"
         )
+    if shapes != {name: tuple(t.shape) for name, t in lora_tensors(transformer).items()}:
+        raise UserError(f"{path}: other layers than model.lora asks for")
 
 
 def strengthen(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
@@ -2779,7 +2845,8 @@ def weighted_mean(error: torch.Tensor, weight: torch.Tensor | None) -> torch.Ten
     if weight is None:
         return error.flatten(1).mean(1)
     weight = weight.expand_as(error).flatten(1)
-    return (weight * error.flatten(1)).sum(1) / weight.sum(1)
+    # KEEP the minimum: a weight of 0 and an empty mask leave nothing to learn, not a NaN
+    return (weight * error.flatten(1)).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": flow_loss, "huber": huber_loss}
@@ -2994,7 +3061,8 @@ def edit_sheet(
 FREE_TO_CHANGE = {  # settings that may differ between a checkpoint and the run that continues it
     "max_train_steps", "num_epochs", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "gradient_checkpointing", "gradient_accumulation_steps",
-    "batch_size", "num_workers", "recreate_cache", "train_data_dir",
+    "batch_size", "max_tokens_per_batch", "num_workers", "train_data_dir",
+    "recreate_cache", "recreate_cache_target", "recreate_cache_reference", "recreate_cache_caption",
     "devices", "blocks_to_swap", "quantize_via", "ema_device",
 }  # fmt: skip
 TRAINS = ("model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed")
@@ -3017,7 +3085,7 @@ def valid_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         unharmed = all(hash_file(folder / name) == h for name, h in state["files"].items())
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # cut off, overwritten
         return None
     return state if unharmed else None
 
@@ -3773,7 +3841,7 @@ class QwenImageEditTrainer:
         ):
             image = as_image(target)
             size = pick_size(image.width * image.height, image.width / image.height)
-            area_px = reference_area_px(self.config, size)
+            area_px = reference_area_px(self.config.data.reference_area, size)
             controls = control if isinstance(control, list | tuple) else [control]
             pictures = [as_image(c) for c in controls]
             found.append(
@@ -3845,14 +3913,13 @@ class QwenImageEditTrainer:
         jobs: dict[str, Picture | Example | Region] = {}
         for draw in possible_draws(self.config, self.samples):
             ds = self.config.data.dataset_configs[self.samples[draw.sample].dataset]
+            flags = ds.recreate_cache_target, ds.recreate_cache_reference, ds.recreate_cache_caption
+            if fresh and not (ds.recreate_cache or any(flags)):
+                continue
             e = resolve(self.config, self.flavour, self.samples, draw, self.index)
             targets = [part for part in (e.target, e.start, e.region) if part]
-            parts: list[tuple[bool, Sequence[Picture | Example | Region]]] = [
-                (ds.recreate_cache_target, targets),
-                (ds.recreate_cache_reference, e.references),
-                (ds.recreate_cache_caption, [e]),
-            ]
-            for again, wanted in parts:
+            parts: list[Sequence[Picture | Example | Region]] = [targets, e.references, [e]]
+            for again, wanted in zip(flags, parts, strict=True):
                 if not fresh or again or ds.recreate_cache:
                     for part in wanted:
                         jobs.setdefault(self.keys.of(part), part)
@@ -4023,11 +4090,8 @@ class QwenImageEditTrainer:
         """Copy a LoRA file into the adapter; alpha / r is taken out of the weights again."""
         from peft.utils import set_peft_model_state_dict
 
-        check_start(path, self.config.model.lora)
+        check_start(path, self.config.model.lora, self.transformer)
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
-        there = lora_tensors(self.transformer)
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in there.items()}:
-            raise UserError(f"{path}: other layers than model.lora asks for")
         tensors = strengthen(tensors, 1 / strength_of(self.transformer))
         set_peft_model_state_dict(self.transformer, tensors)
 
@@ -4042,11 +4106,12 @@ class QwenImageEditTrainer:
         data = self.config.data
         variants = [v for s in self.samples for v in s.variants]
         areas = {r.area or self.flavour.vision_area for v in variants for r in v.vision}
+        resized = {r.area for v in variants for r in v.references}  # reference_configs' resize
         instructions = sorted({v.instruction for v in variants if v.instruction})
         return {
             "base_model": self.config.model.pretrained_model_name_or_path,
             "flavour": self.flavour.name,
-            "reference_area": data.reference_area,
+            "reference_area": (len(resized) == 1 and resized.pop()) or data.reference_area,
             "vision_area": min((a for a in areas if a), default=self.flavour.vision_area),
             "instruction": instructions[0] if instructions else None,
             "resolution": data.dataset_configs[0].resolution if data.dataset_configs else None,
@@ -4138,17 +4203,17 @@ class QwenImageEditTrainer:
         first, else the last) at the size that is drawn: width x height px, down to a multiple of
         16, or 1 MP (the training size if references are as large as the target).
         """
-        data = self.config.data
+        data, about = self.config.data, self.about_lora()
         main = pictures[0] if self.flavour.name == "edit-v1" else pictures[-1]
         aspect = main.size[0] / main.size[1]
-        aligned = data.reference_area == "target"
+        aligned = about["reference_area"] == "target"
         size = pick_size(AREA_1MP, aspect)
         if aligned and data.dataset_configs:
             size = nearest_bucket(*main.size, data.dataset_configs[0].resolution)
         size = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
         box = cover_box(aspect, size[0] / size[1])
-        area_px = reference_area_px(self.config, size)
-        vision_area = float(self.about_lora()["vision_area"] or area_px)
+        area_px = reference_area_px(about["reference_area"], size)
+        vision_area = float(about["vision_area"] or area_px)
 
         def fit(picture: Picture, area_px: float) -> Picture:
             own = picture.size[0] / picture.size[1]
@@ -4162,7 +4227,7 @@ class QwenImageEditTrainer:
             references=tuple(fit(picture, area_px) for picture in pictures),
             vision=tuple(fit(picture, vision_area) for picture in pictures),
             caption=prompt,
-            instruction=self.about_lora()["instruction"],
+            instruction=about["instruction"],
         )
 
     def predict(
@@ -4442,6 +4507,8 @@ class QwenImageEditTrainer:
         Raises:
             UserError: with every problem.
         """
+        from accelerate import init_empty_weights
+
         config, lora = self.config, self.config.model.lora
         problems = check_precision(self.precision) + check_model(config, self.precision)
         path = config.model.pretrained_model_name_or_path
@@ -4449,7 +4516,9 @@ class QwenImageEditTrainer:
             empty = empty_transformer(read_model_json(path, "transformer/config.json"))
             adapter_config(empty, lora)
             if lora.pretrained_weight:
-                check_start(lora.pretrained_weight, lora)
+                with init_empty_weights():
+                    add_lora(empty, lora, config.seed)
+                check_start(lora.pretrained_weight, lora, empty)
         except UserError as error:
             problems.append(str(error))
         try:
@@ -4513,8 +4582,7 @@ class QwenImageEditTrainer:
             metrics = MetricLog(self.config.logging.output_dir / "metrics.jsonl", self.global_step)
         self.optimizer.train()
         with StopSignal() as stop:
-            share = self.samples_per_step // self.accelerator.num_processes
-            stopped = self._loop(loader, steps, share, stop, metrics)
+            stopped = self._loop(loader, steps, stop, metrics)
         if self.accelerator.is_main_process:
             self._save_adapters(self.config.logging.output_dir)
             self._write_card()
@@ -4563,12 +4631,7 @@ class QwenImageEditTrainer:
         save_atomic(folder / f"{name}.png", lambda file: sheet.save(file, format="PNG"))
 
     def _loop(
-        self,
-        loader: Iterable[Any],
-        steps: int,
-        share: int,
-        stop: StopSignal,
-        metrics: MetricLog | None,
+        self, loader: Iterable[Any], steps: int, stop: StopSignal, metrics: MetricLog | None
     ) -> bool:
         """Train up to `steps`; returns whether a signal ended it early."""
         every, saves = self.config.logging.log_every, self.config.train.checkpointing_steps
@@ -4579,7 +4642,7 @@ class QwenImageEditTrainer:
         bar = progress(None, "train", total=steps, initial=self.global_step, unit="step")
         clock = time.monotonic()  # of the window; stands still while saving and validating
         for batches in itertools.islice(loader, max(0, steps - self.global_step)):
-            names, loss, norm = self._step(batches, share)
+            names, loss, norm = self._step(batches)
             window.append((names, loss, norm))
             bar.update()
             stopped = self._agree(stop.requested)
@@ -4602,13 +4665,13 @@ class QwenImageEditTrainer:
         bar.close()
         return stopped
 
-    def _step(self, batches: Any, share: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    def _step(self, batches: Any) -> tuple[list[str], torch.Tensor, torch.Tensor]:
         """One optimizer step over micro-batches; returns sample names, mean loss, gradient norm."""
         accelerator = self.accelerator
         batches = batches if isinstance(batches, list) else [batches]
         if "error" in batches[0]:
             raise UserError(f"{batches[0]['error']}. Repair: cache_embeddings.py --verify")
-        total = share if "noise" in batches[0] else sum(batch_size(b) for b in batches)
+        total = sum(batch_size(batch) for batch in batches)
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             # processes average their gradients once, with the last micro-batch
@@ -5167,7 +5230,9 @@ def ways_out(config: Config) -> Iterator[tuple[str, Config]]:
         yield changed(data__batch_size=1)
     if config.data.reference_area == "1mp":
         yield changed(data__reference_area="target")
-    for precision in ("int8-quanto", "nf4-bnb"):
+    method, activations = config.model.lora.method, config.model.quantize_activations
+    possible = {"int8-quanto": method != "dora", "nf4-bnb": method != "lokr" and not activations}
+    for precision in (name for name, fine in possible.items() if fine):
         if BITS[precision] < BITS[config.model.precision] and not config.model.blocks_to_swap:
             yield changed(model__base_model_precision=precision, model__quantize=False)
     if not config.model.blocks_to_swap and config.model.precision != "nf4-bnb":

@@ -80,8 +80,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self._process = os.getpid()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data worker: it goes on until the loop has ended
+            return
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -451,8 +454,12 @@ class FileIndex:
     def commit(self) -> None:
         """Write what was put, in one short transaction: other processes wait for it."""
         if self._db and self._pending:
-            with self._db:
-                self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", self._pending)
+            rows = self._pending
+            try:
+                with self._db:
+                    self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
+            except sqlite3.OperationalError as error:  # read-only, disk full
+                raise UserError(f"index.sqlite of the cache cannot be written: {error}") from error
         self._pending.clear()
 
 
@@ -571,7 +578,9 @@ def run_record(output_dir: Path, config: Section, script: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     code = {path.name: path for path in (script.resolve(), Path(__file__).resolve())}
     target = output_dir / "run.json"
-    earlier = json.loads(target.read_text(encoding="utf-8")) if target.exists() else None
+    earlier = None
+    with contextlib.suppress(FileNotFoundError, ValueError):  # none yet, or damaged
+        earlier = json.loads(target.read_text(encoding="utf-8"))
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,

@@ -57,21 +57,19 @@ def main():
     )
     loader = iter(trainer.train_dataloader())
     [batch] = script.to_device(next(loader), trainer.device)
-    names = ("pixel_latent", "control_latent", "prompt_embed", "prompt_embeds_mask")
-    arguments = [batch[name] for name in (*names, "noise", "sigma")]
     bare_optimizer = torch.optim.AdamW(trainer.trainable(), **trainer.config.optimizer.init_args)
     metrics = MetricLog(folder / "metrics.jsonl", 0)
 
     def bare_block():
         for _ in range(STEPS):
-            trainer._compute_loss(*arguments).mean().backward()
+            trainer._compute_loss(batch).mean().backward()
             bare_optimizer.step()
             bare_optimizer.zero_grad(set_to_none=True)
 
     def loop_block():
         part = itertools.islice(loader, STEPS)
         with StopSignal() as stop:
-            trainer._loop(part, 99999, trainer.step_plan().size, stop, metrics)
+            trainer._loop(part, 99999, stop, metrics)
 
     seconds = {bare_block: [], loop_block: []}
     for number in range(BLOCKS + 1):
@@ -83,7 +81,7 @@ def main():
             times += [time.perf_counter() - started] if number else []  # the first one warms up
     bare, loop = (statistics.median(times) / STEPS * 1e3 for times in seconds.values())
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(f"batch {tuple(arguments[0].shape)}, {len(SQUARE)} pairs, {trainer.device}")
+    print(f"batch {tuple(batch['pixel_latent'].shape)}, {len(SQUARE)} pairs, {trainer.device}")
     print(f"bare {bare:.2f} ms/step, loop {loop:.2f} ms/step")
     print(f"ratio {statistics.median(ratios):.3f} (blocks {min(ratios):.3f} to {max(ratios):.3f})")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import PAIRS, copy_pairs, run, small_config, suffix_dataset, write_config
 from PIL import Image
+from safetensors.torch import save_file
 
 import train_qwen_edit as script
 from utils import FileIndex, UserError, load_config
@@ -400,3 +401,12 @@ def test_2508_takes_one_reference(checkpoints, tmp_path):
     file = write_config(tmp_path, config)
     with pytest.raises(UserError, match=r"2508.*takes one reference"):
         load_config(script.Config, ["--config", str(file)], script.audit)
+
+
+def test_one_other_layer_is_another_fingerprint(tmp_path):
+    weights = {f"block{i}.weight": torch.full((1024, 1024), float(i)) for i in range(8)}
+    merged = {**weights, "block1.weight": weights["block1.weight"] + 1}
+    for name, tensors in (("base", weights), ("merged", merged)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    assert script.fingerprint([tmp_path / "base"]) != script.fingerprint([tmp_path / "merged"])

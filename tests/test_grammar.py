@@ -541,3 +541,21 @@ def test_max_tokens_per_batch_cuts_passes_not_steps(tmp_path):
         assert sum(map(len, step)) == 8
         for batch in step:
             assert len(batch) <= {0: 3, 1: 1, 2: 1}[batch[0].sample % 3]
+
+
+def test_from_subdir_never_shows_the_answer(tmp_path):
+    item = {"image": "R", "sample_type": "from_subdir", "count": 1, "draws": 5}
+    for name in ("a_T", "a_R", "b_R"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    ds = script.DatasetConfig(
+        train_data_dir=tmp_path,
+        image_configs={"T": {"suffix": "_T"}, "R": {"suffix": "_R"}},
+        target_configs={"T": [{"image": "T"}]},
+        reference_configs={"R": [item]},
+        caption_configs={"T": {"image": "T"}},
+        batch_configs=[{"target_config": "T", "caption_config": "T", "reference_config": "R"}],
+    )
+    (tmp_path / "a_T.txt").write_text("x")
+    files = {"T": tmp_path / "a_T.png", "R": tmp_path / "a_R.png"}
+    variants = script.VariantMaker(script.Config(), ds).make("a", script.Row(files))
+    assert {r.path.name for v in variants for r in v.references} == {"b_R.png"}

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, with_lora_noise
+from conftest import PAIRS, suffix_dataset, with_lora_noise
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
@@ -265,3 +265,15 @@ def test_zero_cond_t_is_never_dropped():
 @pytest.mark.parametrize(("kind", "name"), [("2508", 1), ("2509", 2), ("2511", 3)])
 def test_the_checkpoint_says_which_model_it_is(kind, name, checkpoints):
     assert script.detect_flavour(str(checkpoints[kind])).name == f"edit-v{name}"
+
+
+def test_references_of_a_size_of_their_own_are_what_predict_and_generate_use(make_trainer):
+    data = suffix_dataset(PAIRS)
+    data["reference_configs"] = {"before": [{"image": "before", "resize": 96}]}
+    trainer = make_trainer(**{"data.dataset_configs": [data], "data.reference_area": "1mp"})
+    trainer.setup_accelerator()
+    trainer.find_data()
+    assert trainer.about_lora()["reference_area"] == 96 * 96
+    picture = script.Picture(Image.new("RGB", (200, 200)), "", (200, 200))
+    shown = trainer.edit_example([picture], "x", 64, 64)
+    assert [p.size for p in shown.references] == [(96, 96)]

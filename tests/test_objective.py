@@ -299,3 +299,38 @@ def test_everything_together_trains_cached_and_not_alike(make_trainer, tmp_path)
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == losses[1] and np.isfinite(losses).all()
     assert len(set(losses[0])) == len(losses[0]) == 2
+
+
+def test_an_empty_mask_without_background_is_a_loss_of_0_not_a_nan():
+    velocity = torch.ones(2, 16, 1, 4, 4, requires_grad=True)
+    weight = torch.zeros(2, 1, 1, 4, 4)
+    weight[1] = 1
+    loss = script.flow_loss(velocity, torch.zeros_like(velocity), weight, script.LossConfig())
+    loss.sum().backward()
+    assert loss.tolist() == [0, 1] and torch.isfinite(velocity.grad).all()
+
+
+def test_a_loaders_own_noise_does_not_change_the_strength_of_a_step(make_trainer):
+    def first_loss(with_noise):
+        trainer = make_trainer(**{"train.max_train_steps": 1, "loss.timestep_density": "uniform"})
+        latent = torch.ones(3, 16, 1, 8, 8)
+        width = trainer_width(trainer)
+        batch = {
+            "pixel_latent": latent,
+            "control_latent": [latent],
+            "prompt_embed": torch.ones(3, 5, width),
+            "sigma": torch.full((3,), 0.5),
+        }
+        if with_noise:
+            noise = script.normal(latent.shape, trainer.config.seed, "loader", "noise", 0, 0, 0)
+            batch["noise"] = noise
+        trainer.fit([batch])
+        lines = (trainer.config.logging.output_dir / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[0])["loss"]
+
+    assert first_loss(True) == first_loss(False)
+
+
+def trainer_width(trainer):
+    path = trainer.config.model.pretrained_model_name_or_path
+    return script.read_model_json(path, "transformer/config.json")["joint_attention_dim"]

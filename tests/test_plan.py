@@ -146,3 +146,15 @@ def test_a_plan_names_mistakes_like_a_run(tmp_path):
     done = run("train_qwen_edit.py", "--plan", "--config", file, check=False)
     assert done.returncode == 2 and "model.lora.rr: unknown setting" in done.stderr
     assert json.loads((tmp_path / "out/audit.json").read_text())["samples"] == 13
+
+
+def test_a_plan_offers_only_what_goes_together():
+    def offers(model):
+        config = script.Config(model=model)
+        return {other.model.precision for _, other in script.ways_out(config)}
+
+    assert "nf4-bnb" in offers({"base_model_precision": "int8-quanto"})
+    quantised = {"base_model_precision": "int8-quanto", "quantize_activations": True}
+    assert "nf4-bnb" not in offers(quantised)
+    assert "nf4-bnb" not in offers({"lora": {"method": "lokr"}})
+    assert "int8-quanto" not in offers({"lora": {"method": "dora"}})

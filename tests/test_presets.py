@@ -54,7 +54,7 @@ def test_a_recipe_fits_its_card(file):
     flavour = script.detect_flavour(config.model.pretrained_model_name_or_path)
     transformer = script.planned_transformer(config, flavour)
     side = config.data.dataset_configs[0].resolution
-    area = round(script.reference_area_px(config, (side, side)) ** 0.5)
+    area = round(script.reference_area_px(config.data.reference_area, (side, side)) ** 0.5)
     vision = (area / 28) ** 2 if flavour.vision_area is None else 196
     load_ = script.Load(((side, side), (area, area)), 100 + round(vision), 1)
     trained = 23_592_960 * config.model.lora.r // 16

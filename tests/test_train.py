@@ -513,6 +513,30 @@ def test_training_can_start_from_a_lora_file(make_trainer, tmp_path):
         wrong.set_lora()
 
 
+def test_a_lora_of_other_layers_is_refused_before_the_weights_load(make_trainer, tmp_path):
+    trainer = make_trainer(**{"model.lora.target_modules": "attn-all"})
+    trainer.set_lora()
+    file = trainer.save_lora(tmp_path / "all.safetensors")
+    other = make_trainer(**{"model.lora.pretrained_weight": str(file)})
+    other.setup_accelerator()
+    with pytest.raises(UserError, match=r"other layers than model.lora asks for"):
+        other.preflight()
+    assert other.transformer is None
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lokr"])
+def test_a_start_of_every_method_passes_the_check_before_the_weights_load(
+    method, make_trainer, tmp_path
+):
+    trainer = make_trainer(**{"model.lora.method": method})
+    trainer.set_lora()
+    file = trainer.save_lora(tmp_path / "start.safetensors")
+    start = {"model.lora.method": method, "model.lora.pretrained_weight": str(file)}
+    other = make_trainer(**start)
+    other.setup_accelerator()
+    other.preflight()
+
+
 def test_a_target_that_matches_nothing_is_an_error_with_the_names(make_trainer):
     trainer = make_trainer(**{"model.lora.target_modules": ["to_qq"]})
     with pytest.raises(UserError, match=r"to_qq.*attn\.add_k_proj.*img_mlp"):

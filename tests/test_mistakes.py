@@ -1,0 +1,143 @@
+"""What users get wrong ends in a message before anything is loaded, never in a traceback."""
+
+import json
+
+import pytest
+from conftest import copy_pairs, small_config, suffix_dataset, write_config
+
+import train_qwen_edit as script
+from utils import FileIndex, UserError, load_config, run_record
+
+
+def problems_of(checkpoint, folder, data=None, **changes):
+    """What the audit says about a small config, as text; "" if all is well."""
+    settings = {"data.dataset_configs": data} if data else {}
+    file = write_config(folder, small_config(checkpoint, folder, **settings, **changes))
+    try:
+        load_config(script.Config, ["--config", str(file)], check=script.audit)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("t.csv", "target,control,prompt\na.png,b.png,red, then blue\n", "more cells than columns"),
+        ("t.csv", f"target,control,prompt\n{'x' * 300}.png,b.png,p\n", "name too long"),
+        ("t.jsonl", json.dumps({"target": "a", "references": ["b", None]}), "row 1: no reference"),
+    ],
+)
+def test_a_bad_row_of_a_table(name, text, says, checkpoints, tmp_path):
+    (tmp_path / name).write_text(text)
+    data = [{"table": str(tmp_path / name), "resolution": 64}]
+    assert says in problems_of(checkpoints["2511"], tmp_path, data)
+
+
+def test_a_hub_data_set_without_pictures(checkpoints, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"target_image": ["a.png"], "control_images": [["b.png", None]], "prompt": ["x"]}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "hub"))
+    data = [{"hf_dataset": str(tmp_path / "hub"), "resolution": 64}]
+    assert "row 1: no reference" in problems_of(checkpoints["2511"], tmp_path, data)
+    columns["control_images"] = [["b.png"]]
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "hub2"))
+    data = [{"hf_dataset": str(tmp_path / "hub2"), "resolution": 64}]
+    assert "no file a.png" in problems_of(checkpoints["2511"], tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("data.reference_area", -5, "greater than or equal to"),
+        ("data.reference_area", True, "data.reference_area"),
+        ("model.devices", ["meta"], "no such device"),
+        ("cache.vae_encoder_device", "xpu", "no such device"),
+        ("model.lora.target_modules", "attn[", "no regular expression"),
+        ("logging.output_dir", "/proc", "cannot write there"),
+    ],
+)
+def test_a_setting_that_cannot_be(setting, value, says, checkpoints, tmp_path):
+    assert says in problems_of(checkpoints["2511"], tmp_path, **{setting: value})
+
+
+def test_numbers_of_references_count_from_1(checkpoints, tmp_path):
+    data = [{"table": "t.csv", "resolution": 64, "selected_control_indexes": [0]}]
+    found = problems_of(checkpoints["2511"], tmp_path, data)
+    assert "selected_control_indexes.0: Input should be greater than or equal to 1" in found
+
+
+def test_an_extension_has_a_dot(checkpoints, tmp_path):
+    data = [suffix_dataset(tmp_path, caption_configs={"text": {"image": "after", "ext": "txt"}})]
+    assert "'txt' is no extension such as .txt" in problems_of(checkpoints["2511"], tmp_path, data)
+
+
+def test_nothing_left_to_train_and_a_name_of_two_data_sets(checkpoints, tmp_path):
+    one = suffix_dataset(copy_pairs(tmp_path / "pairs"))
+    validation = {"validation.eval_dataset_id": ["pairs"], "validation.steps": 2}
+    found = problems_of(checkpoints["2511"], tmp_path, [one], **validation)
+    assert "every sample is held out" in found
+    found = problems_of(checkpoints["2511"], tmp_path, [one, one], **validation)
+    assert "several data sets are 'pairs'; set id" in found
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe\x00", b"[]", b'{"files": 3}', b""])
+def test_a_state_file_of_any_garbage_is_a_damaged_checkpoint(text, tmp_path):
+    (tmp_path / "state.json").write_bytes(text)
+    assert script.valid_checkpoint(tmp_path) is None
+
+
+def test_a_cut_off_run_record_is_written_anew(tmp_path):
+    (tmp_path / "run.json").write_text('{"a": ')
+    run_record(tmp_path, script.Config(), tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text())["earlier"] == []
+
+
+def test_an_index_that_cannot_be_written_is_a_message(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"x")
+    index = FileIndex(tmp_path)
+    index._db.execute("PRAGMA query_only = ON")  # what a read-only cache folder does
+    index.put(file, file.stat(), {"width": 1})
+    with pytest.raises(UserError, match=r"index.sqlite of the cache cannot be written"):
+        index.commit()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"caption": "make it snow"},
+        {"conditioning_multidataset_sampling": "random"},
+        {"selected_control_indexes": [1]},
+        {"mask_dir": "masks"},
+    ],
+)
+def test_what_the_layout_does_not_read_is_an_error(change, checkpoints, tmp_path):
+    data = [suffix_dataset(copy_pairs(tmp_path / "pairs"), **change)]
+    found = problems_of(checkpoints["2511"], tmp_path, data)
+    assert f"{next(iter(change))}: not read beside image_configs" in found
+
+
+def test_batch_configs_beside_folders_are_an_error(checkpoints, tmp_path):
+    combination = {"target_config": "a", "caption_config": "b"}
+    data = {"target_dir": "t", "reference_dirs": ["r"], "batch_configs": [combination]}
+    found = problems_of(checkpoints["2511"], tmp_path, [data])
+    assert "batch_configs: not read beside target_dir" in found
+
+
+def test_2508_cannot_resize_only_what_the_vae_gets(checkpoints, tmp_path):
+    data = suffix_dataset(
+        copy_pairs(tmp_path / "pairs"),
+        reference_configs={"before": [{"image": "before", "resize": 128}]},
+        caption_configs={"text": {"image": "after"}},
+    )
+    found = problems_of(checkpoints["2508"], tmp_path, [data])
+    assert "2508 shows its encoder the picture that the VAE gets" in found
+
+
+def test_what_changes_no_result_does_not_stop_a_resume(make_trainer):
+    parts = ("", "_target", "_reference", "_caption")
+    again = suffix_dataset("pairs", **{f"recreate_cache{part}": True for part in parts})
+    plain = make_trainer(**{"data.dataset_configs": [suffix_dataset("pairs")]})
+    other = make_trainer(**{"data.dataset_configs": [again], "data.max_tokens_per_batch": 99})
+    assert plain.trained_as() == other.trained_as()
