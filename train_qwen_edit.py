@@ -129,6 +129,8 @@ def parse_blocks(text: str) -> set[int]:
             raise ValueError(f"'{part}' is no block or range of blocks such as 0-10")
         if dash and int(first) >= int(last):
             raise ValueError(f"'{part}': a range goes up")
+        if int(last or first) > 999:
+            raise ValueError(f"'{part}': there are not so many blocks")
         found |= set(range(int(first), int(last or first) + 1))
     return found
 
@@ -1165,7 +1167,7 @@ def batch_weights(configs: Sequence[BatchConfig]) -> list[float]:
     """Chance of each combination: given weights, the rest shared equally; they sum to 1."""
     given = sum(config.weight or 0 for config in configs)
     without = sum(config.weight is None for config in configs)
-    share = (1 - given) / without if without else 0.0
+    share = max(0.0, round((1 - given) / without, 9)) if without else 0.0
     weights = [share if config.weight is None else config.weight for config in configs]
     return [weight / sum(weights) for weight in weights]
 
@@ -1238,7 +1240,7 @@ def choose_holdout(config: Config, number: int, names: Sequence[str]) -> set[str
     ds = config.data.dataset_configs[number]
     if ds.name in config.validation.eval_dataset_id:
         return set(names)
-    by_chance = sorted(names, key=lambda name: uniform("holdout", config.seed, number, name))
+    by_chance = sorted(names, key=lambda name: uniform("holdout", config.seed, ds.name, name))
     return {*ds.holdout, *by_chance[: round(ds.holdout_ratio * len(names))]}
 
 
@@ -1306,23 +1308,27 @@ def all_pictures(samples: Iterable[Sample]) -> list[Path]:
 
 
 def check_shapes(config: Config, samples: Iterable[Sample], index: FileIndex) -> list[str]:
-    """References that must lie on their target's pixels, but have another aspect."""
+    """Pictures that must lie on their target's pixels, but have another aspect."""
     problems = []
     for sample in samples:
         ds = config.data.dataset_configs[sample.dataset]
         strict = ds.conditioning_type == "reference_strict"
         for variant in sample.variants:
-            aligned = [r.path for r in variant.references] if strict else []
-            if config.loss.region == "difference" and not sample.held_out:
-                aligned += [variant.references[0].path] if variant.references else []
+            aligned = {}
+            if config.loss.region == "file" and variant.mask:
+                aligned[variant.mask] = "a mask"
+            if config.loss.region == "difference" and variant.references and not sample.held_out:
+                aligned[variant.references[0].path] = "loss.mask: difference"
+            if strict:
+                why = "conditioning_type: reference_strict (reference_loose takes other frames)"
+                aligned |= {reference.path: why for reference in variant.references}
             aspect = index.aspect(variant.target)
-            for path in aligned:
+            for path, why in aligned.items():
                 if not aligns(index.aspect(path), aspect):
-                    why = "reference_strict" if strict else "loss.mask: difference"
                     problems.append(
-                        f"data.dataset_configs.{sample.dataset}: {why} wants one frame, but {path} "
-                        f"has aspect {index.aspect(path):.3f}, its target {aspect:.3f}"
-                        + ("; conditioning_type: reference_loose?" if strict else "")
+                        f"data.dataset_configs.{sample.dataset}: {path} has aspect "
+                        f"{index.aspect(path):.3f}, its target {aspect:.3f}; one frame is wanted "
+                        f"by {why}"
                     )
     return list(dict.fromkeys(problems))
 
@@ -1712,11 +1718,11 @@ def resolve(
         """At the target's size: with its crop, or the middle of another frame."""
         same = aligns(index.aspect(path), frame.aspect)
         box = frame.box if same else cover_box(index.aspect(path), wanted)
-        return Picture(path, index.known(path)["content"], size, box, frame.flip and same)
+        return Picture(path, index.content(path), size, box, frame.flip and same)
 
     def shown(reference: Reference, area_px: float) -> Picture:
         own, area_px = index.aspect(reference.path), float(reference.area or area_px)
-        content = index.known(reference.path)["content"]
+        content = index.content(reference.path)
         # KEEP: aligned references get the target's crop, or the edit no longer lies on its pixels
         if ds.conditioning_type != "reference_loose" and aligns(own, frame.aspect):
             size = pick_size(area_px, wanted)
@@ -3101,7 +3107,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def set_aside(output_dir: Path) -> None:
     """Move the checkpoints, metrics and samples of an earlier run into earlier-<n>/."""
-    if not list_checkpoints(output_dir):
+    if not list_checkpoints(output_dir) and not (output_dir / "metrics.jsonl").exists():
         return
     numbers = (n for n in itertools.count(1) if not (output_dir / f"earlier-{n}").exists())
     place = output_dir / f"earlier-{next(numbers)}"
@@ -4032,6 +4038,7 @@ class QwenImageEditTrainer:
         self.setup_accelerator()
         if problems := check_model(self.config, self.precision):
             raise UserError("\n".join(problems))
+        self.transformer = self.bare_transformer()  # a second fit() finds it wrapped
         self._place_transformer(self.device)
         self.load_model(["scheduler"])
         if getattr(self.transformer, "peft_config", None):
@@ -4101,19 +4108,25 @@ class QwenImageEditTrainer:
             return self.accelerator.unwrap_model(self.transformer)
         return self.transformer
 
+    def inference_rules(self) -> dict[str, list[Any]]:
+        """How the references and the instruction were shown; inference takes the first of each."""
+        variants = [v for s in self.samples for v in s.variants if not s.held_out]
+        usual = self.config.data.reference_area, self.flavour.vision_area
+        counted: dict[str, Counter[Any]] = {
+            "reference_area": Counter(r.area or usual[0] for v in variants for r in v.references),
+            "vision_area": Counter(r.area or usual[1] for v in variants for r in v.vision),
+            "instruction": Counter(v.instruction for v in variants),
+        }
+        defaults = dict(zip(counted, (*usual, None), strict=True))
+        return {n: [v for v, _ in c.most_common()] or [defaults[n]] for n, c in counted.items()}
+
     def about_lora(self) -> dict[str, Any]:
         """What generate.py must know to sample as this LoRA was trained."""
-        data = self.config.data
-        variants = [v for s in self.samples for v in s.variants]
-        areas = {r.area or self.flavour.vision_area for v in variants for r in v.vision}
-        resized = {r.area for v in variants for r in v.references}  # reference_configs' resize
-        instructions = sorted({v.instruction for v in variants if v.instruction})
+        data, rules = self.config.data, self.inference_rules()
         return {
             "base_model": self.config.model.pretrained_model_name_or_path,
             "flavour": self.flavour.name,
-            "reference_area": (len(resized) == 1 and resized.pop()) or data.reference_area,
-            "vision_area": min((a for a in areas if a), default=self.flavour.vision_area),
-            "instruction": instructions[0] if instructions else None,
+            **{name: next(iter(values)) for name, values in rules.items()},
             "resolution": data.dataset_configs[0].resolution if data.dataset_configs else None,
             "step": self.global_step,
             "method": self.config.model.lora.method,
@@ -4366,7 +4379,9 @@ class QwenImageEditTrainer:
         noisy = add_noise(start, noise, sigma)
         goal = noise - target
         if "consistent" in batch:
-            goal = torch.where(rows(batch["consistent"]), velocity_to(target, noisy, sigma), goal)
+            goal = torch.where(
+                per_sample(batch["consistent"]), velocity_to(target, noisy, sigma), goal
+            )
         if "rollout_chance" in batch:
             noisy, goal = self._rolled_out(batch, start, noisy, goal, sigma)
         velocity = self.velocity(batch, noisy, sigma, transformer or self.transformer)
@@ -4460,8 +4475,14 @@ class QwenImageEditTrainer:
         """What decides the result; a run that continues must have the same."""
         config = self.config.model_dump(mode="json")
         values = dict(flat_settings({section: config[section] for section in TRAINS}, ""))
-        names = [(sample.dataset, sample.name, sample.held_out) for sample in self.samples]
-        values["samples (names and number)"] = cache_key("samples", names=names)
+        seen = [
+            (
+                *(sample.dataset, sample.name, sample.held_out),
+                [(v.caption, [self.index.content(f) for f in v.files()]) for v in sample.variants],
+            )
+            for sample in self.samples
+        ]
+        values["samples (names, captions, pictures)"] = cache_key("samples", seen=seen)
         return values | {"samples per step": self.samples_per_step}
 
     def total_steps(self) -> int:
@@ -4598,6 +4619,10 @@ class QwenImageEditTrainer:
 
     def _announce(self, steps: int) -> None:
         """Log what is about to happen; draw the first step's pictures."""
+        for name, (first, *others) in self.inference_rules().items():
+            if others:
+                text = "several %s are trained (%s): predict() and generate.py use the first"
+                log.warning(text, name, ", ".join(map(str, (first, *others))))
         plan = self.step_plan(self.global_step)
         training = sum(not sample.held_out for sample in self.samples)
         log.info(
@@ -5083,7 +5108,7 @@ def batch_size(batch: dict[str, Any]) -> int:
     return len(next(batch[k] for k in ("pixel_latent", "examples", "image") if k in batch))
 
 
-def rows(flags: torch.Tensor) -> torch.Tensor:
+def per_sample(flags: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, 1, 1, 1), to choose between latents."""
     return flags.view(-1, 1, 1, 1, 1)
 
@@ -5203,7 +5228,9 @@ def peak_gb(config: Config, transformer: Any, trained: int, loads: Sequence[Load
     devices = max(1, len(config.model.devices))
     most = max((load.tokens * fits(config, load) for load in loads), default=0)
     adapter = trained * (16 + 4 * config.train.use_ema) / 1e9  # weight, gradient, Adam's moments
-    return (weights + activations_gb(config, transformer, most) + adapter) / devices + CONTEXT_GB
+    beside = 0.0 if config.cache.use_cache else sum(encoder_sizes(config))
+    own = weights + activations_gb(config, transformer, most) + adapter
+    return own / devices + beside + CONTEXT_GB
 
 
 def fits(config: Config, load: Load) -> int:
@@ -5211,7 +5238,7 @@ def fits(config: Config, load: Load) -> int:
     return StepPlan(config, [], lambda draw: load.shape, 0, 0).room(load.shape)
 
 
-def ways_out(config: Config) -> Iterator[tuple[str, Config]]:
+def ways_out(config: Config, n_blocks: int) -> Iterator[tuple[str, Config]]:
     """Settings that need less memory than the config's, from the cheapest to the dearest."""
 
     def changed(**settings: Any) -> tuple[str, Config]:
@@ -5237,7 +5264,9 @@ def ways_out(config: Config) -> Iterator[tuple[str, Config]]:
             yield changed(model__base_model_precision=precision, model__quantize=False)
     if not config.model.blocks_to_swap and config.model.precision != "nf4-bnb":
         yield changed(
-            model__blocks_to_swap=50, train__gradient_checkpointing=True, model__devices=[]
+            model__blocks_to_swap=n_blocks * 5 // 6,
+            train__gradient_checkpointing=True,
+            model__devices=[],
         )
 
 
@@ -5403,7 +5432,7 @@ def plan_fit(
         word = "fits" if peak < room else "DOES NOT FIT"
         lines = [f"  {word}: {len(cards)} CUDA device(s) here, the smallest with {room:.1f} GB"]
     lines.append("What would lower it")
-    for words, other in ways_out(config):
+    for words, other in ways_out(config, len(transformer.transformer_blocks)):
         loads = outlook.loads
         if other.data.reference_area != config.data.reference_area:
             flavour = detect_flavour(other.model.pretrained_model_name_or_path)

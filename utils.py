@@ -440,6 +440,10 @@ class FileIndex:
         """The facts last recorded, without a look at the disk."""
         return self._known[str(path)][1]
 
+    def content(self, path: Path) -> str:
+        """The content hash last recorded."""
+        return self.known(path)["content"]
+
     def aspect(self, path: Path) -> float:
         """Width / height last recorded for a picture."""
         fact = self.known(path)

@@ -524,7 +524,12 @@ def test_the_difference_region_needs_one_frame(tmp_path):
         "train_data_dir": str(tmp_path), "target_dir": "t", "reference_dirs": ["r"], "caption": "x",
     }  # fmt: skip
     problems = found(tmp_path, dataset, **{"loss.mask": "difference"})[2]
-    assert len(problems) == 1 and "loss.mask: difference wants one frame" in problems[0]
+    assert len(problems) == 1 and "one frame is wanted by loss.mask: difference" in problems[0]
+    picture(tmp_path / "r/a.png", size=(96, 48))
+    picture(tmp_path / "r/a_mask.png", size=(64, 64))
+    assert not found(tmp_path, dataset)[2]
+    problems = found(tmp_path, dataset, **{"loss.mask": "file"})[2]
+    assert len(problems) == 1 and "one frame is wanted by a mask" in problems[0]
 
 
 def test_max_tokens_per_batch_cuts_passes_not_steps(tmp_path):

@@ -226,3 +226,19 @@ def test_ranges_of_blocks(text, blocks):
             script.LoraConfig(exclude_blocks=text)
     else:
         assert script.parse_blocks(script.LoraConfig(exclude_blocks=text).exclude_blocks) == blocks
+
+
+def test_inference_takes_what_was_trained_most_and_says_so(make_trainer, tmp_path, caplog):
+    dataset = suffix_dataset(PAIRS)
+    dataset["image_configs"]["tones"] = {"suffix": "_D"}
+    items = [{"image": "before", "resize": 96}, {"image": "tones", "resize": 128}]
+    dataset["reference_configs"] |= {"other": items}
+    base = dataset["batch_configs"][0]
+    dataset["batch_configs"] = [base, base | {"reference_config": "other"}]
+    trainer = make_trainer(**{"data.dataset_configs": [dataset], "train.max_train_steps": 1})
+    trainer.fit()
+    rules = trainer.inference_rules()
+    assert rules["reference_area"] == ["target", 96 * 96, 128 * 128]
+    assert trainer.about_lora()["reference_area"] == "target"
+    assert "several reference_area are trained (target, 9216, 16384)" in caplog.text
+    assert "several vision_area" not in caplog.text

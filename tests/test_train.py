@@ -296,6 +296,22 @@ def test_resume_notices_another_data_set_but_not_another_path(straight_run, tmp_
     assert done.returncode == 2 and "samples (names and number): was" in done.stderr
 
 
+@pytest.mark.parametrize("ends", ["_T.txt", "_R.png"])
+def test_resume_notices_an_edited_caption_or_picture(ends, straight_run, tmp_path):
+    pairs = shutil.copytree(straight_run[0] / "data", tmp_path / "data")
+    if ends == "_T.txt":
+        (pairs / f"coffee0{ends}").write_text("something else")
+    else:
+        Image.open(pairs / f"coffee0{ends}").transpose(Image.Transpose.ROTATE_180).save(
+            pairs / f"coffee0{ends}"
+        )
+    shutil.copytree(straight_run[0] / "out", tmp_path / "out")
+    changed = ["--data.dataset_configs.0.train_data_dir", pairs]
+    changed += ["--train.resume_from_checkpoint", "latest"]
+    done = rerun(straight_run, tmp_path, *changed, check=False)
+    assert done.returncode == 2 and "samples (names, captions, pictures)" in done.stderr
+
+
 def test_num_epochs_shortens_the_run_and_its_schedule(make_trainer):
     trainer = make_trainer(
         **{
