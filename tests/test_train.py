@@ -293,7 +293,7 @@ def test_resume_notices_another_data_set_but_not_another_path(straight_run, tmp_
     for file in (tmp_path / "data").glob("coffee0_*"):
         file.unlink()
     done = rerun(straight_run, tmp_path, *moved, *latest, check=False)
-    assert done.returncode == 2 and "samples (names and number): was" in done.stderr
+    assert done.returncode == 2 and "samples (names, captions, pictures): was" in done.stderr
 
 
 @pytest.mark.parametrize("ends", ["_T.txt", "_R.png"])
