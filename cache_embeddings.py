@@ -114,6 +114,8 @@ def main() -> None:
     """Check the config, then do what the flags say; without flags: fill."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     script, modes, rest = split_args(sys.argv[1:])
+    if {"-h", "--help"} & set(rest):  # the training script's settings follow
+        print(f"{__doc__}\n")
     trainer = make_trainer(load_script(script), rest)
     trainer.setup_accelerator()
     trainer.find_data()

@@ -216,6 +216,8 @@ def read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             problems.append(f"--table {path}: a .csv or .jsonl file is wanted")
+        if not rows and not problems:
+            problems.append(f"--table {path}: no row in it")
     except (OSError, ValueError) as error:
         problems.append(f"--table {path}: {error}")
     good = []
@@ -336,6 +338,22 @@ def check_results(config: Config, jobs: Sequence[Job]) -> list[str]:
     return problems
 
 
+def check_device(name: str, value: str | None) -> list[str]:
+    """Problems of a device setting on this machine."""
+    if value is None:
+        return []
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        return [f"{name}: '{value}' is no device (cpu, cuda:0, mps, ...)"]
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return [f"{name}: '{value}', but this machine has {torch.cuda.device_count()} CUDA devices"]
+    here = torch.accelerator.current_accelerator()
+    if device.type not in ("cpu", "cuda", here and here.type):
+        return [f"{name}: '{value}', but this machine has no such device"]
+    return []
+
+
 def check(config: Config) -> list[str]:
     """Problems that can be seen without a model."""
     jobs, problems = make_jobs(config)
@@ -360,6 +378,9 @@ def check(config: Config) -> list[str]:
                 print(f"note: {path} was trained on {trained}, this model is {flavour}")
         except ValueError as error:
             problems.append(str(error))
+    if flavour == "edit-v1" and any(len(job.images) > 1 for job in jobs):
+        problems.append("2508 takes one reference; 2509 and 2511 take more")
+    problems += check_device("--device", config.device)
     if config.scales and not config.lora:
         problems.append("--scales needs a --lora")
     if (config.height is None) != (config.width is None):
@@ -560,7 +581,13 @@ def load_lora(pipeline: Any, path: Path, name: str) -> None:
     with safe_open(path, framework="pt") as file:
         lokr = any(".lokr_" in key for key in file.keys())  # noqa: SIM118 (not a dict)
     if not lokr:
-        pipeline.load_lora_weights(str(path), adapter_name=name)
+        try:
+            pipeline.load_lora_weights(str(path), adapter_name=name)
+        except RuntimeError as error:  # sizes that do not fit, all of them on many lines
+            lines = str(error).strip().splitlines()
+            raise UserError(
+                f"--lora {path} does not fit this model: {lines[-1].strip()}"
+            ) from error
         return
     tensors, metadata = pipeline.lora_state_dict(
         str(path), use_safetensors=True, return_lora_metadata=True
@@ -619,13 +646,17 @@ def set_scales(pipeline: Any, config: Config, times: float) -> None:
 # --- 5. pictures ----------------------------------------------------------------------------------
 
 
-def open_references(job: Job, size: tuple[int, int], rule: Rule) -> list[Image.Image]:
+def open_references(
+    config: Config, job: Job, size: tuple[int, int], rule: Rule
+) -> list[Image.Image]:
     """The pictures; with references at the output's size, cropped to its aspect as in training."""
     images = [open_rgb(path) for path in job.images]
     if rule.reference_area != "target":
         return images
-    aspect = images[-1].width / images[-1].height
     wanted = size[0] / size[1]
+    aspects = [image.width / image.height for image in images]
+    # the frame that references share: the last one's, or of the one nearest to --width x --height
+    aspect = min(aspects, key=lambda a: abs(math.log(a / wanted))) if config.width else aspects[-1]
 
     def cut(image: Image.Image) -> Image.Image:
         own = image.width / image.height
@@ -772,7 +803,7 @@ def generate(config: Config) -> None:
     pipeline = load_pipeline(config) if todo else None
     for job, path, settings in tqdm(todo, "generate", unit="picture"):
         set_scales(pipeline, config, settings["times"])
-        references = open_references(job, (settings["width"], settings["height"]), rule)
+        references = open_references(config, job, (settings["width"], settings["height"]), rule)
         save_picture(path, run_pipeline(pipeline, references, settings), settings)
     if total > 1:
         write_sheet(config, jobs, plan)
@@ -781,16 +812,16 @@ def generate(config: Config) -> None:
 def write_sheet(config: Config, jobs: Sequence[Job], plan: Sequence[Sequence[Any]]) -> None:
     """References, then every scale side by side; a row per job and seed."""
     columns = len(config.scales or [1.0])
+    most = max(len(job.images) for job in jobs)
     rows, captions = [], []
     for job, pictures in zip(jobs, plan, strict=True):
-        references = [open_rgb(path) for path in job.images]
+        references = [open_rgb(path) for path in job.images] + [None] * (most - len(job.images))
         for start in range(0, len(pictures), columns):
             part = pictures[start : start + columns]
             rows.append([*references, *(open_rgb(path) for path, _ in part)])
             captions.append(f"{job.name}, seed {part[0][1]['seed']}: {job.prompt}")
-    heads = [f"reference {i + 1}" for i in range(max(len(job.images) for job in jobs))]
-    if len({len(job.images) for job in jobs}) == 1:
-        heads += [f"scale {times:g}" for times in config.scales or [1.0]]
+    heads = [f"reference {i + 1}" for i in range(most)]
+    heads += [f"scale {times:g}" for times in config.scales or [1.0]]
     sheet = contact_sheet(rows, heads, captions)
     path = sheet_path(config)
     save_atomic(path, lambda file: sheet.save(file, format="PNG"))

@@ -306,9 +306,11 @@ class BatchConfig(Section):
     """One combination of target, references and caption; one is drawn per visit."""
 
     target_config: str
+    """A name of target_configs."""
     caption_config: str
+    """A name of caption_configs."""
     reference_config: str | None = None
-    """null: no references for the transformer."""
+    """A name of reference_configs; null: no references for the transformer."""
     mask: str | None = None
     """A name of image_configs: white where the loss counts more (loss.mask)."""
     caption_dropout: float | None = Field(None, ge=0, le=1)
@@ -577,8 +579,11 @@ class PredictDevices(Section):
     """A device per component; null: the training device."""
 
     vae: str | None = None
+    """E.g. cuda:1; null: the training device."""
     text_encoder: str | None = None
+    """E.g. cuda:2; null: the training device."""
     transformer: str | None = None
+    """E.g. cuda:0; null: the training device."""
 
 
 class PredictConfig(Section):
@@ -1057,6 +1062,12 @@ class VariantMaker:
             key=lambda role: [int(n) for n in role.split()[1].split(".")],
         )
         if ds.selected_control_indexes:
+            most = max(ds.selected_control_indexes)
+            if most > len(roles) and ds.on_missing != "allow_fewer":
+                raise ValueError(
+                    f"{files['target']} has {len(roles)} reference(s), selected_control_indexes "
+                    f"asks for number {most}"
+                )
             roles = [roles[i - 1] for i in ds.selected_control_indexes if i <= len(roles)]
         if not roles:
             raise ValueError(f"no reference for {files['target']}")
@@ -1200,7 +1211,8 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
             continue  # only pictures that no combination uses
         lacking = [role for role in needed if role not in files]
         if lacking and not (ds.on_missing == "allow_fewer" and only_references(ds, lacking, files)):
-            broken.append(f"{where}: sample '{name}' lacks its {' and '.join(lacking)}")
+            places = (f"{role} ({expected(ds, role, name)})" for role in lacking)
+            broken.append(f"{where}: sample '{name}' lacks its {' and '.join(places)}")
             continue
         try:
             variants[name] = maker.make(name, rows[name])
@@ -1216,6 +1228,15 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
     if not problems and not any(s.held_out == evaluated for s in samples):
         problems.append(f"{where}: no sample to train on in {ds.hf_dataset or ds.train_data_dir}")
     return samples, problems, skipped
+
+
+def expected(ds: DatasetConfig, role: str, name: str) -> str:
+    """Where the file of a role is looked for."""
+    if ds.image_configs:
+        return f"{name}{ds.image_configs[role].suffix}.*"
+    folders = {"target": ds.target_dir}
+    folders |= {f"reference {i + 1}": folder for i, folder in enumerate(ds.reference_dirs)}
+    return f"{folders[role]}/{name}.*"
 
 
 def only_references(ds: DatasetConfig, lacking: Sequence[str], files: dict[str, Path]) -> bool:
@@ -1305,6 +1326,17 @@ def all_pictures(samples: Iterable[Sample]) -> list[Path]:
     return sorted(
         {path for sample in samples for variant in sample.variants for path in variant.files()}
     )
+
+
+def check_masks(config: Config, samples: Sequence[Sample]) -> list[str]:
+    """loss.mask: file needs masks; says how many samples have one."""
+    if config.loss.region != "file" or not samples:
+        return []
+    masked = sum(any(v.mask for v in sample.variants) for sample in samples)
+    if not masked:
+        return ["loss.mask: file, but no sample has a mask (see docs/data.md)"]
+    log.info("masks: %d of %d samples have one", masked, len(samples))
+    return []
 
 
 def check_shapes(config: Config, samples: Iterable[Sample], index: FileIndex) -> list[str]:
@@ -1443,6 +1475,14 @@ def detect_flavour(name_or_path: str) -> Flavour:
     )
 
 
+def check_parts(folder: Path) -> list[str]:
+    """Components that a checkpoint folder lacks, e.g. after a download that broke off."""
+    parts = ("scheduler", "tokenizer", "processor", "text_encoder", "vae", "transformer")
+    lacking = [part for part in parts if not (folder / part).is_dir()]
+    problem = f"model.pretrained_model_name_or_path: {folder} has no {', '.join(lacking)} folder"
+    return [problem] if folder.is_dir() and lacking else []
+
+
 def check_device(name: str, value: str | None) -> list[str]:
     """Problems of a device setting on this machine."""
     if value is None:
@@ -1497,6 +1537,8 @@ def audit(config: Config) -> list[str]:
     except UserError as error:
         problems.append(f"model.pretrained_model_name_or_path: {error}")
         flavour = None
+    else:
+        problems += check_parts(Path(config.model.pretrained_model_name_or_path))
     try:
         config.logging.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.logging.output_dir):
@@ -1507,7 +1549,7 @@ def audit(config: Config) -> list[str]:
         samples, wrong = find_samples(config, open_index(config))
     except UserError as error:
         return [*problems, str(error)]
-    problems += wrong
+    problems += wrong + check_masks(config, samples)
     if flavour and flavour.name == "edit-v1":
         problems += check_2508(samples)
     names = [ds.name for ds in config.data.dataset_configs]
@@ -3167,7 +3209,10 @@ def find_checkpoint(config: Config, now: dict[str, Any]) -> tuple[Path, dict[str
     changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
     if changed:
         lines = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in changed]
-        raise UserError(f"{found[0]} was trained with other settings:\n{listed(lines)}")
+        raise UserError(
+            f"{found[0]} was trained with other settings; set them back, or start anew without "
+            f"train.resume_from_checkpoint\n{listed(lines)}"
+        )
     return found
 
 
@@ -4224,14 +4269,16 @@ class QwenImageEditTrainer:
         if aligned and data.dataset_configs:
             size = nearest_bucket(*main.size, data.dataset_configs[0].resolution)
         size = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
-        box = cover_box(aspect, size[0] / size[1])
+        wanted, aspects = size[0] / size[1], [p.size[0] / p.size[1] for p in pictures]
+        # the frame that references share: the main one's, or of the one nearest to width x height
+        frame = min(aspects, key=lambda a: abs(math.log(a / wanted))) if width else aspect
         area_px = reference_area_px(about["reference_area"], size)
         vision_area = float(about["vision_area"] or area_px)
 
         def fit(picture: Picture, area_px: float) -> Picture:
             own = picture.size[0] / picture.size[1]
-            if aligned and aligns(own, aspect):
-                return picture._replace(size=pick_size(area_px, size[0] / size[1]), box=box)
+            if aligned and aligns(own, frame):
+                return picture._replace(size=pick_size(area_px, wanted), box=cover_box(own, wanted))
             return picture._replace(size=pick_size(area_px, own))
 
         return Example(
@@ -4643,10 +4690,19 @@ class QwenImageEditTrainer:
             examples = [
                 resolve(self.config, self.flavour, self.samples, draw, self.index) for draw in draws
             ]
+            columns: dict[str, list[Picture | None]] = {
+                "from": [e.start for e in examples],
+                "mask": [e.region.mask if e.region else None for e in examples],
+                "target": [e.target for e in examples],
+            }
+            columns = {head: column for head, column in columns.items() if any(column)}
             sheet = edit_sheet(
                 [[load_picture(p) for p in e.references] for e in examples],
-                [[load_picture(e.target)] for e in examples],
-                ["target"],
+                [
+                    [load_picture(picture) if picture else None for picture in row]
+                    for row in zip(*columns.values(), strict=True)
+                ],
+                list(columns),
                 [f"{e.name}: {e.caption or '(empty)'}" for e in examples],
             )
             self._save_sheet("first_batch", sheet)
@@ -5431,7 +5487,7 @@ def plan_fit(
     else:
         word = "fits" if peak < room else "DOES NOT FIT"
         lines = [f"  {word}: {len(cards)} CUDA device(s) here, the smallest with {room:.1f} GB"]
-    lines.append("What would lower it")
+    ways = []
     for words, other in ways_out(config, len(transformer.transformer_blocks)):
         loads = outlook.loads
         if other.data.reference_area != config.data.reference_area:
@@ -5440,8 +5496,8 @@ def plan_fit(
         lower = peak_gb(other, transformer, trained, loads)
         if lower < peak - 0.05:
             enough = "" if room is None or lower >= room else ", fits"
-            lines.append(f"  {words}: {lower:.1f} GB{enough}")
-    return lines
+            ways.append(f"  {words}: {lower:.1f} GB{enough}")
+    return [*lines, *(["What would lower it", *ways] if ways else [])]
 
 
 # --- 10. main -------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import torch
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -60,6 +60,9 @@ def run_script(main: Callable[[], None]) -> None:
             text = f"process {rank}: {text.splitlines()[0]}"
         print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         text = "stopped; what was saved is complete (training goes on with"
         print(f"\n{text} --train.resume_from_checkpoint latest)", file=sys.stderr)
@@ -115,6 +118,16 @@ class Section(
     coerce_numbers_to_str=True,
 ):
     """Base of every config class: unknown keys are errors; a field's docstring is its help."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a bare `--steps`, which is true, where a number is wanted (it would become 1)."""
+        kind = cls.model_fields[info.field_name].annotation if info.field_name else None
+        kinds = {kind, *get_args(kind)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("wanted a number")
+        return value
 
 
 C = TypeVar("C", bound=Section)
@@ -224,9 +237,13 @@ def _explain(cls: type[Section], error: Any, place: tuple[Any, ...]) -> str:
     where = ".".join(str(part) for part in place) or "config"
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
-        given = "" if error["type"] == "missing" else f" (got {str(error['input'])[:60]!r})"
+        whole = error["type"] == "missing" or isinstance(error["input"], dict | Section)
+        given = "" if whole else f" (got {str(error['input'])[:60]!r})"
         return f"{where}: {message}{given}"
-    names = {part for path, _ in settings(cls) for part in path.split(".")}
+    paths = [path for path, _ in settings(cls)]
+    if elsewhere := [path for path in paths if path.endswith(f".{place[-1]}")]:
+        return f"{where}: not a setting here, but there is {elsewhere[0]}"
+    names = {part for path in paths for part in path.split(".")}
     close = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.5)
     return f"{where}: unknown setting" + (
         f", did you mean '{close[0]}'?" if close else " (all settings: --help)"

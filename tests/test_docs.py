@@ -40,7 +40,7 @@ def table_of(config_class):
         if getattr(kind, "__origin__", None) is not None and "Literal" in str(kind):
             choices = ", ".join(str(choice) for choice in get_args(kind) if isinstance(choice, str))
             text += f" ({choices})" if choices else ""
-        default = "" if default in ("", None) else str(default)
+        default = '""' if default == "" else "null" if default is None else default
         row = f"| `{path}` | {default} | {text} |"
         lines.append(row.replace("|n|", "n"))
     return "\n".join(lines) + "\n"

@@ -1,9 +1,13 @@
 """What users get wrong ends in a message before anything is loaded, never in a traceback."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import copy_pairs, small_config, suffix_dataset, write_config
+from conftest import PAIRS, ROOT, copy_pairs, run, small_config, suffix_dataset, write_config
+from PIL import Image
 
 import train_qwen_edit as script
 from utils import FileIndex, UserError, load_config, run_record
@@ -141,3 +145,88 @@ def test_what_changes_no_result_does_not_stop_a_resume(make_trainer):
     plain = make_trainer(**{"data.dataset_configs": [suffix_dataset("pairs")]})
     other = make_trainer(**{"data.dataset_configs": [again], "data.max_tokens_per_batch": 99})
     assert plain.trained_as() == other.trained_as()
+
+
+def folders(root, names=("a", "b"), **changes):
+    """A data set in the folders layout: one reference each, a second one for the first sample."""
+    for name in names:
+        for place in ("t", "r"):
+            (root / place).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64)).save(root / place / f"{name}.png")
+    Image.new("RGB", (64, 64)).save(root / "r" / f"{names[0]}_control_1.png")
+    data = {"train_data_dir": str(root), "target_dir": "t", "reference_dirs": ["r"]}
+    return [{**data, "caption": "x", "resolution": 64, **changes}]
+
+
+def test_a_number_without_its_value_is_named(checkpoints, tmp_path):
+    file = write_config(tmp_path, small_config(checkpoints["2511"], tmp_path))
+    with pytest.raises(UserError, match=r"validation.steps: wanted a number"):
+        load_config(script.Config, ["--config", str(file), "--validation.steps"])
+    argv = ["--config", str(file), "--train.use_ema", "--data.shuffle", "false"]
+    config = load_config(script.Config, argv)
+    assert config.train.use_ema and not config.data.shuffle
+
+
+def test_a_setting_in_the_wrong_place_is_told_where_it_belongs(checkpoints, tmp_path):
+    data = [{**suffix_dataset(PAIRS), "suffix": "_T"}]
+    text = problems_of(checkpoints["2511"], tmp_path, data)
+    assert "not a setting here, but there is data.dataset_configs.*.image_configs.*.suffix" in text
+
+
+def test_fewer_references_than_selected(checkpoints, tmp_path):
+    data = folders(tmp_path / "d", selected_control_indexes=[1, 2])
+    text = problems_of(checkpoints["2511"], tmp_path, data)
+    assert "b.png has 1 reference(s), selected_control_indexes asks for number 2" in text
+    data[0]["on_missing"] = "allow_fewer"
+    assert not problems_of(checkpoints["2511"], tmp_path, data)
+
+
+def test_a_mask_loss_without_any_mask(checkpoints, tmp_path):
+    data, masked = folders(tmp_path / "d"), {"loss.mask": "file"}
+    assert "no sample has a mask" in problems_of(checkpoints["2511"], tmp_path, data, **masked)
+    Image.new("L", (64, 64)).save(tmp_path / "d/t/a_mask.png")
+    assert not problems_of(checkpoints["2511"], tmp_path, data, **masked)
+
+
+def test_a_checkpoint_that_lacks_a_part(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["2511"], tmp_path / "model")
+    shutil.rmtree(folder / "vae")
+    shutil.rmtree(folder / "tokenizer")
+    assert f"{folder} has no tokenizer, vae folder" in problems_of(folder, tmp_path)
+
+
+def test_the_first_sheet_shows_masks_and_from_images(make_trainer, tmp_path):
+    folder = copy_pairs(tmp_path / "data", ("coffee0", "hubble0"))
+    for name in ("coffee0", "hubble0"):
+        Image.new("L", Image.open(folder / f"{name}_R.png").size, 255).save(
+            folder / f"{name}_M.png"
+        )
+    dataset = suffix_dataset(folder)
+    dataset["image_configs"] |= {"mask": {"suffix": "_M"}, "tones": {"suffix": "_D"}}
+    dataset["target_configs"]["after"][0]["from_image"] = "tones"
+    dataset["batch_configs"][0]["mask"] = "mask"
+    changes = {"data.dataset_configs": [dataset], "loss.mask": "file", "train.max_train_steps": 1}
+    make_trainer(**changes).fit()
+    sheet = Image.open(tmp_path / "out/samples/first_batch.png")
+    assert sheet.width == 4 * 264 + 8  # reference | from | mask | target
+    assert sheet.getpixel((8 + 2 * 264 + 128, 24 + 128)) == (255, 255, 255)
+
+
+def test_generate_names_a_device_and_a_lora_that_do_not_fit(make_trainer, checkpoints, tmp_path):
+    trainer = make_trainer()
+    trainer.set_lora()
+    file = trainer.save_lora(tmp_path / "a.safetensors")
+    image = ["--image", PAIRS / "coffee0_R.png", "--prompt", "x", "--output", tmp_path / "x.png"]
+    model = ["--pretrained_model_name_or_path", checkpoints["2511"], "--device", "cuda:99"]
+    done = run("generate.py", *model, *image, check=False)
+    assert done.returncode == 2 and "'cuda:99', but this machine has" in done.stderr
+    other = ["--pretrained_model_name_or_path", "demo/qwen_edit_base", "--lora", file]
+    done = run("generate.py", *other, *image, check=False)
+    assert done.returncode == 2 and "does not fit this model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_may_be_cut_off():
+    command = f"{sys.executable} train_qwen_edit.py --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert "train_qwen_edit.py" in done.stdout and "Traceback" not in done.stderr
