@@ -569,6 +569,8 @@ class CacheConfig(Section):
     """false: encode in every step (VAE and text encoder stay in memory)."""
     cache_dir: Path = Path("cache")
     """May be shared by runs; entries are named by their content."""
+    memory_mb: int = Field(512, ge=0)
+    """Entries that each reading process keeps in memory, so that small data sets are read once."""
     vae_encoder_device: str | None = None
     """E.g. cuda:1; null: the training device."""
     text_encoder_device: str | None = None
@@ -3382,6 +3384,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.config, self.samples = trainer.config, trainer.samples
         self.index, self.keys, self.flavour = trainer.index, trainer.keys, trainer.flavour
         self.cached = cached
+        self._held: dict[Path, torch.Tensor] = {}
+        self._room = self.config.cache.memory_mb * 2**20  # bytes left for _held
         self._known: dict[Draw, tuple[Example, dict[str, list[Path]]]] = {}
 
     def __getitem__(self, micro_batches: list[list[Draw]]) -> list[dict[str, Any]]:
@@ -3395,7 +3399,7 @@ class PairDataset(torch.utils.data.Dataset):
         known = [self.resolved(draw) for draw in draws]
         seed, loss = self.config.seed, self.config.loss
         batch: dict[str, Any] = (
-            collate([read_entries(paths) for _, paths in known])
+            collate([read_entries(paths, self.read) for _, paths in known])
             if self.cached
             else {"examples": [opened(example) for example, _ in known]}
         )
@@ -3421,6 +3425,17 @@ class PairDataset(torch.utils.data.Dataset):
             batch["rollout_chance"] = chances
         return batch
 
+    def read(self, path: Path) -> torch.Tensor:
+        """The tensor of a cache entry, from memory once there was room for it."""
+        if path in self._held:
+            return self._held[path]
+        tensor = read_tensor(path)
+        size = tensor.numel() * tensor.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._held[path] = tensor
+        return tensor
+
     def resolved(self, draw: Draw) -> tuple[Example, dict[str, list[Path]]]:
         """The example of a draw and its cache entries by kind; remembered."""
         draw = draw._replace(visit=0)
@@ -3443,12 +3458,16 @@ class PairDataset(torch.utils.data.Dataset):
         return self._known[draw]
 
 
-def read_entries(paths: dict[str, list[Path]]) -> dict[str, Any]:
+def read_tensor(path: Path) -> torch.Tensor:
+    """The one tensor of a cache entry. Raises ValueError."""
+    return next(iter(read_entry(path).values()))
+
+
+def read_entries(
+    paths: dict[str, list[Path]], read: Callable[[Path], torch.Tensor] = read_tensor
+) -> dict[str, Any]:
     """Cache entries by kind -> item of a batch. Raises ValueError."""
-    tensors = {
-        kind: [next(iter(read_entry(path).values())) for path in files]
-        for kind, files in paths.items()
-    }
+    tensors = {kind: [read(path) for path in files] for kind, files in paths.items()}
     references = tensors.pop("control_latent")
     single = {kind: found[0] for kind, found in tensors.items() if found}
     return single | {"control_latent": references}
@@ -3952,9 +3971,9 @@ class QwenImageEditTrainer:
         path = entry_path(self.cache_dir, self.keys.of(what))
         if path.exists():
             with contextlib.suppress(ValueError):  # damaged: encode it again
-                return next(iter(read_entry(path).values()))
+                return read_tensor(path)
         write_entry(self.cache_dir, self.keys.of(what), self.encoded(what, device))
-        return next(iter(read_entry(path).values()))
+        return read_tensor(path)
 
     def cache_jobs(self, fresh: bool = False) -> dict[str, Picture | Example | Region]:
         """Every entry that training and validation can ask for: {key: what to encode}.

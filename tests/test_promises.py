@@ -242,3 +242,17 @@ def test_inference_takes_what_was_trained_most_and_says_so(make_trainer, tmp_pat
     assert trainer.about_lora()["reference_area"] == "target"
     assert "several reference_area are trained (target, 9216, 16384)" in caplog.text
     assert "several vision_area" not in caplog.text
+
+
+@pytest.mark.parametrize("memory_mb", [0, 512])
+def test_what_is_kept_in_memory_changes_nothing_but_the_reading(
+    memory_mb, make_trainer, monkeypatch
+):
+    trainer = prepared(make_trainer, **{"cache.memory_mb": memory_mb})
+    data, reads = script.PairDataset(trainer, True), []
+    original = script.read_entry
+    monkeypatch.setattr(script, "read_entry", lambda path: reads.append(path) or original(path))
+    first, again = (data.batch([script.Draw(v, 3), script.Draw(v, 3)]) for v in (0, 0))
+    assert torch.equal(first["pixel_latent"], again["pixel_latent"])
+    assert torch.equal(first["prompt_embed"], again["prompt_embed"])
+    assert len(reads) == (12 if memory_mb == 0 else 3)  # target, reference, prompt
