@@ -144,6 +144,26 @@ def test_own_settings_go_over_the_common_ones(make, shared):
     assert special.negative is None  # a scale of 1 is no guidance
 
 
+def test_each_setting_changes_the_picture(make, shared):
+    """Guidance, negative prompt, steps and seed are heard; the same settings draw the same."""
+    trainer = make()
+    trainer.setup_accelerator()
+    trainer.find_data()
+    trainer.cache_embeddings()
+    trainer.set_lora()
+    edit = trainer.validation_edits()[0]
+    plain = drawn(trainer, edit)
+    assert np.array_equal(drawn(trainer, edit), plain)
+    for change in (
+        {"true_cfg_scale": 6.0},
+        {"negative_prompt": "a dull, grey and blurry photo"},
+        {"num_inference_steps": 3},
+        {"seed": 7},
+    ):
+        other = edit._replace(settings=edit.settings.model_copy(update=change))
+        assert not np.array_equal(drawn(trainer, other), plain), change
+
+
 def test_resolution_is_an_area_in_the_right_aspect(make, shared):
     wide = {
         "prompt": "x",
