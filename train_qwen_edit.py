@@ -3711,6 +3711,7 @@ class QwenImageEditTrainer:
         self._base_pictures: dict[tuple[int, int], Image.Image] = {}  # of (row, rung): no LoRA
         self._measured: dict[str, list[Callable[[], float]]] = {}
         self._rungs: dict[int, int] = {}  # row of the validation sheet -> where on the ladder
+        self._ask_every = 1  # steps between two questions for a stop signal
         self._drawn = 0  # batches of this step, from a loader of the user's, that got noise here
         self._shapes: dict[tuple[int, int, int | None], Shape] = {}
         self.samples_per_step = 1
@@ -4751,6 +4752,7 @@ class QwenImageEditTrainer:
             if saving or self.global_step % every == 0:
                 value = self._mean_loss(window)  # waits for the GPU
                 pace = (time.monotonic() - clock) / len(window)
+                self._ask_every = self._stop_interval(pace)
                 values = {"loss": value, "grad_norm": float(norm), "seconds_per_step": pace}
                 self._log(bar, metrics, steps, values)
                 window, clock = [], time.monotonic()
@@ -4792,14 +4794,21 @@ class QwenImageEditTrainer:
         names = [str(name) for batch in batches for name in batch.get("names", [])]
         return names, loss, norm
 
+    def _stop_interval(self, pace: float) -> int:
+        """Steps between two questions for a stop signal: log_every, or about five seconds."""
+        shared = self.accelerator.reduce(torch.tensor(pace, device=self.device), "mean").item()
+        # KEEP: of the mean over processes, or they would ask at different steps and wait forever
+        return max(1, min(self.config.logging.log_every, round(5 / max(shared, 1e-3))))
+
     def _agree(self, requested: bool) -> bool:
         """Whether any process got a stop signal; all must leave at the same step.
 
-        Several processes ask each other only when they log, for that waits for the GPU anyway.
+        Several processes ask each other with the log lines, for that waits for the GPU anyway, and
+        in between where steps are slow: a preempted machine has little time.
         """
         if self.accelerator.num_processes == 1:
             return requested
-        if self.global_step % self.config.logging.log_every:
+        if self.global_step % self._ask_every:
             return False
         if requested:
             self.accelerator.set_trigger()

@@ -227,6 +227,42 @@ def test_two_processes_learn_the_same(straight_run, tmp_path):
     assert tensor.abs().max() > 0.01, f"{name}: nothing was learned"
 
 
+def worker(folder, rank):
+    """Process id of one rank of the run that writes into `folder`."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes()
+            environment = (place / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if str(folder).encode() in command and f"RANK={rank}".encode() in environment:
+            return int(place.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.slow
+def test_a_stop_signal_to_one_of_two_processes_saves_and_ends_both(straight_run, tmp_path):
+    """Although no log line is due for long: they ask each other every few seconds."""
+    out = tmp_path / "out"
+    command = [*LAUNCH, "--config_file", str(ROOT / "configs/accelerate/ddp.yaml")]
+    command += [script.__file__, "--config", str(straight_run[1]), "--logging.output_dir", str(out)]
+    command += ["--train.max_train_steps", "1000000", "--train.checkpointing_steps", "20"]
+    command += ["--logging.log_every", "1000000", "--data.batch_size", "1"]
+    command += ["--train.checkpoints_total_limit", "1", "--validation.steps", "null"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    while not script.list_checkpoints(out) and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(worker(out, 1), signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed[-3000:]
+    (saved,) = script.list_checkpoints(out)
+    assert script.valid_checkpoint(saved) and (out / script.LORA_FILE).exists()
+    assert int(saved.name.split("-")[1]) < 1000
+
+
 @pytest.mark.slow
 def test_accumulation_learns_the_same(straight_run, tmp_path):
     split = ["--data.batch_size", 1, "--train.gradient_accumulation_steps", 2]
