@@ -1444,6 +1444,18 @@ def fetch_from_hub(repository: str, file: str) -> Path:
         raise UserError(f"no folder {repository}, and not on the Hub: {reason}") from error
 
 
+def fetch_checkpoint(name: str, *patterns: str) -> Path:
+    """Folder of a Hub repository, as far as the patterns go (none: all of it). Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", *patterns] if patterns else None
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # network, rights, disk: the hub library has many classes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} cannot be fetched from the Hub: {reason}") from error
+
+
 def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
     """A JSON file of a checkpoint folder or Hub repository. Raises UserError."""
     path = Path(name_or_path) / file
@@ -3747,9 +3759,7 @@ class QwenImageEditTrainer:
         name = self.config.model.pretrained_model_name_or_path
         if Path(name).is_dir():
             return Path(name)
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=["model_index.json", *patterns]))
+        return fetch_checkpoint(name, *patterns)
 
     def load_model(
         self, parts: Sequence[str] = ("vae", "text_encoder", "transformer", "scheduler")

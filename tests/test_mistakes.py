@@ -230,3 +230,17 @@ def test_help_may_be_cut_off():
     command = f"{sys.executable} train_qwen_edit.py --help | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert "train_qwen_edit.py" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_without_a_network_a_published_model_is_a_message(tmp_path):
+    """The plan needs none; a run says what it could not fetch."""
+    file = write_config(tmp_path, small_config("Qwen/Qwen-Image-Edit-2511", tmp_path))
+    away = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    for program in ("train_qwen_edit.py", "cache_embeddings.py"):
+        done = run(program, "--config", file, check=False, env=away)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert "Qwen/Qwen-Image-Edit-2511" in done.stderr and "Hub" in done.stderr
+    image = ["--image", PAIRS / "coffee0_R.png", "--prompt", "x", "--output", tmp_path / "x.png"]
+    model = ["--pretrained_model_name_or_path", "Qwen/Qwen-Image-Edit-2511"]
+    done = run("generate.py", *model, *image, check=False, env=away)
+    assert done.returncode == 2 and "cannot be fetched from the Hub" in done.stderr
