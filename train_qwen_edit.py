@@ -440,7 +440,9 @@ class DatasetConfig(Section):
         resized = [t.resize for targets in self.target_configs.values() for t in targets]
         missing = {r for r in (self.resolution, *resized) if r} - set(TABLES)
         if self.buckets == "table" and missing:
-            raise ValueError(f"buckets: table has {', '.join(map(str, TABLES))}")
+            wrong = ", ".join(map(str, sorted(missing)))
+            there = ", ".join(map(str, TABLES))
+            raise ValueError(f"buckets: table has no resolution {wrong}; take one of {there}")
         return self
 
     @property
@@ -2053,6 +2055,7 @@ def check_zero_cond_t(transformer_config: dict[str, Any], accepted: Iterable[str
 
 # Behind the precisions that end so: (module, its name for pip).
 PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "bnb": ("bitsandbytes", "bitsandbytes")}
+QUANTO_EXTENSIONS = ("quanto_cpp", "quanto_cuda", "quanto_hip", "quanto_mps")
 QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 
 
@@ -2341,10 +2344,10 @@ def quanto_type(precision: str) -> Any:
     with nvcc; unpack_bits takes its place.
     """
     from optimum import quanto
-    from optimum.quanto.library.extensions import extension
 
-    for known in extension._extensions.values():
-        known._lib = known._lib or SimpleNamespace(unpack=unpack_bits)
+    for name in filter(quanto.is_extension_available, QUANTO_EXTENSIONS):
+        extension = quanto.get_extension(name)
+        extension._lib = extension._lib or SimpleNamespace(unpack=unpack_bits)
     return getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
 
 
@@ -4514,9 +4517,11 @@ class QwenImageEditTrainer:
         share = loss.rollout_probability
         if loss.rollout_warmup_steps:
             share *= min(1.0, self.global_step / loss.rollout_warmup_steps)
-        chosen = [i for i, chance in enumerate(batch["rollout_chance"]) if chance < share]
-        if not chosen:
+        numbers = [i for i, chance in enumerate(batch["rollout_chance"]) if chance < share]
+        if not numbers:
             return noisy, goal
+        # KEEP: indexed with a list, every tensor would wait for the GPU
+        chosen = to_device(torch.tensor(numbers), self.device)
         part: dict[str, Any] = {
             "control_latent": [control[chosen] for control in batch["control_latent"]],
             "prompt_embed": batch["prompt_embed"][chosen],
