@@ -201,8 +201,12 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 def read_lora_about(path: Path) -> dict[str, Any]:
     """What the trainer wrote into the file; {} for a LoRA from elsewhere. Raises ValueError."""
+    if path.is_dir():
+        there = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "none"
+        raise ValueError(f"--lora {path}: a folder; name one of its .safetensors files ({there})")
     if path.suffix != ".safetensors":
-        raise ValueError(f"--lora {path}: only .safetensors files are loaded")
+        hint = "; after the colon a number is wanted" if ".safetensors:" in path.name else ""
+        raise ValueError(f"--lora {path}: only .safetensors files are loaded{hint}")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("image_edit_lora", "{}"))

@@ -913,6 +913,7 @@ def group_by_folder(ds: DatasetConfig, root: Path) -> Found:
     return Found(rows, [role for role in folders if role != "mask"], problems)
 
 
+NUMBERED_CONTROL = r"(?:path_)?control_(\d+)"
 TABLE_COLUMNS = {  # what a table may call them
     "target": ("target", "path_target", "target_image", "image"),
     "references": ("references", "control_images", "path_control", "control"),
@@ -931,7 +932,7 @@ def from_columns(record: dict[str, Any]) -> dict[str, Any]:
         numbered = [(0, row["references"])] + [
             (int(match[1]), value)
             for column, value in record.items()
-            if (match := re.fullmatch(r"(?:path_)?control_(\d+)", str(column)))
+            if (match := re.fullmatch(NUMBERED_CONTROL, str(column)))
         ]
         row["references"] = [value for _, value in sorted(numbered, key=lambda n: n[0]) if value]
     prompts = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
@@ -981,6 +982,11 @@ def read_records(ds: DatasetConfig, root: Path) -> Found:
         return Found({}, [], [f"table {table}: {error}"])
     if wrong := [i for i, record in enumerate(records, 1) if not isinstance(record, dict)]:
         return Found({}, [], [f"table {table}: row {wrong[0]} is no record"])
+
+    names = {str(column) for record in records for column in record if column is not None}
+    unread = names - {*itertools.chain(*TABLE_COLUMNS.values())}
+    if unread := {column for column in unread if not re.fullmatch(NUMBERED_CONTROL, column)}:
+        log.warning("table %s: columns not read: %s", table, ", ".join(sorted(unread)))
 
     def locate(value: Any, name: str) -> Path:
         places = [root / str(value), table.parent / str(value)]
@@ -1081,7 +1087,7 @@ class VariantMaker:
             there = next((path for path in beside if path.exists()), beside[0])
             captions = read_captions(there, ds.caption_lines is not False)
         if not captions:
-            raise ValueError(f"no prompt for {files['target']}")
+            raise ValueError(f"no prompt for {files['target']}: fill its column, or set caption")
         references = tuple(Reference(files[role]) for role in roles)
         alone = ds.conditioning_multidataset_sampling == "random"
         return tuple(
@@ -1113,14 +1119,13 @@ class VariantMaker:
             )
             for draw, caption in itertools.product(range(draws), lines):
                 references = self._references(name, batch.reference_config, files, draw)
-                vision, vision_dropout, vision_min = references, 0.0, 0
+                vision = tuple(Reference(reference.path) for reference in references)
+                vision_dropout, vision_min = 0.0, 0
                 if shown:
                     area = shown.resize**2 if shown.resize else None
                     found = self._references(name, shown.reference_config, files, draw)
                     vision = tuple(Reference(reference.path, area) for reference in found)
                     vision_dropout, vision_min = shown.dropout, shown.min_length
-                else:
-                    vision = tuple(Reference(reference.path) for reference in references)
                 replaced = target.from_image_mode == "replace" and target.from_image
                 learned = files[target.from_image if replaced else target.image]  # type: ignore
                 start = files[target.from_image] if target.from_image and not replaced else None
@@ -1211,8 +1216,10 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
     maker, variants, broken = VariantMaker(config, ds), {}, []
     for name in sorted(rows):
         files = rows[name].files
-        if not any(role in files for role in needed):
-            continue  # only pictures that no combination uses
+        if not any(role in files for role in needed):  # only pictures that nothing uses
+            if "mask" in files and not ds.image_configs:
+                broken.append(f"{where}: mask {files['mask']} has no target of its name")
+            continue
         lacking = [role for role in needed if role not in files]
         if lacking and not (ds.on_missing == "allow_fewer" and only_references(ds, lacking, files)):
             places = (f"{role} ({expected(ds, role, name)})" for role in lacking)

@@ -9,6 +9,7 @@ import pytest
 from conftest import PAIRS, ROOT, copy_pairs, run, small_config, suffix_dataset, write_config
 from PIL import Image
 
+import generate
 import train_qwen_edit as script
 from utils import FileIndex, UserError, load_config, run_record
 
@@ -188,6 +189,24 @@ def test_a_mask_loss_without_any_mask(checkpoints, tmp_path):
     assert not problems_of(checkpoints["2511"], tmp_path, data, **masked)
 
 
+def test_a_mask_without_a_target_is_named(checkpoints, tmp_path):
+    (tmp_path / "d/m").mkdir(parents=True)
+    for name in ("a", "typo"):
+        Image.new("L", (64, 64)).save(tmp_path / f"d/m/{name}.png")
+    data = folders(tmp_path / "d", mask_dir="m")
+    text = problems_of(checkpoints["2511"], tmp_path, data, **{"loss.mask": "file"})
+    assert "typo.png has no target of its name" in text and "m/a.png" not in text
+
+
+def test_a_column_that_is_not_read_is_named(checkpoints, tmp_path, caplog):
+    folders(tmp_path)
+    row = {"target": "t/a.png", "control": "r/a.png", "control_1": "r/b.png", "prompt": "x"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row | {"masc": "m.png"}))
+    data = [{"table": "t.jsonl", "train_data_dir": str(tmp_path), "resolution": 64}]
+    assert not problems_of(checkpoints["2511"], tmp_path, data)
+    assert "columns not read: masc" in caplog.text and "control_1" not in caplog.text
+
+
 def test_a_checkpoint_that_lacks_a_part(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["2511"], tmp_path / "model")
     shutil.rmtree(folder / "vae")
@@ -244,3 +263,13 @@ def test_without_a_network_a_published_model_is_a_message(tmp_path):
     model = ["--pretrained_model_name_or_path", "Qwen/Qwen-Image-Edit-2511"]
     done = run("generate.py", *model, *image, check=False, env=away)
     assert done.returncode == 2 and "cannot be fetched from the Hub" in done.stderr
+
+
+def test_a_folder_or_a_scale_that_is_no_number_as_lora(tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a folder; .*pytorch_lora_weights.safetensors"):
+        generate.read_lora_about(tmp_path)
+    path, scale = generate.parse_lora("a.safetensors:strong")
+    assert scale == 1.0
+    with pytest.raises(ValueError, match="a number is wanted"):
+        generate.read_lora_about(path)
