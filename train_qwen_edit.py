@@ -1478,6 +1478,13 @@ def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
         raise UserError(f"{path}: no diffusers checkpoint: {error}") from error
 
 
+def transformer_settings(name_or_path: str) -> dict[str, Any]:
+    """transformer/config.json; of the published models what differs from diffusers' defaults."""
+    if name_or_path in PUBLISHED:  # no network for a plan or an audit
+        return {"zero_cond_t": PUBLISHED[name_or_path].name == "edit-v3"}
+    return read_model_json(name_or_path, "transformer/config.json")
+
+
 def detect_flavour(name_or_path: str) -> Flavour:
     """2508, 2509 or 2511, from model_index.json and transformer/config.json.
 
@@ -2098,8 +2105,7 @@ def check_model(config: Config, precision: str) -> list[str]:
     if method == "lokr" and precision == "nf4-bnb":
         problems.append("model.lora.method: lokr goes with every precision but nf4-bnb")
     with contextlib.suppress(UserError):  # the checkpoint is checked elsewhere
-        path = model.pretrained_model_name_or_path
-        n_blocks = read_model_json(path, "transformer/config.json").get("num_layers", 60)
+        n_blocks = transformer_settings(model.pretrained_model_name_or_path).get("num_layers", 60)
         problems += check_block_numbers(model, n_blocks)
     return problems
 
@@ -5252,18 +5258,14 @@ Instructions it was trained with:
 
 TEXT_ENCODER_GB, VAE_GB = 16.6, 0.25  # Qwen2.5-VL-7B and the VAE of the three checkpoints, bf16
 CONTEXT_GB = 1.0  # what CUDA and its libraries keep for themselves
-ACTIVATION_BYTES = (
-    44  # per token, block and channel; saved for backward, fp32 LoRA in bf16 autocast
-)
+# per token, block and channel: saved for the backward pass, fp32 LoRA in bf16 autocast
+ACTIVATION_BYTES = 44
 BITS = {  # of a quantised weight, its scale included
     "no_change": 16, "int8-quanto": 8.01, "fp8-quanto": 8.01, "int4-quanto": 4.25,
     "int2-quanto": 2.25, "nf4-bnb": 4.5,
 }  # fmt: skip
-TFLOPS = {
-    "RTX 4090": 165,
-    "A100": 312,
-    "H100, H200": 790,
-}  # bf16, what they reach in dense products
+# bf16, what they reach in dense products
+TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}
 
 
 class Load(NamedTuple):
@@ -5285,12 +5287,9 @@ def text_tokens(example: Example) -> int:
     return 5 + math.ceil(len(example.caption) / 4) + sum(pictures)
 
 
-def planned_transformer(config: Config, flavour: Flavour) -> Any:
-    """The transformer without weights, from its config.json, or as published (Hub ids)."""
-    name = config.model.pretrained_model_name_or_path
-    if Path(name).is_dir():
-        return empty_transformer(read_model_json(name, "transformer/config.json"))
-    return empty_transformer({"zero_cond_t": flavour.name == "edit-v3"})
+def planned_transformer(config: Config) -> Any:
+    """The transformer without weights, from its config.json, or as published."""
+    return empty_transformer(transformer_settings(config.model.pretrained_model_name_or_path))
 
 
 def weights_gb(config: Config, transformer: Any) -> tuple[float, float]:
@@ -5419,7 +5418,7 @@ def plan(config: Config) -> str:
     from accelerate import init_empty_weights
 
     flavour = detect_flavour(config.model.pretrained_model_name_or_path)
-    transformer = planned_transformer(config, flavour)
+    transformer = planned_transformer(config)
     parameters = sum(p.numel() for p in transformer.parameters())
     with init_empty_weights():
         add_lora(transformer, config.model.lora, config.seed)

@@ -29,7 +29,7 @@ def settings(tmp_path, **changes):
 @pytest.fixture(scope="module")
 def full_size():
     config = script.Config()
-    return script.planned_transformer(config, script.detect_flavour(MODEL))
+    return script.planned_transformer(config)
 
 
 def test_a_plan_of_the_real_model_in_ten_seconds_without_a_download(tmp_path):
@@ -161,3 +161,15 @@ def test_a_plan_offers_only_what_goes_together():
     assert "nf4-bnb" not in offers(quantised)
     assert "nf4-bnb" not in offers({"lora": {"method": "lokr"}})
     assert "int8-quanto" not in offers({"lora": {"method": "dora"}})
+
+
+@pytest.mark.parametrize("model", sorted(script.PUBLISHED))
+def test_a_plan_of_a_published_model_never_asks_the_hub(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "fetch_from_hub", lambda *args: pytest.fail("the Hub was asked"))
+    raw = settings(tmp_path, **{"model.pretrained_model_name_or_path": model})
+    config = script.Config.model_validate(raw)
+    assert script.audit(config) == []
+    assert "20,430,401,088 parameters" in script.plan(config)
+    beyond = {"model.lora.exclude_blocks": "60", "model.pretrained_model_name_or_path": model}
+    config = script.Config.model_validate(settings(tmp_path, **beyond))
+    assert any("no block 60, the last is 59" in problem for problem in script.audit(config))
