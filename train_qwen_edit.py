@@ -4823,10 +4823,10 @@ class QwenImageEditTrainer:
         return names, loss, norm
 
     def _stop_interval(self, pace: float) -> int:
-        """Steps between two questions for a stop signal: log_every, or about five seconds."""
+        """Steps between two questions for a stop signal: log_every, 100, or about five seconds."""
         shared = self.accelerator.reduce(torch.tensor(pace, device=self.device), "mean").item()
         # KEEP: of the mean over processes, or they would ask at different steps and wait forever
-        return max(1, min(self.config.logging.log_every, round(5 / max(shared, 1e-3))))
+        return max(1, min(self.config.logging.log_every, 100, round(5 / max(shared, 1e-3))))
 
     def _agree(self, requested: bool) -> bool:
         """Whether any process got a stop signal; all must leave at the same step.

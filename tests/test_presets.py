@@ -52,7 +52,7 @@ def test_a_recipe_fits_its_card(file):
     """By the plan's estimate, for a square pair; half a gigabyte is left to the allocator."""
     config = load(file)
     flavour = script.detect_flavour(config.model.pretrained_model_name_or_path)
-    transformer = script.planned_transformer(config, flavour)
+    transformer = script.planned_transformer(config)
     side = config.data.dataset_configs[0].resolution
     area = round(script.reference_area_px(config.data.reference_area, (side, side)) ** 0.5)
     vision = (area / 28) ** 2 if flavour.vision_area is None else 196
