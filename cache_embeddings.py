@@ -7,7 +7,7 @@ Page: docs/cache_embeddings.md
     python cache_embeddings.py --config configs/x.yaml --stats     # count, change nothing
     python cache_embeddings.py --config configs/x.yaml --verify    # check all, mend the damaged
     python cache_embeddings.py --config configs/x.yaml --prune     # drop what is not used
-    ... --script my_fork.py                       # a fork of a training script; it owns its cache
+    ... --script train_pairedit.py                # another training script, or a fork of one
 
 Takes the same --config and overrides as the training script.
 """
@@ -61,7 +61,7 @@ def make_trainer(module: ModuleType, argv: list[str]) -> Any:
     """The script's trainer for this config, audited."""
     config = load_config(module.Config, argv, check=module.audit)
     name = next(name for name in vars(module) if name.endswith("Trainer"))
-    if not config.cache.use_cache:
+    if hasattr(config, "cache") and not config.cache.use_cache:
         raise UserError("cache.use_cache is false: this config wants no cache")
     return getattr(module, name)(config)
 

@@ -64,8 +64,8 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
-        text = "stopped; what was saved is complete (training goes on with"
-        print(f"\n{text} --train.resume_from_checkpoint latest)", file=sys.stderr)
+        text = "stopped; what was saved is complete"
+        print(f"\n{text} (training goes on with resume_from_checkpoint: latest)", file=sys.stderr)
         sys.exit(130)
 
 

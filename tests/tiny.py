@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import string
 
 import diffusers
 import torch
+import transformers
+from tokenizers import pre_tokenizers
 
 import demo
 
@@ -33,14 +36,66 @@ def build(kind, folder):
 
 
 def build_all(folder):
-    """{"2508" | "2509" | "2511": folder}; made once, whichever test process comes first."""
-    found = {kind: folder / kind for kind in KINDS}
+    """{"2508" | "2509" | "2511" | "flux": folder}; made once, whichever process comes first."""
+    found = {kind: folder / kind for kind in [*KINDS, "flux"]}
     for kind, place in found.items():
         if not place.exists():
             part = folder / f"{kind}.{os.getpid()}"
-            build(kind, part)
+            build_flux(part) if kind == "flux" else build(kind, part)
             try:
                 part.rename(place)
             except OSError:  # the other test process was first
                 shutil.rmtree(part)
     return found
+
+
+def build_tokenizers():
+    """CLIP's and T5's tokenizer with small vocabularies."""
+    words = ["a photo of a person", "smiling happy frowning", "image picture male female eyes"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate([*alphabet, *(b + "</w>" for b in alphabet)])}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    clip = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(c, -8.0) for c in string.printable if not c.isspace()]
+    pieces += [(f"▁{word}", -4.0) for word in sorted({w for text in words for w in text.split()})]
+    t5 = transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    return clip, t5
+
+
+def build_flux(folder):
+    """Save a FluxPipeline of random weights with FLUX.1-dev's scheduler and 8x VAE."""
+    torch.manual_seed(0)
+    clip, t5 = build_tokenizers()
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    ids = {f"{name}_token_id": getattr(clip, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    clip_config = transformers.CLIPTextConfig(
+        vocab_size=len(clip), intermediate_size=64, projection_dim=32, **sizes, **ids
+    )
+    t5_config = transformers.T5Config(
+        vocab_size=len(t5), d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    pipeline = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15,
+            shift=3.0, use_dynamic_shifting=True,
+        ),
+        vae=diffusers.AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[8, 16, 16, 16], layers_per_block=1, latent_channels=16,
+            norm_num_groups=4, sample_size=64, scaling_factor=0.3611, shift_factor=0.1159,
+            use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        text_encoder=transformers.CLIPTextModel(clip_config),
+        tokenizer=clip,
+        text_encoder_2=transformers.T5EncoderModel(t5_config),
+        tokenizer_2=t5,
+        transformer=diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=32,
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+            guidance_embeds=True, axes_dims_rope=(8, 12, 12),
+        ),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
