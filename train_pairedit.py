@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import datetime
 import difflib
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import logging
@@ -41,6 +43,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -49,6 +52,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pydantic import Field, field_validator, model_validator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -112,8 +116,10 @@ class Config(Section):
     """Folder in diffusers layout, or a Hub id."""
     device: int | str | None = None
     """Number of a GPU, or cpu, cuda:0, mps; null: the launcher's."""
-    base_model_precision: Literal["no_change", "int8-quanto", "nf4-bnb"] = "no_change"
-    """Weights of the frozen transformer."""
+    base_model_precision: Literal[
+        "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"
+    ] = "no_change"
+    """Weights of the frozen transformer's blocks."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """bf16: base in bf16; LoRA, loss and optimizer in fp32. no: all in fp32."""
     gradient_checkpointing: bool = True
@@ -597,6 +603,7 @@ def audit(config: Config) -> list[str]:
     What was found, left out or is odd is printed and lies in output_folder/audit.json.
     """
     problems = check_device("device", device_name(config.device))
+    problems += check_precision(config.base_model_precision)
     problems += check_checkpoint(config.pretrained_model_name_or_path)
     found: dict[str, Any] = {}
     index = None
@@ -794,24 +801,194 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 # --- 4. model and LoRA ----------------------------------------------------------------------------
 
 
-def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """FluxTransformer2DModel, frozen; quantised while it loads, straight to the device."""
-    import diffusers
+# Behind the precisions that end so: (module, its name for pip).
+PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "bnb": ("bitsandbytes", "bitsandbytes")}
+QUANTO_EXTENSIONS = ("quanto_cpp", "quanto_cuda", "quanto_hip", "quanto_mps")
+QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
-    options: dict[str, Any] = {}
-    if precision == "int8-quanto":
-        options["quantization_config"] = diffusers.QuantoConfig(weights_dtype="int8")
-    if precision == "nf4-bnb":
-        options["quantization_config"] = diffusers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["x_embedder", "context_embedder", "time_text_embed", "norm_out"],
-        )
-    transformer = diffusers.FluxTransformer2DModel.from_pretrained(
-        folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **options
+
+def check_precision(precision: str) -> list[str]:
+    """One problem if the package behind a precision is not installed."""
+    kind = precision.rpartition("-")[2]
+    if kind not in PACKAGES:
+        return []
+    module, name = PACKAGES[kind]
+    with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
+        if importlib.util.find_spec(module):
+            return []
+    return [f"model.base_model_precision: {precision} needs {name}: pip install {name}"]
+
+
+def find_weights(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """{tensor: (file, shape)} of a diffusers component, one file or shards; reads only headers.
+
+    Raises:
+        UserError: a file is missing or damaged; the message names it.
+    """
+    index, names = folder / f"{WEIGHTS_FILE}.index.json", [WEIGHTS_FILE]
+    if index.is_file():
+        names = sorted(set(read_model_json(str(folder), index.name).get("weight_map", {}).values()))
+    found = {}
+    for path in (folder / name for name in names):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = path, tuple(file.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"weights {path} cannot be read: {error}") from error
+    return found
+
+
+def check_weights(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Names and shapes must be the same. Raises UserError with the first differences."""
+    differences = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]},
+    }
+    lines = [
+        f"{len(names)} {what}:\n{listed(sorted(names), shown=3)}"
+        for what, names in differences.items()
+        if names
+    ]
+    if lines:
+        raise UserError("\n".join(["the weights do not fit transformer/config.json", *lines]))
+
+
+def return_freed_memory() -> None:
+    """Give the holes that large tensors have left between small ones back to the system.
+
+    KEEP: else the process ends up larger than the model in full precision, for glibc holds them.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter that is not trained."""
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 holding 8 / bits values each -> all values, the lowest bits of every byte first."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+
+
+def quanto_type(precision: str) -> Any:
+    """The qtype of a precision.
+
+    KEEP: quanto unpacks 4 and 2 bits with an extension that it compiles at the first use, on CUDA
+    with nvcc; unpack_bits takes its place.
+    """
+    from optimum import quanto
+
+    for name in filter(quanto.is_extension_available, QUANTO_EXTENSIONS):
+        extension = quanto.get_extension(name)
+        extension._lib = extension._lib or SimpleNamespace(unpack=unpack_bits)
+    return getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+
+
+@torch.no_grad()
+def quantize_quanto(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
+    """QLinear, per output channel (8 bits) or group (4, 2 bits)."""
+    from optimum import quanto
+
+    kind = quanto_type(precision)
+    layer = quanto.QLinear.from_module(linear, weights=kind)
+    if kind.bits == 8:
+        how = {"scale": layer.optimizer(linear.weight, qtype=kind, axis=0)}
+    else:
+        group = layer.weight_group_size
+        scale, shift = layer.optimizer(linear.weight, qtype=kind, axis=0, group_size=group)
+        how = {"scale": scale, "shift": shift, "group_size": group}
+    # KEEP optimized=False: the fp8 kernel that quanto 0.2.7 would choose on CUDA leaves out the
+    # bias and wants nvcc, its int4 kernel is made for a few tokens
+    weight = quanto.quantize_weight(linear.weight, qtype=kind, axis=0, **how, optimized=False)
+    layer.weight = frozen(weight)
+    return layer
+
+
+def empty_nf4(linear: torch.nn.Linear) -> Any:
+    """Linear4bit of the same shape, without weights."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        compute_dtype=linear.weight.dtype,
+        compress_statistics=False,
+        quant_type="nf4",
+        device="meta",
     )
-    return transformer.eval().requires_grad_(False)
+    # KEEP: some CPUs would repack the weights in eval mode, and nothing could train after that
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def quantize_nf4(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """Linear4bit: blocks of 64 weights, scales in fp32, computes in the dtype of `linear`."""
+    from bitsandbytes.nn import Params4bit
+
+    layer = empty_nf4(linear)
+    weight: Any = Params4bit(
+        linear.weight.data, compress_statistics=False, quant_type="nf4", module=layer
+    )
+    layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias  # .to() quantises
+    return layer
+
+
+def empty_flux(settings: dict[str, Any]) -> Any:
+    """FluxTransformer2DModel without weights (meta device)."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return diffusers.FluxTransformer2DModel.from_config(settings)
+
+
+def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The frozen transformer; blocks go from disk to the device and are quantised one by one.
+
+    Without quantisation it equals from_pretrained(dtype=dtype) bit for bit.
+
+    Raises:
+        UserError: weights are missing, damaged or of another model.
+    """
+    model = empty_flux(read_model_json(str(folder), "transformer/config.json"))
+    weights = find_weights(folder / "transformer")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_weights({name: shape for name, (_, shape) in weights.items()}, shapes)
+    blocks = [
+        name for name, part in model.named_children() if isinstance(part, torch.nn.ModuleList)
+    ]
+    numbered = [f"{name}.{i}" for name in blocks for i in range(len(model.get_submodule(name)))]
+    others = [name for name, _ in model.named_children() if name not in blocks]
+    for name in progress([*others, *numbered], "load transformer", leave=False):
+        part = model.get_submodule(name)
+        files = {file for key, (file, _) in weights.items() if key.startswith(f"{name}.")}
+        tensors = {}
+        for path in files:  # KEEP: open only for this part; what was read counts as memory
+            with safe_open(path, framework="pt") as file:
+                for key in (k for k, (f, _) in weights.items() if f == path):
+                    if key.startswith(f"{name}."):
+                        tensor = file.get_tensor(key).to(device, dtype, copy=True)
+                        tensors[key.removeprefix(f"{name}.")] = tensor
+        part.load_state_dict(tensors, assign=True)
+        if name in numbered and precision != "no_change":
+            quantize_layers(part, precision)
+        return_freed_memory()
+    return model.eval().requires_grad_(False)
+
+
+def quantize_layers(part: torch.nn.Module, precision: str) -> None:
+    """Replace the linear layers of a block by quantised ones on the same device."""
+    linear = [name for name, x in part.named_modules() if isinstance(x, torch.nn.Linear)]
+    for name in linear:
+        layer: Any = part.get_submodule(name)
+        nf4 = precision == "nf4-bnb"
+        part.set_submodule(name, quantize_nf4(layer) if nf4 else quantize_quanto(layer, precision))
 
 
 class On(NamedTuple):
@@ -1995,16 +2172,7 @@ into the weights: scale 1 is the change it was taught), eta {cfg_eta:g}, noise s
 
 TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}
 TEXT_ENCODERS_GB = 9.8  # T5-XXL and CLIP-L of FLUX.1-dev in bf16
-BYTES = {"no_change": 2.0, "int8-quanto": 1.0, "nf4-bnb": 0.56}  # per weight of a linear layer
-
-
-def empty_flux(settings: dict[str, Any]) -> Any:
-    """FluxTransformer2DModel without weights."""
-    import diffusers
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return diffusers.FluxTransformer2DModel.from_config(settings)
+BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "int2": 2.25, "nf4": 4.5}  # a weight, with its scales
 
 
 def planned_flux(config: Config) -> Any:
@@ -2051,9 +2219,7 @@ def plan(config: Config) -> str:
     both = most + config.max_sequence_length
     weights = sum(p.numel() for p in transformer.parameters())
     full = 4.0 if config.mixed_precision == "no" else 2.0
-    per_weight = (
-        full if config.base_model_precision == "no_change" else (BYTES[config.base_model_precision])
-    )
+    bits = BITS.get(config.base_model_precision.partition("-")[0], 8 * full)
     layers = dict(transformer.named_modules())
     adapter = sum(
         config.rank * (layers[path].in_features + layers[path].out_features)
@@ -2064,7 +2230,7 @@ def plan(config: Config) -> str:
     kept = (blocks + 34) if config.gradient_checkpointing else 34 * blocks
     activations = rows * both * transformer.inner_dim * kept * full / 1e9
     training = adapter * len(names) * 16 / 1e9  # fp32: weight, gradient, two moments
-    base = weights * per_weight / 1e9
+    base = weights * bits / 8e9
     passes = 3 if config.gradient_checkpointing else 2
     tflop = rows * forward_tflop(transformer, most, config.max_sequence_length) * passes
     files = adapter * 4 * (2 if config.save_original_format else 1) * len(names) / 1e9
