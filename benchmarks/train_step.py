@@ -74,7 +74,7 @@ def measure(folder, precision, resolution, reference, overrides):
     for number in range(WARM_UP + STEPS):
         batch = random_batch(resolution, reference, width)
         started = time.perf_counter()
-        _, loss, _ = trainer._step([batch], 1)
+        _, loss, _ = trainer._step([batch])
         assert torch.isfinite(loss)  # waits for the GPU
         seconds += [time.perf_counter() - started] if number >= WARM_UP else []
     shape = ((resolution, resolution), (reference, reference))
