@@ -2232,7 +2232,10 @@ def plan(config: Config) -> str:
     training = adapter * len(names) * 16 / 1e9  # fp32: weight, gradient, two moments
     base = weights * bits / 8e9
     passes = 3 if config.gradient_checkpointing else 2
-    tflop = rows * forward_tflop(transformer, most, config.max_sequence_length) * passes
+    forward = forward_tflop(transformer, most, config.max_sequence_length)
+    tflop = rows * forward * passes
+    if config.python_name == "slider_text":  # the way to its noise level, and three teachers
+        tflop += rows * forward * ((config.start_step + config.end_step) / 2 + 3)
     files = adapter * 4 * (2 if config.save_original_format else 1) * len(names) / 1e9
     saves = math.ceil(config.train_iteration / config.save_per_steps)
     steps = config.train_iteration * len(runs)
