@@ -40,6 +40,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -2183,90 +2184,138 @@ def planned_flux(config: Config) -> Any:
     return empty_flux(read_model_json(name, "transformer/config.json"))
 
 
-def forward_tflop(transformer: Any, image_tokens: int, text_tokens: int) -> float:
+def token_area_px(config: Config) -> int:
+    """Pixels behind one token: 2 x 2 latents of the VAE's 8 x 8."""
+    name, levels = config.pretrained_model_name_or_path, 4
+    if Path(name).is_dir():
+        levels = len(read_model_json(name, "vae/config.json")["block_out_channels"])
+    return (2 * 2 ** (levels - 1)) ** 2
+
+
+def forward_tflop(transformer: Any, tokens: int) -> float:
     """Of one sample: 2 per weight and token, and attention's 4 n^2 width per block.
 
-    The weights of a double block are half for image tokens, half for text tokens; modulation runs
-    once per sample and is left out.
+    A token passes half of a double block's weights (the other half is for text, or for pictures);
+    modulation runs once per sample and is left out.
     """
 
     def weights(blocks: Any) -> float:
         layers = (m for name, m in blocks.named_modules() if "norm" not in name)
         return sum(m.weight.numel() for m in layers if isinstance(m, torch.nn.Linear))
 
-    tokens = image_tokens + text_tokens
     double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
     width = transformer.inner_dim
     linear = 2 * tokens * (weights(double) / 2 + weights(single))
     return (linear + 4 * tokens**2 * width * (len(double) + len(single))) / 1e12
 
 
-# differs: each script plans its own run
-def plan(config: Config) -> str:
-    """Runs, data, where each model lives, memory, disk, time. Loads no model."""
-    transformer, runs = planned_flux(config), all_runs(config)
-    names = adapters_of(config.python_name)
-    index = FileIndex(config.cache_dir)
-    tokens: dict[tuple[int, int], int] = {}
-    for dataset in () if config.python_name == "slider_text" else config.datasets:
-        for pair in find_pairs(config, dataset)[0]:
-            size = fit_pair(config, pair, index)[0].size
-            tokens[size] = tokens.get(size, 0) + 1
-    side = config.resolution
-    sizes = tokens or {(side, side): 0}
-    most = max(w * h for w, h in sizes) // 256
-    rows = config.batch_size * len(empty_passes(config.python_name))
-    both = most + config.max_sequence_length
-    weights = sum(p.numel() for p in transformer.parameters())
-    full = 4.0 if config.mixed_precision == "no" else 2.0
-    bits = BITS.get(config.base_model_precision.partition("-")[0], 8 * full)
+def adapter_size(config: Config, transformer: Any) -> int:
+    """Numbers in one adapter."""
     layers = dict(transformer.named_modules())
-    adapter = sum(
-        config.rank * (layers[path].in_features + layers[path].out_features)
-        for path in target_layers(transformer, config.train_method)
-    )
+    paths = target_layers(transformer, config.train_method)
+    return sum(config.rank * (layers[p].in_features + layers[p].out_features) for p in paths)
+
+
+def needed_gb(config: Config, transformer: Any, tokens: int) -> dict[str, float]:
+    """Estimated memory of a training step, by what it is for; tokens: of a sample, text included.
+
+    A block keeps about 34 numbers per token and channel for the backward pass; with gradient
+    checkpointing only its input, and one block at a time the rest.
+    """
+    rows = config.batch_size * len(empty_passes(config.python_name))
+    size = 4.0 if config.mixed_precision == "no" else 2.0
+    bits = BITS.get(config.base_model_precision.partition("-")[0], 8 * size)
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-    # a block keeps about 34 numbers per token and channel; checkpointing its input only
     kept = (blocks + 34) if config.gradient_checkpointing else 34 * blocks
-    activations = rows * both * transformer.inner_dim * kept * full / 1e9
-    training = adapter * len(names) * 16 / 1e9  # fp32: weight, gradient, two moments
-    base = weights * bits / 8e9
-    passes = 3 if config.gradient_checkpointing else 2
-    forward = forward_tflop(transformer, most, config.max_sequence_length)
-    tflop = rows * forward * passes
-    if config.python_name == "slider_text":  # the way to its noise level, and three teachers
-        tflop += rows * forward * ((config.start_step + config.end_step) / 2 + 3)
-    files = adapter * 4 * (2 if config.save_original_format else 1) * len(names) / 1e9
-    saves = math.ceil(config.train_iteration / config.save_per_steps)
-    steps = config.train_iteration * len(runs)
+    adapters = adapter_size(config, transformer) * len(adapters_of(config.python_name))
+    return {
+        "weights": sum(p.numel() for p in transformer.parameters()) * bits / 8e9,
+        "adapters": adapters * 16 / 1e9,  # fp32: weight, gradient, two moments
+        "activations": rows * tokens * transformer.inner_dim * kept * size / 1e9,
+    }
+
+
+def planned_sizes(config: Config) -> dict[tuple[int, int], int]:
+    """{(W, H) px: pairs of that bucket}; of text sliders one square."""
+    if config.python_name == "slider_text":
+        return {(config.resolution, config.resolution): 1}
+    index, sizes = FileIndex(config.cache_dir), Counter[tuple[int, int]]()
+    for dataset in config.datasets:
+        for pair in find_pairs(config, dataset)[0]:
+            sizes[fit_pair(config, pair, index)[0].size] += 1
+    return dict(sizes)
+
+
+def plan_results(config: Config, transformer: Any) -> list[str]:
+    """What will lie on the disk."""
+    runs, names = all_runs(config), adapters_of(config.python_name)
+    size = adapter_size(config, transformer) * len(names) / 1e9
+    formats = 2 if config.save_original_format else 1
+    saves = math.ceil(config.train_iteration / config.save_per_steps) * len(runs)
     pictures = len(config.scales) * config.count_gen * len(config.skips) * len(runs)
-    lines = [
-        f"Runs         {len(runs)} of {config.train_iteration} steps ({config.python_name})",
-        *(f"  {run_folder(config, run)}" for run in runs[:5]),
-        *([f"  ... and {len(runs) - 5} more"] if len(runs) > 5 else []),
-        f"Pictures     {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
-        f"Tokens       {most} image + {config.max_sequence_length} text, {rows} rows a step",
-        f"Transformer  {weights / 1e9:.2f} billion parameters, {base:.1f} GB as "
-        f"{config.base_model_precision}; {len(target_layers(transformer, config.train_method))} "
-        f"layers with {len(names)} adapter(s), {adapter / 1e6:.1f} million parameters each",
-        f"Memory       about {base + training + activations:.1f} GB while training "
-        f"(weights {base:.1f}, adapters {training:.1f}, activations {activations:.1f});",
-        f"             before that the VAE, then the text encoders ({TEXT_ENCODERS_GB} GB), alone",
-        f"Disk         {files * saves * len(runs):.2f} GB of LoRA files, checkpoints of "
-        f"{adapter * len(names) * 12 / 1e9:.2f} GB",
-        f"Compute      {tflop:.1f} TFLOP a step",
-    ]
-    for name, speed in TFLOPS.items():
-        seconds = tflop / (speed / 2)
-        lines.append(
-            f"  {name} at half its speed: {seconds:.2f} s a step, "
-            f"{steps * seconds / 60:.1f} minutes"
-        )
     lora = config.trained_lora_path if config.use_trained_lora_path else "the LoRA of each run"
     if config.semantic_lora_path:
         lora += f" with {config.semantic_lora_path} (gamma {config.semantic_cfg_scale:g})"
     seeds = "random seeds" if config.use_random_seed else f"seeds from {config.start_seed_gen}"
-    lines.append(f"generate.py  {pictures} pictures in {config.output_folder_gen}, {seeds}: {lora}")
+    return [
+        f"Disk         {4 * size * formats * saves:.2f} GB of LoRA files, "
+        f"{12 * size:.2f} GB a checkpoint",
+        f"generate.py  {pictures} pictures in {config.output_folder_gen}, {seeds}: {lora}",
+    ]
+
+
+def plan_memory(config: Config, transformer: Any, tokens: int) -> list[str]:
+    """Where each model lives, how much a step needs, whether that fits here, and what lowers it."""
+    parts = needed_gb(config, transformer, tokens)
+    total = sum(parts.values())
+    said = ", ".join(f"{name} {gb:.1f}" for name, gb in parts.items())
+    lines = [
+        f"Memory       about {total:.1f} GB while training ({said})",
+        f"             before that the VAE, then the text encoders ({TEXT_ENCODERS_GB} GB), alone",
+    ]
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(0).total_memory / 1e9
+        lines.append(f"  {'fits' if total < room else 'DOES NOT FIT'}: {room:.1f} GB here")
+    ways = ("gradient_checkpointing", True), ("base_model_precision", "int8-quanto")
+    for name, value in (*ways, ("base_model_precision", "nf4-bnb")):
+        lower = sum(
+            needed_gb(config.model_copy(update={name: value}), transformer, tokens).values()
+        )
+        if lower < total - 0.05:
+            lines.append(f"  {name}: {value} would lower it to {lower:.1f} GB")
+    return lines
+
+
+# differs: each script plans its own run
+def plan(config: Config) -> str:
+    """Runs, data, where each model lives, memory, disk, time. Loads no model."""
+    transformer, runs, sizes = planned_flux(config), all_runs(config), planned_sizes(config)
+    tokens = max(w * h for w, h in sizes) // token_area_px(config) + config.max_sequence_length
+    rows = config.batch_size * len(empty_passes(config.python_name))
+    forward = rows * forward_tflop(transformer, tokens)
+    tflop = forward * (3 if config.gradient_checkpointing else 2)
+    if config.python_name == "slider_text":  # the way to its noise level, and three teachers
+        tflop += forward * ((config.start_step + config.end_step) / 2 + 3)
+    steps = config.train_iteration * len(runs)
+    layers, names = target_layers(transformer, config.train_method), adapters_of(config.python_name)
+    lines = [
+        f"Runs         {len(runs)} of {config.train_iteration} steps ({config.python_name})",
+        *(f"  {run_folder(config, run)}" for run in runs[:5]),
+        *([f"  ... and {len(runs) - 5} more"] if len(runs) > 5 else []),
+        f"Pairs        {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
+        f"Tokens       {tokens}, {config.max_sequence_length} of them text; {rows} rows a step",
+        f"Transformer  {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} billion "
+        f"parameters ({config.base_model_precision}); {' and '.join(names)} adapter on "
+        f"{len(layers)} layers, {adapter_size(config, transformer) / 1e6:.1f} million each",
+        *plan_memory(config, transformer, tokens),
+        *plan_results(config, transformer),
+        f"Compute      {tflop:.1f} TFLOP a step",
+    ]
+    for name, speed in TFLOPS.items():
+        each = tflop / (speed / 2)
+        lines.append(
+            f"  {name} at half its speed: {each:.2f} s a step, {steps * each / 60:.1f} minutes"
+        )
     return "\n".join(lines)
 
 
