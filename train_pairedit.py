@@ -224,6 +224,8 @@ class Config(Section):
     """Also write <name>.pt, the format of PairEdit and Concept Sliders."""
     log_every: int = Field(10, ge=1)
     """Steps between two log lines; only then the loop waits for the GPU."""
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+    """Trackers beside metrics.jsonl, which is always written."""
     preview: bool = True
     """A strip over `scales` at every save, with generate.py's settings below."""
 
@@ -605,6 +607,9 @@ def audit(config: Config) -> list[str]:
     """
     problems = check_device("device", device_name(config.device))
     problems += check_precision(config.base_model_precision)
+    wanted = {"none": [], "all": []}.get(config.report_to, [config.report_to])
+    for package in (name for name in wanted if not importlib.util.find_spec(name)):
+        problems.append(f"report_to: {package} is not installed: pip install {package}")
     problems += check_checkpoint(config.pretrained_model_name_or_path)
     found: dict[str, Any] = {}
     index = None
@@ -1467,7 +1472,8 @@ def first_noise(
 # --- 7. checkpoints -------------------------------------------------------------------------------
 
 NOT_LEARNED_FROM = {  # settings that may differ between a checkpoint and the run that continues it
-    "device", "gradient_checkpointing", "cache_dir", "datasets_folder", "datasets", "image_ids",
+    "device", "gradient_checkpointing", "batch_size", "report_to", "cache_dir",
+    "datasets_folder", "datasets", "image_ids",
     "noise_scales", "on_missing", "train_iteration", "save_per_steps", "train_start", "train_count",
     "resume_from_checkpoint", "checkpoints_total_limit", "output_folder", "config_name",
     "save_original_format", "log_every", "preview", "use_trained_lora_path", "trained_lora_path",
@@ -1629,12 +1635,16 @@ class PairEditTrainer:
             mixed_precision="no",  # KEEP: layers cast by themselves, in training as in inference
             cpu=not torch.accelerator.is_available(),
             device_placement=False,
+            log_with=None if self.config.report_to == "none" else self.config.report_to,
+            project_dir=self.config.output_folder,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
+        if self.config.device is not None and self.accelerator.num_processes > 1:
+            log.warning("device is not read: each process has a device of its own")
 
     @property
     def device(self) -> torch.device:
@@ -1930,12 +1940,11 @@ class PairEditTrainer:
         """All that decides what a run learns: settings, pictures, noise scale."""
         settings = self.config.model_dump(mode="json", exclude=NOT_LEARNED_FROM)
         pictures = [self.index.content(file) for pair in self.photos(run) for file in pair.files]
-        processes = self.accelerator.num_processes
         return {
             **settings,
             "noise_scale": run.noise_scale,
             "pictures": draw_key(pictures),
-            "processes": processes,
+            "samples_per_step": self.config.batch_size * self.accelerator.num_processes,
         }
 
     def train(
@@ -1954,7 +1963,14 @@ class PairEditTrainer:
             run_record(folder, config, Path(__file__))
             metrics = MetricLog(folder / "metrics.jsonl", self.step)
             self._draw_pairs(folder)
+        if config.report_to != "none":
+            self.accelerator.init_trackers(
+                folder.name, {"config": config.model_dump_json(), "noise_scale": run.noise_scale}
+            )
         stopped = self._loop(run, stop, metrics)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []  # the next run has its own
         if metrics:
             metrics.close()
             self._write_card(run)
@@ -2026,26 +2042,24 @@ class PairEditTrainer:
     def _log(
         self, bar: Any, metrics: MetricLog | None, losses: dict[str, float], pace: float
     ) -> None:
-        """One line on the screen, the same values in metrics.jsonl."""
-        if not metrics:
-            return
-        memory = memory_gb(self.device)
-        lr, steps = self.config.learning_rate, self.config.train_iteration
+        """One line on the screen, the same values in metrics.jsonl and the trackers."""
+        steps = self.config.train_iteration
+        values = {
+            "loss": sum(losses.values()),
+            **{f"loss_{name}": value for name, value in losses.items()},
+            "lr": self.config.learning_rate,
+            "seconds_per_step": pace,
+            "memory_gb": memory_gb(self.device),
+        }
         left = datetime.timedelta(seconds=round(pace * (steps - self.step)))
         parts = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        bar.write(
-            f"step {self.step}/{steps} loss {sum(losses.values()):.4f} ({parts}) lr {lr:.1e} "
-            f"{pace:.3f} s/step {memory:.1f} GB eta {left}"
-        )
-        values = {f"loss_{name}": value for name, value in losses.items()}
-        metrics.write(
-            self.step,
-            loss=sum(losses.values()),
-            **values,
-            lr=lr,
-            seconds_per_step=pace,
-            memory_gb=memory,
-        )
+        if metrics:
+            bar.write(
+                f"step {self.step}/{steps} loss {values['loss']:.4f} ({parts}) "
+                f"lr {values['lr']:.1e} {pace:.3f} s/step {values['memory_gb']:.1f} GB eta {left}"
+            )
+            metrics.write(self.step, **values)
+        self.accelerator.log(values, step=self.step)
 
     # -- what a run leaves
 
