@@ -19,12 +19,17 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate
+import train_pairedit
 import train_qwen_edit
 from utils import UserError, load_config, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TABLES = {"train_qwen_edit.md": train_qwen_edit.Config, "generate.md": generate.Config}
+TABLES = {
+    "train_qwen_edit.md": train_qwen_edit.Config,
+    "train_pairedit.md": train_pairedit.Config,
+    "generate.md": generate.Config,
+}
 SECTIONS = re.compile(r"(<!-- settings -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -136,15 +141,16 @@ def test_every_function_and_file_a_page_names_exists(page):
         assert (page.parent / file).exists(), f"{page.name} links {file}"
 
 
-@pytest.mark.parametrize("script", ["train_qwen_edit", "generate", "cache_embeddings"])
+@pytest.mark.parametrize("script", ["train_qwen_edit", "train_pairedit", "generate", "cache_embeddings"])
 def test_every_script_names_its_page(script):
     assert f"docs/{script}.md" in (ROOT / f"{script}.py").read_text()[:400]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_loads_and_holds_only_what_differs(file):
-    config = load_config(train_qwen_edit.Config, ["--config", str(file)])
-    defaults = dict(settings(train_qwen_edit.Config))
+    script = train_pairedit if "pairedit" in file.stem else train_qwen_edit
+    config = load_config(script.Config, ["--config", str(file)])
+    defaults = dict(settings(script.Config))
 
     def walk(value, path):
         if isinstance(value, dict) and f"{path}.*".lstrip(".") not in defaults:
