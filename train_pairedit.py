@@ -2187,7 +2187,13 @@ into the weights: scale 1 is the change it was taught), eta {cfg_eta:g}, noise s
 
 TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}
 TEXT_ENCODERS_GB = 9.8  # T5-XXL and CLIP-L of FLUX.1-dev in bf16
-BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "int2": 2.25, "nf4": 4.5}  # a weight, with its scales
+WEIGHT_BITS = {
+    "int8": 8,
+    "fp8": 8,
+    "int4": 4.25,
+    "int2": 2.25,
+    "nf4": 4.5,
+}  # a weight, with its scales
 
 
 def planned_flux(config: Config) -> Any:
@@ -2238,7 +2244,7 @@ def needed_gb(config: Config, transformer: Any, tokens: int) -> dict[str, float]
     """
     rows = config.batch_size * len(empty_passes(config.python_name))
     size = 4.0 if config.mixed_precision == "no" else 2.0
-    bits = BITS.get(config.base_model_precision.partition("-")[0], 8 * size)
+    bits = WEIGHT_BITS.get(config.base_model_precision.partition("-")[0], 8 * size)
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     kept = (blocks + 34) if config.gradient_checkpointing else 34 * blocks
     adapters = adapter_size(config, transformer) * len(adapters_of(config.python_name))
