@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -238,9 +238,9 @@ class Config(Section):
     """Entry k for data set k, the last one for the rest."""
     use_prompts_file: bool = False
     """A line of prompts_file for each picture instead of `prompt`."""
-    prompts_file: list[str] = ["prompts-person.yaml"]
+    prompts_file: list[str] = Field(["prompts-person.yaml"], min_length=1)
     """Files in configs/prompts/ (or paths): YAML lists; entry k for data set k."""
-    scales: list[float] = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    scales: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], min_length=1)
     """Positions of the slider; "0,0.5,1" or a list. Negative ones reverse the change."""
     skips: list[int] = Field([14], min_length=1)
     """The slider acts in steps i > skip (train_image_real: i >= skip); a set of strips each."""
@@ -267,32 +267,11 @@ class Config(Section):
     @field_validator("datasets")
     @classmethod
     def _names(cls, value: list[str]) -> list[str]:
-        if wrong := [name for name in value if not name or set(name) & set("/\\")]:
+        if wrong := [name for name in value if name in ("", ".", "..") or set(name) & set("/\\")]:
             raise ValueError(f"'{wrong[0]}' is no name of a folder")
         if len(set(value)) < len(value):
             raise ValueError("a name is there twice")
         return value
-
-    @model_validator(mode="after")
-    def _fits(self) -> Config:
-        if not self.start_step <= self.end_step < self.num_inference_steps:
-            raise ValueError(
-                f"start_step {self.start_step} <= end_step {self.end_step} < num_inference_steps "
-                f"{self.num_inference_steps} does not hold"
-            )
-        if len(self.noise_scales) > 1 and self.python_name not in READS_NOISE_SCALE:
-            raise ValueError(f"noise_scales: {self.python_name} has none; leave one value")
-        if bool(self.image_ids) != (self.python_name == "train_image_real"):
-            raise ValueError("image_ids and python_name: train_image_real go together")
-        if self.stages and self.python_name in ("train_image_real", "slider_text"):
-            raise ValueError(f"stages: {self.python_name} reads no pairs")
-        if self.stages and len(self.stages) < 2:
-            raise ValueError("stages: name two folders or more")
-        if self.stage_scales and len(self.stage_scales) != len(self.stages):
-            raise ValueError("stage_scales: one for each of stages")
-        if self.stage_scales.count(0.0) != 1 and self.stage_scales:
-            raise ValueError("stage_scales: exactly one must be 0")
-        return self
 
     @property
     def stage_table(self) -> list[tuple[float, str]]:
@@ -300,12 +279,43 @@ class Config(Section):
         if self.python_name == "train_image_real":
             return [(0.0, self.source_folder)]
         folders = self.stages or [self.source_folder, self.target_folder]
-        even = [i / (len(folders) - 1) for i in range(len(folders))]
-        table = zip(self.stage_scales or even, folders, strict=True)
+        even = [i / max(1, len(folders) - 1) for i in range(len(folders))]
+        table = zip(self.stage_scales or even, folders, strict=False)  # check_settings compares
         return sorted(table, key=lambda stage: stage[0] != 0)
 
 
 READS_NOISE_SCALE = ("train_image", "train_image_wocontent", "train_image_wocfg")
+NO_PAIRS = ("train_image_real", "slider_text")
+
+
+def check_settings(config: Config) -> list[str]:
+    """Settings that do not go together.
+
+    KEEP: no validator of Config; the audit looks at the data even when these are wrong.
+    """
+    name, scales = config.python_name, config.noise_scales
+    first, last, steps = config.start_step, config.end_step, config.num_inference_steps
+    stages, positions = config.stages, config.stage_scales
+    named: list[Any] = [*scales, *config.image_ids]
+    twice = [value for value in named if named.count(value) > 1]
+    checks = {
+        f"start_step {first} <= end_step {last} < num_inference_steps {steps} does not hold": (
+            not first <= last < steps
+        ),
+        f"noise_scales: {name} has none; leave one value": (
+            len(scales) > 1 and name not in READS_NOISE_SCALE
+        ),
+        f"noise_scales, image_ids: {twice[:1]} is there twice": bool(twice),
+        "image_ids and python_name: train_image_real go together": (
+            bool(config.image_ids) != (name == "train_image_real")
+        ),
+        f"stages: {name} reads no pairs": bool(stages) and name in NO_PAIRS,
+        "stages: name two folders or more": len(stages) == 1,
+        "stage_scales: one for each of stages": bool(positions) and len(positions) != len(stages),
+        "stage_scales: exactly one must be 0": bool(positions) and positions.count(0.0) != 1,
+        f"skips: {min(config.skips)}; -1 is the least, and is all steps": min(config.skips) < -1,
+    }
+    return [problem for problem, wrong in checks.items() if wrong]
 
 
 def with_named_config(argv: Sequence[str]) -> list[str]:
@@ -384,7 +394,7 @@ def find_pairs(config: Config, dataset: str) -> tuple[list[Pair], list[str], lis
     stages = [list_images(folder) for folder in folders]
     wanted = sorted(set().union(*stages))
     if config.python_name == "train_image_real":
-        wanted = config.image_ids
+        wanted = config.image_ids or wanted
     pairs: list[Pair] = []
     left_out: list[str] = []
     problems: list[str] = []
@@ -484,11 +494,11 @@ def index_content(paths: Sequence[Path], index: FileIndex) -> None:
 def check_pairs(pairs: Sequence[Pair], index: FileIndex) -> tuple[list[str], list[str]]:
     """Look at the pictures -> (what is odd, problems): unreadable, equal, of another shape."""
     files = sorted({file for pair in pairs for file in pair.files})
-    if problems := check_pictures(files, index):
-        return [], problems
-    index_content(files, index)
+    problems = check_pictures(files, index)
+    readable = {file for file in files if file.exists() and index.get(file, file.stat())}
+    index_content(sorted(readable), index)
     odd = []
-    for pair in pairs:
+    for pair in (pair for pair in pairs if readable.issuperset(pair.files)):
         first, *others = pair.files
         for other in others:
             if index.content(first) == index.content(other):
@@ -605,7 +615,7 @@ def audit(config: Config) -> list[str]:
 
     What was found, left out or is odd is printed and lies in output_folder/audit.json.
     """
-    problems = check_device("device", device_name(config.device))
+    problems = check_settings(config) + check_device("device", device_name(config.device))
     problems += check_precision(config.base_model_precision)
     wanted = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     for package in (name for name in wanted if not importlib.util.find_spec(name)):
@@ -1655,6 +1665,8 @@ class PairEditTrainer:
 
     def find_data(self) -> None:
         """Pair and hash the pictures. Raises UserError with every problem."""
+        if wrong := check_settings(self.config):
+            raise UserError(listed(wrong))
         if self.pairs or self.config.python_name == "slider_text":
             return
         with self.accelerator.main_process_first():
