@@ -30,7 +30,6 @@ import difflib
 import functools
 import gc
 import importlib.util
-import itertools
 import json
 import logging
 import math
@@ -1886,25 +1885,28 @@ class PairEditTrainer:
 
     @torch.no_grad()
     def given_text(self, visits: Sequence[Visit]) -> Given:
-        """slider_text: pictures that the base has drawn up to a step, and its velocities there."""
+        """slider_text: pictures that the base has drawn up to a step, and its velocities there.
+
+        All are drawn as one batch; a sample stays as it is from its own step on.
+        """
         config, grid, count = self.config, self.grids[0], len(visits)
         texts = [config.target_prompt, config.positive_prompt, config.negative_prompt]
         prompts = [self.text(prompt) for prompt in texts]
         shape = math.prod(grid), self.bare.config.in_channels
-        sigmas = self.sigmas(shape[0]).tolist()
-        last = visits[0].step_index  # one for all: they are drawn as one batch
+        sigmas = self.sigmas(shape[0]).to(self.device)
+        ends = torch.tensor([v.step_index for v in visits], device=self.device)
         tokens = torch.stack([draw_noise(v, shape) for v in visits]).to(self.device)
         draw = self.predictor(self.bare, prompts[0], grid)
-        for now, after in itertools.pairwise(sigmas[: last + 1]):
-            tokens = tokens + (after - now) * draw(tokens, now, [()])
+        for i in range(max(v.step_index for v in visits)):
+            width = (sigmas[i + 1] - sigmas[i]) * (ends > i)  # (B,)
+            tokens = tokens + width.view(-1, 1, 1) * draw(tokens, sigmas[i], [()])
         every = (
             torch.cat([part.expand(count, *part.shape[1:]) for part in parts])
             for parts in zip(*prompts, strict=True)
         )
         teach = self.predictor(self.bare, Text(*every), grid)
-        teacher = teach(tokens.repeat(3, 1, 1), sigmas[last], [()]).chunk(3)
-        sigma = torch.full((count, 1, 1), sigmas[last], device=self.device)
-        scale = torch.ones(count, device=self.device)
+        teacher = teach(tokens.repeat(3, 1, 1), sigmas[ends].repeat(3), [()]).chunk(3)
+        sigma, scale = sigmas[ends].view(-1, 1, 1), torch.ones(count, device=self.device)
         return Given(tokens, tokens, tokens, sigma, scale, 1.0, config.cfg_eta, teacher)
 
     def training_loss(self, visits: Sequence[Visit]) -> tuple[torch.Tensor, dict[str, Any]]:

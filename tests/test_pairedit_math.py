@@ -521,6 +521,28 @@ def test_a_training_step_is_the_sum_of_its_passes_one_by_one(variant, make_slide
                 torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max())
 
 
+def test_a_text_slider_learns_where_the_base_really_gets_at_each_samples_own_sigma(make_slider):
+    """Every sample as if it were alone, whatever the size of the batch."""
+    trainer = prepared(make_slider(python_name="slider_text", num_inference_steps=8, end_step=7))
+    visits = visits_of(trainer, 4)
+    together, table = trainer.given_text(visits), trainer.sigmas(16)
+    assert len({visit.step_index for visit in visits}) == 4
+    for number, visit in enumerate(visits):
+        one = trainer.given_text([visit])
+        assert together.sigma[number].item() == table[visit.step_index]
+        for ours, alone in (
+            (together.source, one.source),
+            *zip(together.teacher, one.teacher, strict=True),
+        ):
+            torch.testing.assert_close(ours[number], alone[0], rtol=1e-4, atol=1e-5)
+    tokens = script.draw_noise(visits[2], (16, 64))[None]
+    predict = trainer.predictor(trainer.bare, trainer.text("picture of a person"), (4, 4))
+    with torch.no_grad():
+        for i in range(visits[2].step_index):
+            tokens = tokens + (table[i + 1] - table[i]) * predict(tokens, table[i], [()])
+    torch.testing.assert_close(together.source[2], tokens[0], rtol=1e-4, atol=1e-5)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
