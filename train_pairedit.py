@@ -2010,10 +2010,8 @@ class PairEditTrainer:
             window.append(([self.names[visit.pair] for visit in visits], values))
             logging_now = self.step % config.log_every == 0
             stopped = self._agree(stop.requested, logging_now)
-            saving = (
-                self.step in (config.train_iteration,) or self.step % config.save_per_steps == 0
-            )
-            saving = saving or stopped
+            saving = stopped or self.step % config.save_per_steps == 0
+            saving = saving or self.step == config.train_iteration
             if saving or logging_now:
                 pace = (time.monotonic() - clock) / len(window)
                 self._log(bar, metrics, dict(zip(losses, self._means(window), strict=True)), pace)
@@ -2107,9 +2105,12 @@ class PairEditTrainer:
             }
             (place / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
-        save_folder_atomic(folder / f"checkpoint-{self.step}", write)
+        place = folder / f"checkpoint-{self.step}"
+        save_folder_atomic(place, write)
         if limit := self.config.checkpoints_total_limit:
-            for old in list_checkpoints(folder)[:-limit]:
+            kept = list_checkpoints(folder)
+            kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts for nothing
+            for old in kept[:-limit]:
                 shutil.rmtree(old)
 
     def _restore(self, place: Path, state: dict[str, Any]) -> None:
