@@ -114,8 +114,8 @@ def concept(folder, names=("7000", "7001", "7002"), size=(64, 64), stages=("sour
         scene = np.random.default_rng(number).integers(0, 160, (4, 4, 3), np.uint8)
         for place, stage in enumerate(stages):
             image = Image.fromarray(scene).resize(size, Image.Resampling.BICUBIC)
-            side = min(size) // 6 * (1 + place)
-            image.paste((250, 220, 40 * number), (size[0] // 3, size[1] // 3, side * 2, side * 2))
+            (x, y), side = (size[0] // 3, size[1] // 3), min(size) // 6 * (1 + place)
+            image.paste((250, 220, 40 * number), (x, y, x + side, y + side))
             (folder / stage).mkdir(parents=True, exist_ok=True)
             image.save(folder / stage / f"{name}.png")
     return folder
