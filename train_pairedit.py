@@ -1839,7 +1839,10 @@ class PairEditTrainer:
         self.tokens = [pack_tokens(x) for x in latents]  # (stages, S, 4C) each
         if config.python_name == "slider_text":
             self.names, self.grids, self.tokens = [run.dataset], [self.square()], []
-        self.groups = [[i for i, g in enumerate(self.grids) if g == own] for own in self.grids]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, grid in enumerate(self.grids):
+            alike.setdefault(grid, []).append(i)
+        self.groups = [alike[grid] for grid in self.grids]
         self.prompt = self.text(config.train_prompt) if self.tokens else None
 
     def square(self) -> tuple[int, int]:
@@ -2009,7 +2012,7 @@ class PairEditTrainer:
             values = torch.stack([value.detach() for value in losses.values()])
             window.append(([self.names[visit.pair] for visit in visits], values))
             logging_now = self.step % config.log_every == 0
-            stopped = self._agree(stop.requested, logging_now)
+            stopped = self._agree(stop.requested, logging_now or self.step % 100 == 0)
             saving = stopped or self.step % config.save_per_steps == 0
             saving = saving or self.step == config.train_iteration
             if saving or logging_now:
@@ -2026,7 +2029,7 @@ class PairEditTrainer:
         return stopped
 
     def _agree(self, requested: bool, now: bool) -> bool:
-        """Whether any process got a stop signal; several ask each other with the log lines."""
+        """Whether any process got a stop signal; several ask each other only when it is `now`."""
         if self.accelerator.num_processes == 1:
             return requested
         if not now:

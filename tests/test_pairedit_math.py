@@ -521,6 +521,17 @@ def test_a_training_step_is_the_sum_of_its_passes_one_by_one(variant, make_slide
                 torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max())
 
 
+def test_groups_of_equal_shape_are_found_in_one_pass(make_slider, tmp_path):
+    """Each pair's group is all pairs of its shape; members share one list."""
+    folder = concept(tmp_path / "datasets/age", ("a", "c"), (64, 64))
+    concept(folder, ("b", "d"), (96, 64))
+    trainer = prepared(make_slider())
+    assert trainer.names == ["a", "b", "c", "d"]
+    assert trainer.grids == [(4, 4), (3, 5), (4, 4), (3, 5)]
+    assert trainer.groups == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert trainer.groups[0] is trainer.groups[2]  # memory for 100,000 pairs stays linear
+
+
 def test_a_text_slider_learns_where_the_base_really_gets_at_each_samples_own_sigma(make_slider):
     """Every sample as if it were alone, whatever the size of the batch."""
     trainer = prepared(make_slider(python_name="slider_text", num_inference_steps=8, end_step=7))

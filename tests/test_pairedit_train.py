@@ -183,8 +183,14 @@ def test_a_run_alone_is_the_same_as_among_others(straight, checkpoints, tmp_path
 
 def test_versions_are_repeats_with_other_draws(straight, checkpoints, tmp_path):
     one = {"datasets": ["age"], "noise_scales": [3]}
-    again(straight, checkpoints, tmp_path, **one, train_start=1, train_count=2).fit()
+    trainer = again(straight, checkpoints, tmp_path, **one, train_start=1, train_count=2)
+    trainer.fit()
     files = loras(tmp_path / "out")
+    starts = []
+    for run_ in script.all_runs(trainer.config):
+        trainer.begin(run_)
+        starts.append([p.detach().clone() for p in trainer.trained if p.any()])
+    assert len(starts[0]) > 0 and not any(map(torch.equal, *starts))
     assert {name.split("_v")[-1].split("/")[0] for name in files} == {"1", "2"}
     theirs = loras(straight / "out")
     first = {name: tensors for name, tensors in files.items() if "_v1/" in name}
@@ -402,6 +408,23 @@ def watched(self):
 script.PairEditTrainer.fit = watched
 script.run_script(script.main)
 """
+
+
+@pytest.mark.slow
+def test_a_stop_signal_to_one_of_two_processes_saves_and_ends_both(straight, checkpoints, tmp_path):
+    """Although no log line is due for long."""
+    settings = {"datasets": ["smile"], "noise_scales": [3], "log_every": 10**6}
+    settings |= {"train_iteration": 10**6, "save_per_steps": 10**6}
+    again(straight, checkpoints, tmp_path, **settings)
+    code = STOPPED.replace('"age"', '"smile"').replace("self.step == 2", "RANK1 and self.step == 2")
+    code = code.replace("RANK1", 'os.environ["RANK"] == "1"')
+    config = str(tmp_path / "config.yaml")
+    (tmp_path / "both.py").write_text(code.format(root=str(ROOT), config=config))
+    launch = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
+    run(tmp_path / "both.py", launch=launch, env={"CUDA_VISIBLE_DEVICES": ""}, timeout=60)
+    (folder,) = run_folders(tmp_path, datasets=["smile"], noise_scales=[3])
+    (saved,) = script.list_checkpoints(folder)
+    assert script.valid_checkpoint(saved) and int(saved.name.split("-")[1]) <= 200
 
 
 @pytest.mark.slow
