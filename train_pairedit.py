@@ -26,7 +26,6 @@ import bisect
 import contextlib
 import ctypes
 import datetime
-import difflib
 import functools
 import gc
 import importlib.util
@@ -411,14 +410,6 @@ def find_pairs(config: Config, dataset: str) -> tuple[list[Pair], list[str], lis
     if not pairs and not problems:
         problems.append(f"{dataset}: no pair in {', '.join(map(str, folders))}")
     return pairs, left_out, problems
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """' (did you mean ...?)' or the list of what there is."""
-    names = list(names)
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
-        return f", did you mean '{close[0]}'?"
-    return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -823,6 +814,7 @@ QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qin
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
+# differs: a setting without a section
 def check_precision(precision: str) -> list[str]:
     """One problem if the package behind a precision is not installed."""
     kind = precision.rpartition("-")[2]
@@ -832,7 +824,7 @@ def check_precision(precision: str) -> list[str]:
     with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
         if importlib.util.find_spec(module):
             return []
-    return [f"model.base_model_precision: {precision} needs {name}: pip install {name}"]
+    return [f"base_model_precision: {precision} needs {name}: pip install {name}"]
 
 
 def find_weights(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:

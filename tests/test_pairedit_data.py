@@ -212,6 +212,12 @@ def test_a_checkpoint_of_another_kind_or_in_pieces(problems, checkpoints, tmp_pa
     assert "has no vae folder" in problems(pretrained_model_name_or_path=str(tmp_path / "flux"))
 
 
+def test_a_missing_package_is_named_with_its_setting(problems, monkeypatch):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    text = problems(base_model_precision="nf4-bnb")
+    assert "  - base_model_precision: nf4-bnb needs bitsandbytes: pip install" in text
+
+
 def test_more_than_ten_problems_are_counted_and_lie_in_the_report(problems, tmp_path):
     names = [f"p{i:02}" for i in range(14)]
     concept(tmp_path / "datasets/age", names)
