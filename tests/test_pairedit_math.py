@@ -31,6 +31,13 @@ SIGMAS_512_PX = """1.0000 .9807 .9606 .9399 .9185 .8962 .8732 .8492 .8244 .7985 
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def make_slider(make_slider, tmp_path_factory):
+    """All tests of this file encode the same pictures: once."""
+    shared = {"cache_dir": str(tmp_path_factory.getbasetemp() / "slider_cache")}
+    return lambda **changes: make_slider(**(shared | changes))
+
+
 def prepared(trainer, run=0):
     """A trainer that can take a step."""
     trainer.setup_accelerator()
