@@ -320,6 +320,29 @@ def test_lanes_and_scales_belong_to_their_samples(make_slider):
     torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("precision", "kind", "error"),
+    [
+        ("int8-quanto", "QLinear", 0.02),
+        ("int4-quanto", "QLinear", 0.2),
+        ("nf4-bnb", "Linear4bit", 0.2),
+    ],
+)
+def test_a_quantised_base_says_nearly_the_same_and_trains(precision, kind, error, make_slider):
+    plain = prepared(make_slider())
+    trainer = prepared(make_slider(base_model_precision=precision, gradient_checkpointing=True))
+    blocks = [*trainer.bare.transformer_blocks, *trainer.bare.single_transformer_blocks]
+    layers = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(layers) == 2 * 14 + 2 * 6 and {type(layer).__name__ for layer in layers} == {kind}
+    arguments = inputs_of(plain.bare)
+    ours, exact = (x.bare(**arguments)[0].detach() for x in (trainer, plain))
+    assert 0 < (ours - exact).norm() / exact.norm() < error
+    loss, _ = trainer.training_loss(visits_of(trainer))
+    loss.backward()
+    ups = {path: grads[1] for path, grads in gradients(trainer, "semantic").items()}
+    assert len(ups) == 2 * 8 + 2 * 3 and all(grad.any() for grad in ups.values())
+
+
 def test_a_lora_of_another_model_is_named_layer_by_layer(make_slider):
     trainer = prepared(make_slider())
     wrong = {
