@@ -639,6 +639,7 @@ def audit(config: Config) -> list[str]:
     path = config.output_folder / "audit.json"
     with contextlib.suppress(OSError):
         save_atomic(path, lambda file: file.write_text(report, encoding="utf-8"))
+    problems = list(dict.fromkeys(problems))
     if len(problems) > 10:
         problems = [*problems[:10], f"and {len(problems) - 10} more, all of them in {path}"]
     return problems
@@ -2072,6 +2073,11 @@ class PairEditTrainer:
 
     def save(self, run: Run) -> None:
         """LoRA files of this step, then the checkpoint to go on from; complete or absent."""
+        if not torch.stack([p.isfinite().all() for p in self.trained]).all():
+            raise UserError(
+                f"the weights of step {self.step} are not finite; nothing of it was saved. Lower "
+                "learning_rate"
+            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = run_folder(self.config, run)
@@ -2146,23 +2152,29 @@ class PairEditTrainer:
 
     @torch.no_grad()
     def preview(self, run: Run) -> None:
-        """samples/step-<n>.png: the slider at `scales`, as generate.py draws it."""
+        """samples/step-<n>.png: the slider at `scales`, as generate.py draws it.
+
+        Of an inversion LoRA: the photo, and what the LoRA makes of noise.
+        """
         if self.accelerator.is_main_process:
-            config, grid = self.config, self.square()
+            config, real = self.config, self.config.python_name == "train_image_real"
+            grid = self.grids[0] if real else self.square()
             prompt = self.preview_prompt(run)
             channels = self.bare.config.in_channels // 4
             noise = first_noise(config.start_seed_gen, channels, grid, self.dtype, self.device)
             predict = self.predictor(self.bare, self.text(prompt), grid)
             sigmas = self.sigmas(math.prod(grid)).tolist()
-            positions, knobs = config.scales, [Knob("semantic", start=config.skips[0] + 1)]
-            base: Lane = ()
-            if config.python_name == "train_image_real":
-                positions, knobs, base = [0.0], [], (CONTENT,)
-            tokens = draw_strip(predict, noise, sigmas, positions, knobs, base)
+            knobs = [Knob("semantic", start=config.skips[0] + 1)]
+            if real:
+                tokens = draw_strip(predict, noise, sigmas, [0.0], base=(CONTENT,))
+            else:
+                tokens = draw_strip(predict, noise, sigmas, config.scales, knobs)
             vae = load_vae(self.folder, self.device)
-            latents = unpack_tokens(tokens, grid)
-            row = [to_image(decode_latents(vae, x[None])[0]) for x in latents]
-            heads = [f"scale {position:g}" for position in positions]
+            row = [to_image(decode_latents(vae, x[None])[0]) for x in unpack_tokens(tokens, grid)]
+            heads = [f"scale {scale:g}" for scale in config.scales]
+            if real:
+                [photo] = fit_pair(config, self.photos(run)[0], self.index)
+                row, heads = [load_picture(photo), *row], ["photo", "inversion LoRA"]
             caption = f"step {self.step}, seed {config.start_seed_gen}, skip {config.skips[0]}: "
             sheet = contact_sheet([row], heads, [caption + prompt])
             path = run_folder(config, run) / f"samples/step-{self.step:06d}.png"
@@ -2171,8 +2183,12 @@ class PairEditTrainer:
 
     def _write_card(self, run: Run) -> None:
         """README.md: the model card."""
-        stem = lora_stem(self.config, run, self.step)
-        text = SLIDER_CARD.format(**self._about(run), file=f"{stem}.safetensors")
+        about, real = self._about(run), self.config.python_name == "train_image_real"
+        file = f"{lora_stem(self.config, run, self.step)}.safetensors"
+        use, flag = (REAL_USE, "--inversion_lora") if real else (SLIDER_USE, "--lora")
+        text = (SLIDER_CARD + use).format(
+            **about, command=f"{flag} {file}", prompt=self.preview_prompt(run)
+        )
         path = run_folder(self.config, run) / "README.md"
         save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -2180,16 +2196,25 @@ class PairEditTrainer:
 SLIDER_CARD = """---
 base_model: {base_model}
 library_name: diffusers
-tags: [text-to-image, lora, flux, slider, pairedit]
+tags: [text-to-image, lora, flux, pairedit]
 ---
-# Slider "{dataset}" for {base_model}
+# LoRA "{dataset}" for {base_model}
 
 Trained with train_pairedit.py ({python_name}) to step {step}: rank {rank}, alpha {alpha:g} (folded
-into the weights: scale 1 is the change it was taught), eta {cfg_eta:g}, noise scale
-{noise_scale:g}. A slider acts in the later steps only, so that the picture stays the same:
+into the weights), eta {cfg_eta:g}, noise scale {noise_scale:g}.
+"""
+SLIDER_USE = """
+Scale 1 is the change it was taught. A slider acts in the later steps only, so that the picture
+stays the same:
 
-    python generate.py --pretrained_model_name_or_path {base_model} --lora {file} \\
-        --prompt "{train_prompt}" --scales 0,0.5,1 --skip 14 --output strip.png
+    python generate.py --pretrained_model_name_or_path {base_model} {command} \\
+        --prompt "{prompt}" --scales 0,0.5,1 --skip 14 --output strip.png
+"""
+REAL_USE = """
+It draws one photo, whatever the noise. A slider edits it:
+
+    python generate.py --pretrained_model_name_or_path {base_model} {command} \\
+        --lora slider.safetensors --prompt "{prompt}" --scales 0,0.5,1 --output strip.png
 """
 
 
@@ -2332,7 +2357,7 @@ def plan(config: Config) -> str:
         f"Runs         {len(runs)} of {config.train_iteration} steps ({config.python_name})",
         *(f"  {run_folder(config, run)}" for run in runs[:5]),
         *([f"  ... and {len(runs) - 5} more"] if len(runs) > 5 else []),
-        f"Pairs        {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
+        f"Pictures     {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
         f"Tokens       {tokens}, {config.max_sequence_length} of them text; {rows} rows a step",
         f"Transformer  {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} billion "
         f"parameters ({config.base_model_precision}); {' and '.join(names)} adapter on "

@@ -394,6 +394,20 @@ def test_a_loss_that_is_no_number_stops_with_the_pair_and_keeps_the_checkpoint(
     assert kept.name == "checkpoint-1" and script.valid_checkpoint(kept)
 
 
+def test_weights_that_are_no_numbers_are_not_saved(straight, checkpoints, tmp_path):
+    trainer = again(straight, checkpoints, tmp_path, datasets=["age"], noise_scales=[1])
+    trainer.setup_accelerator()
+    trainer.find_data()
+    trainer.cache_embeddings()
+    trainer.load_transformer()
+    (run_,) = script.all_runs(trainer.config)[:1]
+    trainer.begin(run_)
+    trainer.trained[3].data[0] = float("nan")
+    with pytest.raises(UserError, match="the weights of step 0 are not finite"):
+        trainer.save(run_)
+    assert not list(tmp_path.rglob("*epoch*"))
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 WATCHED = """
