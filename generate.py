@@ -1140,22 +1140,31 @@ def encode_prompt_flux(pipeline: Any, prompt: str, max_sequence_length: int) -> 
     return Text(embed, pooled)
 
 
+# differs: diffusers' names
 QUANTO_TYPES = {"fp8": "float8", "int8": "int8", "int4": "int4", "int2": "int2"}
 
 
 # differs: drawing leaves the quantising to diffusers
 def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """FluxTransformer2DModel, frozen; quantised while it loads, straight to the device."""
+    """FluxTransformer2DModel, frozen; its blocks quantised while it loads, straight to the device.
+
+    KEEP: the layers around the blocks stay as they are, as in training.
+    """
     import diffusers
 
-    options: dict[str, Any] = {}
     kind, _, package = precision.partition("-")
+    around = ["x_embedder", "context_embedder", "time_text_embed", "norm_out"]
+    options: dict[str, Any] = {}
     if package == "quanto":
-        quanto = diffusers.QuantoConfig(weights_dtype=QUANTO_TYPES[kind])
-        options["quantization_config"] = quanto
+        options["quantization_config"] = diffusers.QuantoConfig(
+            weights_dtype=QUANTO_TYPES[kind], modules_to_not_convert=around
+        )
     if package == "bnb":
         options["quantization_config"] = diffusers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=around,
         )
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(
         folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **options
@@ -1335,6 +1344,9 @@ FACTORS = {
 }
 
 
+LOST = re.compile(r"dora|^lora_te|^text_encoder|diff")  # what diffusers' conversion leaves out
+
+
 def sort_keys(
     tensors: dict[str, torch.Tensor], transformer: Any
 ) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
@@ -1388,7 +1400,7 @@ def read_slider(
 
     tensors, metadata = read_tensors(find_lora(path, allow_pickle))
     found, left = sort_keys(tensors, transformer)
-    if left and not any("dora" in key for key in left):  # which the conversion would leave out
+    if left and not any(LOST.search(key) for key in left):
         with contextlib.suppress(Exception):  # converters raise many kinds; `left` tells the user
             converted, alphas = diffusers.FluxPipeline.lora_state_dict(
                 dict(tensors), return_alphas=True
@@ -1994,6 +2006,8 @@ def check_sliders(config: FluxConfig) -> list[str]:
     strips, problems = plan_sliders(config)
     problems += check_device("device", device_name(config.device))
     problems += check_precision(config.base_model_precision)
+    if config.base_model_precision == "nf4-bnb" and not torch.accelerator.is_available():
+        problems.append("base_model_precision: nf4-bnb needs a GPU to draw with")
     unknown = check_checkpoint(config.pretrained_model_name_or_path)
     problems += unknown + check_loras(config, strips, not unknown)
     steps = config.num_inference_steps
