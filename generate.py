@@ -316,7 +316,7 @@ TRAINING_ONLY = {  # settings of train_pairedit.py that change no picture once t
     "stage_scales", "on_missing", "train_prompt", "target_prompt", "positive_prompt",
     "negative_prompt", "start_step", "end_step", "num_noise_seeds", "rank", "alpha",
     "learning_rate", "weight_decay", "batch_size", "save_per_steps", "resume_from_checkpoint",
-    "checkpoints_total_limit", "save_original_format", "log_every", "preview",
+    "checkpoints_total_limit", "save_original_format", "log_every", "report_to", "preview",
 }  # fmt: skip
 
 
@@ -1774,6 +1774,15 @@ def parse_slider(text: str) -> tuple[Path, float, float | None]:
     return (head, last, None) if file == head else (file, scale, last)
 
 
+def attempt(problems: list[str], default: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args); a UserError goes to `problems`, and the default comes back."""
+    try:
+        return function(*args)
+    except UserError as error:
+        problems.append(str(error))
+        return default
+
+
 def check_strip_ways(config: StripConfig) -> list[str]:
     """Problems of settings that do not go together."""
     problems = []
@@ -1841,11 +1850,8 @@ def plan_strips(config: StripConfig) -> tuple[list[Strip], list[str]]:
     folder = config.output_dir or (config.output or Path()).parent
     strips = []
     for name, photo in photos.items():
-        try:
-            size = photo_size(photo, config.resolution)
-        except UserError as error:
-            problems.append(str(error))
-            continue
+        square = config.resolution, config.resolution
+        size = attempt(problems, square, photo_size, photo, config.resolution)
         for seed in config.seed:
             stem = name + (f"_seed{seed}" if len(config.seed) > 1 else "")
             files = [
@@ -1895,7 +1901,7 @@ def picture_seeds(config: SliderConfig) -> list[int]:
 
 
 def run_strip(
-    config: SliderConfig, run: Run, photo: Path | None, skip: int, seed: int, prompt: str
+    config: SliderConfig, run: Run, size: tuple[int, int], skip: int, seed: int, prompt: str
 ) -> Strip:
     """The strip of one run, skip and seed, where PairEdit puts it."""
     lora = run_folder(config, run) / f"{lora_stem(config, run, config.train_iteration)}.safetensors"
@@ -1911,17 +1917,16 @@ def run_strip(
         caption=f"seed {seed}, skip {skip}: {prompt} ({lora.name})",
         prompt=prompt,
         seed=seed,
-        size=photo_size(photo, config.resolution),
+        size=size,
         positions=tuple(config.scales),
         files=tuple(folder / place for place in places),
         sheet=folder / f"{head}_{span}_{end}",
         sliders=(Slider(lora, 1.0, skip + 1),),
     )
-    if not photo:
+    if not run.image_id:
         return strip
     slider = Slider(Path(config.semantic_lora_path), 1.0, skip)  # KEEP: i >= skip, as PairEdit does
-    gamma = config.semantic_cfg_scale
-    return strip._replace(sliders=(slider,), gamma=gamma, inversion=lora, photo=photo)
+    return strip._replace(sliders=(slider,), gamma=config.semantic_cfg_scale, inversion=lora)
 
 
 def run_prompts(config: SliderConfig, dataset: str) -> list[str]:
@@ -1945,13 +1950,14 @@ def plan_runs(config: SliderConfig) -> tuple[list[Strip], list[str]]:
     problems = [text for text, applies in wrong.items() if applies]
     strips: list[Strip] = []
     for run in all_runs(config) if not problems else []:
-        try:
-            photo, prompts = find_photo(config, run), run_prompts(config, run.dataset)
-            for skip in config.skips:
-                for seed, prompt in zip(picture_seeds(config), prompts, strict=True):
-                    strips.append(run_strip(config, run, photo, skip, seed, prompt))
-        except UserError as error:
-            problems.append(str(error))
+        photo = attempt(problems, None, find_photo, config, run)
+        square = config.resolution, config.resolution
+        size = attempt(problems, square, photo_size, photo, config.resolution)
+        prompts = attempt(problems, [""] * config.count_gen, run_prompts, config, run.dataset)
+        for skip in config.skips:
+            for seed, prompt in zip(picture_seeds(config), prompts, strict=True):
+                strip = run_strip(config, run, size, skip, seed, prompt)
+                strips.append(strip._replace(photo=photo))
     return strips, list(dict.fromkeys(problems))
 
 
@@ -2205,6 +2211,16 @@ def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
     return StripConfig if flux else Config
 
 
+def check_foreign(given: dict[str, Any]) -> list[str]:
+    """Settings of Qwen-Image-Edit where a FLUX.1 model is given."""
+    flux = StripConfig.model_fields.keys() | SliderConfig.model_fields.keys() | TRAINING_ONLY
+    return [
+        f"{name}: a setting of Qwen-Image-Edit; FLUX.1 is loaded part by part, and "
+        "base_model_precision makes it smaller"
+        for name in sorted(given.keys() & Config.model_fields.keys() - flux)
+    ]
+
+
 def main() -> None:
     """Settings -> check -> pictures."""
     argv = with_named_config(sys.argv[1:])
@@ -2214,7 +2230,8 @@ def main() -> None:
         return
     family = pick_family(given)
     if issubclass(family, FluxConfig):
-        draw_sliders(load_config(family, argv, check_sliders))
+        foreign = check_foreign(given)
+        draw_sliders(load_config(family, argv, lambda config: foreign + check_sliders(config)))
     else:
         generate(load_config(family, argv, check))
 

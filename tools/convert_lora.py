@@ -48,26 +48,31 @@ def to_original(factors: Factors) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def convert(source: Path, target: Path, original: bool, model: str) -> int:
+    """Read, check against the model's layers, write; returns how many layers. Raises UserError."""
+    if target.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"{target}: wanted a name that ends in .pt or .safetensors")
+    transformer = flux_layers(model)
+    # KEEP allow_pickle: converting is how a pickle is got rid of; only tensors are read
+    factors = read_slider(source, transformer, allow_pickle=True)
+    add_slider(transformer, Switchboard(), "checked", factors, 1.0)  # names layers that do not fit
+    pickled = target.suffix == ".pt"
+    tensors = to_original(factors) if original or pickled else to_diffusers(factors)
+    write = torch.save if pickled else save_file
+    save_atomic(target, lambda file: write(tensors, file))
+    return len(factors)
+
+
 def main() -> None:
-    """Read, check against the model's layers, write."""
+    """Names of the two files -> the second one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help=".pt: the original format; .safetensors")
     parser.add_argument("--original", action="store_true", help="original names in a .safetensors")
     parser.add_argument("--model", default=PUBLISHED_MODEL, help="FLUX checkpoint (its config)")
     given = parser.parse_args()
-    if given.target.suffix not in (".pt", ".safetensors"):
-        raise UserError(f"{given.target}: wanted a name that ends in .pt or .safetensors")
-    transformer = flux_layers(given.model)
-    # KEEP allow_pickle: converting is how a pickle is got rid of; only tensors are read
-    factors = read_slider(given.source, transformer, allow_pickle=True)
-    add_slider(transformer, Switchboard(), "checked", factors, 1.0)  # names layers that do not fit
-    pickled = given.target.suffix == ".pt"
-    original = given.original or pickled
-    tensors = to_original(factors) if original else to_diffusers(factors)
-    write = torch.save if pickled else save_file
-    save_atomic(given.target, lambda file: write(tensors, file))
-    print(f"{given.target}: {len(factors)} layers, {'original' if original else 'diffusers'} names")
+    layers = convert(given.source, given.target, given.original, given.model)
+    print(f"{given.target}: {layers} layers")
 
 
 if __name__ == "__main__":
