@@ -7,6 +7,7 @@ import shutil
 import diffusers
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from conftest import PAIRS, ROOT, run
@@ -20,19 +21,6 @@ from utils import UserError, load_config
 
 STEPS, SIZE, LENGTH = 6, 64, 16
 PHOTO = PAIRS / "chelsea1_R.png"
-
-
-def random_factors(transformer, seed, layers=None, rank=4):
-    """{layer: (down, up)}; large enough that a picture changes visibly."""
-    draw = torch.Generator().manual_seed(seed)
-    modules = dict(transformer.named_modules())
-    return {
-        path: (
-            torch.randn(rank, modules[path].in_features, generator=draw) * 0.1,
-            torch.randn(modules[path].out_features, rank, generator=draw),
-        )
-        for path in layers or train_pairedit.target_layers(transformer, "full")
-    }
 
 
 @pytest.fixture(scope="session")
@@ -50,15 +38,10 @@ def bare(flux):
 def loras(flux, tmp_path_factory):
     """{"a" | "b": file} as train_pairedit.py writes them, a .pt beside each in old/."""
     folder = tmp_path_factory.mktemp("loras")
-    files = {}
-    for seed, name in enumerate("ab"):
-        transformer = diffusers.FluxTransformer2DModel.from_pretrained(flux / "transformer")
-        factors, board = random_factors(transformer, seed), train_pairedit.Switchboard()
-        train_pairedit.add_slider(transformer, board, "semantic", factors, 1 / 4)
-        files[name] = folder / f"{name}.safetensors"
-        train_pairedit.save_slider(files[name], transformer, "semantic", {})
-        train_pairedit.save_original(folder / "old" / f"{name}.pt", transformer, "semantic")
-    return files
+    return {
+        name: tiny.save_sliders(flux, folder / name, folder / "old" / name, seed)
+        for seed, name in enumerate("ab")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -282,7 +265,7 @@ LAYERS = ["transformer_blocks.1.attn.to_out.0", "single_transformer_blocks.0.pro
 )
 def test_every_format_is_read_at_its_strength(kind, bare, tmp_path):
     """Written by hand; alpha 2 and rank 4 mean 1/2, whatever place says so."""
-    factors = random_factors(bare, 0, LAYERS)
+    factors = tiny.random_factors(bare, 0, LAYERS)
     strength = {"peft": 2.0, "alpha": 0.5, "bare": 1.0}.get(kind, 0.5)
     wanted = {k: (down, up * strength) for k, (down, up) in factors.items()}
     tensors, metadata = {}, {}
@@ -340,7 +323,7 @@ def test_what_cannot_be_used_is_named_not_dropped(extra, words, bare, loras, tmp
 @pytest.mark.parametrize(("rank", "alpha"), [(16, 1.0), (6, 4.0)])
 def test_converting_there_and_back_keeps_the_strength(rank, alpha, flux, bare, pipeline, tmp_path):
     """.pt -> diffusers -> .pt; the original programs take 1 / rank, whatever alpha says."""
-    factors = random_factors(bare, 0, rank=rank)
+    factors = tiny.random_factors(bare, 0, rank=rank)
     names = {layer: "lora_unet_" + layer.replace(".", "_") for layer in factors}
     tensors = {f"{names[k]}.lora_down.weight": down for k, (down, _) in factors.items()}
     tensors |= {f"{names[k]}.lora_up.weight": up for k, (_, up) in factors.items()}
