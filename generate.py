@@ -2003,7 +2003,8 @@ def check_loras(config: FluxConfig, strips: Sequence[Strip], known: bool) -> lis
                 factors = read_slider(path, transformer, config.allow_pickle)
                 add_slider(transformer, Switchboard(), "checked", factors, 1.0)
         except UserError as error:
-            problems.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
+            text = "; ".join(line.strip(" -") for line in str(error).splitlines())
+            problems.append(text if str(path) in text else f"{path}: {text}")
     return problems
 
 

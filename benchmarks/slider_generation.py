@@ -4,7 +4,8 @@
         [--scales 0,0.2,0.4,0.6,0.8,1 --skip 14 --num_inference_steps 28 ...]
 
 All flags of generate.py's strips. Draws the strip, then every picture alone, in turn, in one
-process (loading counts for neither), and prints the ratio of the medians and of the transformer's samples.
+process (loading counts for neither), and prints the ratio of the medians and of the samples that
+the transformer saw.
 """
 
 import statistics

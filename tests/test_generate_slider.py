@@ -120,6 +120,15 @@ def test_diffusers_draws_the_same_with_the_lora_on_in_all_steps(painter, pipelin
     assert not torch.allclose(ours, stock(pipeline), atol=1e-2)
 
 
+def test_a_slider_leaves_nothing_behind_for_the_next(painter, bare, loras, tmp_path):
+    few = tmp_path / "few.safetensors"
+    factors = tiny.random_factors(bare, 7, LAYERS)
+    save_file(tool.to_diffusers(factors), few)
+    first = painter.draw_tokens(strip((few, 0)), [1.0])
+    painter.draw_tokens(strip((loras["a"], 0)), [1.0])
+    assert torch.equal(painter.draw_tokens(strip((few, 0)), [1.0]), first)
+
+
 def lanes_of_steps(painter, drawn, positions):
     """[(samples, lanes)] of every pass of the real transformer."""
     seen = []
@@ -149,6 +158,10 @@ def test_skip_counts_as_pairedit_does_in_both_modes(painter, loras, flux, tmp_pa
     [drawn], _ = generate.plan_strips(generate.StripConfig(**settings))
     seen = lanes_of_steps(painter, drawn, [1.0])
     assert [len(lanes[0]) for _, lanes in seen] == [1, 1, 1, 1, 1, 2]
+    real = {"python_name": "train_image_real", "image_ids": ["1"], "semantic_lora_path": "s"}
+    for changes, start in (({}, 11), (real, 10)):  # the trainer's file
+        strips, _ = generate.plan_runs(slider_config(flux, tmp_path, skips=[10], **changes))
+        assert {slider.start for s in strips for slider in s.sliders} == {start}
 
 
 def test_six_scales_at_skip_14_of_28_take_93_samples(painter, loras):
@@ -188,7 +201,10 @@ def test_editing_a_photo_follows_its_formula():
         return (tokens * 3).sin() * 0 + sigma + scale.view(-1, 1, 1) * change
 
     knobs = [generate.Knob("a", start=1), generate.Knob("b", 2.0, start=3)]
-    drawn = generate.edit_photo(predict, x, sigmas, [0.5, 0.0, -1.0], knobs, seed=0)
+    positions = [0.5, 0.0, -1.0]
+    drawn = generate.edit_photo(predict, x, sigmas, positions, knobs, seed=0)
+    mean = generate.edit_photo(predict, x, sigmas, positions, knobs, seed=0, n_avg=3)
+    assert torch.allclose(drawn, mean, atol=1e-5)
     assert torch.equal(drawn[1], x[0])
     moved = -(0.9 * 1 + 0.4 * 2)  # sum of (sigma' - sigma) times the scales that are on
     assert torch.allclose(drawn[0], x[0] + 0.5 * moved * change[0], atol=1e-5)
