@@ -190,8 +190,6 @@ class StripConfig(FluxConfig):
     """Photo to edit, without training on it (with inversion_lora: only its size is read)."""
     input_dir: Path | None = None
     """Edit every picture of this folder."""
-    n_avg: int = Field(1, ge=1)
-    """Photos: noises per step, averaged; more is steadier and takes as many times longer."""
     output: Path | None = None
     """The picture (PNG); with several scales or seeds: the strip, single pictures beside it."""
     output_dir: Path | None = None
@@ -1617,7 +1615,6 @@ def edit_photo(
     knobs: Sequence[Knob],
     seed: int,
     blend: bool = False,
-    n_avg: int = 1,
     batch_size: int = 8,
 ) -> torch.Tensor:
     """Latents x of a photo (1, S, 4C) at every position of the slider -> (positions, S, 4C).
@@ -1626,7 +1623,7 @@ def edit_photo(
     photo is never inverted. From z = x, in every step in which a knob is on, with new noise e:
 
         source = (1 - sigma) x + sigma e          edited = z + source - x
-        z <- z + (sigma' - sigma) (v_slider(edited) - v_base(source)), mean over n_avg noises
+        z <- z + (sigma' - sigma) (v_slider(edited) - v_base(source))
 
     All positions share e, source and its velocity; position 0 is the photo itself, bit for bit.
     """
@@ -1639,14 +1636,11 @@ def edit_photo(
         tokens = photo.expand(len(group), -1, -1)
         for i in range(first, len(sigmas) - 1):
             live = [knob for knob in knobs if knob.start <= i]
-            change = torch.zeros_like(tokens)
-            for number in range(n_avg):
-                noise = normal(photo.shape, seed, "edit", i, number).to(photo)
-                source = (1 - sigmas[i]) * photo + sigmas[i] * noise
-                both = torch.cat([source, tokens + source - photo])
-                velocity = turned_velocity(predict, both, sigmas[i], (), live, turned, blend)
-                change += (velocity[1:] - velocity[:1]) / n_avg
-            tokens = tokens + (sigmas[i + 1] - sigmas[i]) * change
+            noise = normal(photo.shape, seed, "edit", i).to(photo)
+            source = (1 - sigmas[i]) * photo + sigmas[i] * noise
+            both = torch.cat([source, tokens + source - photo])
+            velocity = turned_velocity(predict, both, sigmas[i], (), live, turned, blend)
+            tokens = tokens + (sigmas[i + 1] - sigmas[i]) * (velocity[1:] - velocity[:1])
         drawn.update(zip(group, tokens, strict=True))
     return torch.stack([drawn[position] for position in positions])
 
@@ -1785,32 +1779,26 @@ def attempt(problems: list[str], default: Any, function: Callable[..., Any], *ar
 
 def check_strip_ways(config: StripConfig) -> list[str]:
     """Problems of settings that do not go together."""
-    problems = []
-    photos = bool(config.image or config.input_dir)
+    output, folder, lora = config.output, config.input_dir, config.lora
     blend = config.compose == "blend" or (config.compose is None and config.inversion_lora)
+    not_png = output and output.suffix.lower() != ".png"
     wrong = {
-        "give one of --image and --input_dir": config.image and config.input_dir,
-        "--input_dir needs --output_dir": config.input_dir and not config.output_dir,
-        "--output_dir goes with --input_dir": config.output_dir and not config.input_dir,
-        "--output goes with --image or a prompt": config.output and config.input_dir,
-        "--output FILE.png is missing": not (config.output or config.input_dir),
+        "give one of --image and --input_dir": config.image and folder,
+        "--input_dir needs --output_dir": folder and not config.output_dir,
+        "--output_dir goes with --input_dir": config.output_dir and not folder,
+        "--output goes with --image or a prompt": output and folder,
+        "--output FILE.png is missing": not output and not folder,
+        f"--output {output}: wanted a .png, which keeps the settings": not_png,
+        f"--input_dir: no folder {folder}": folder and not folder.is_dir(),
         "give both --height and --width, or none": bool(config.height) != bool(config.width),
-        "--scales needs a --lora": config.scales is not None and not config.lora,
         "--scales is empty": config.scales == [],
-        "--compose needs a --lora": config.compose and not config.lora,
-        "a photo needs a --lora to be edited with": photos and not config.lora,
+        "--scales needs a --lora": config.scales and not lora,
+        "--compose needs a --lora": config.compose and not lora,
+        "a photo needs a --lora to be edited with": (config.image or folder) and not lora,
         "--gamma is read by --compose blend": "gamma" in config.model_fields_set and not blend,
-        "--n_avg is for photos without inversion_lora": config.n_avg > 1
-        and (config.inversion_lora or not photos),
-        "an inversion_lora is of one photo: no --input_dir": config.inversion_lora
-        and config.input_dir,
-        f"--input_dir: no folder {config.input_dir}": config.input_dir
-        and not config.input_dir.is_dir(),
-        f"--output {config.output}: wanted a .png, which keeps the settings": config.output
-        and config.output.suffix.lower() != ".png",
+        "an inversion_lora is of one photo: no --input_dir": config.inversion_lora and folder,
     }
-    problems += [text for text, applies in wrong.items() if applies]
-    return problems
+    return [text for text, applies in wrong.items() if applies]
 
 
 def parse_sliders(config: StripConfig) -> tuple[tuple[Slider, ...], list[str]]:
@@ -2020,7 +2008,8 @@ def check_sliders(config: FluxConfig) -> list[str]:
     steps = config.num_inference_steps
     for start in sorted({slider.start for strip in strips for slider in strip.sliders}):
         if not 0 <= start < steps:
-            problems.append(f"skip: the slider would act from step {start} of 0..{steps - 1}")
+            text = f"skip: the slider would act from step {start}, but there are 0..{steps - 1}"
+            problems.append(text)
     seen = Counter(file.resolve() for strip in strips for file in strip.files)
     seen += Counter(strip.resolve() for strip in {strip.sheet for strip in strips if strip.sheet})
     photos = {strip.photo.resolve() for strip in strips if strip.photo}
@@ -2097,8 +2086,7 @@ class Painter:
         if strip.photo and not strip.inversion:
             pixels = to_pixels(fit_photo(strip.photo, strip.size))
             photo = pack_tokens(encode_pixels(self.vae, pixels))
-            n_avg = self.config.n_avg if isinstance(self.config, StripConfig) else 1
-            return edit_photo(predict, photo, sigmas, positions, knobs, strip.seed, blend, n_avg)
+            return edit_photo(predict, photo, sigmas, positions, knobs, strip.seed, blend)
         channels = self.transformer.config.in_channels // 4
         noise = first_noise(strip.seed, channels, grid, self.dtype, self.device)
         base: Lane = (On("content"),) if strip.inversion else ()
@@ -2134,7 +2122,6 @@ def strip_settings(
         "seed": strip.seed,
         "width": strip.size[0],
         "height": strip.size[1],
-        "n_avg": config.n_avg if isinstance(config, StripConfig) else 1,
     }
     names = ("num_inference_steps", "guidance_scale", "max_sequence_length", "dtype")
     shared |= {name: getattr(config, name) for name in (*names, "base_model_precision")}

@@ -203,15 +203,13 @@ def test_editing_a_photo_follows_its_formula():
     knobs = [generate.Knob("a", start=1), generate.Knob("b", 2.0, start=3)]
     positions = [0.5, 0.0, -1.0]
     drawn = generate.edit_photo(predict, x, sigmas, positions, knobs, seed=0)
-    mean = generate.edit_photo(predict, x, sigmas, positions, knobs, seed=0, n_avg=3)
-    assert torch.allclose(drawn, mean, atol=1e-5)
     assert torch.equal(drawn[1], x[0])
     moved = -(0.9 * 1 + 0.4 * 2)  # sum of (sigma' - sigma) times the scales that are on
     assert torch.allclose(drawn[0], x[0] + 0.5 * moved * change[0], atol=1e-5)
     assert torch.allclose(drawn[2], x[0] - moved * change[0], atol=1e-5)
 
 
-def test_a_slider_that_does_nothing_leaves_the_photo_and_noises_are_averaged(painter, loras):
+def test_a_slider_that_does_nothing_leaves_the_photo_as_it_is(painter, loras):
     photo = strip((loras["a"], 2), photo=PHOTO, size=(SIZE, SIZE))
     edited = painter.draw_tokens(photo, [0.0, 1e-7, 1.0])
     assert torch.allclose(edited[0], edited[1], atol=1e-3)
@@ -220,10 +218,8 @@ def test_a_slider_that_does_nothing_leaves_the_photo_and_noises_are_averaged(pai
     assert torch.equal(
         edited[0], generate.pack_tokens(generate.encode_pixels(painter.vae, pixels))[0]
     )
-    config = painter.config
-    painter.config = config.model_copy(update={"n_avg": 4})
-    assert len(lanes_of_steps(painter, photo, [0.5, 1.0])) == 4 * (STEPS - 2)
-    painter.config = config
+    seen = lanes_of_steps(painter, photo, [0.0, 0.5, 1.0])
+    assert [samples for samples, _ in seen] == [3] * (STEPS - 2)  # the photo's own, and two
 
 
 def test_the_trainers_preview_is_generates_picture(flux, loras, tmp_path):
@@ -562,8 +558,7 @@ def test_photos_of_a_folder_are_edited_without_training(make, loras, tmp_path):
     shutil.copy(PHOTO, photos / "wide.png")
     Image.open(PHOTO).rotate(90, expand=True).convert("RGBA").save(photos / "tall.png")
     out = tmp_path / "out"
-    make("--lora", loras["a"], "--input_dir", photos, "--output_dir", out, "--scales", "0,1",
-         "--n_avg", 2)  # fmt: skip
+    make("--lora", loras["a"], "--input_dir", photos, "--output_dir", out, "--scales", "0,1")
     sizes = {p.name: Image.open(p).size for p in out.glob("*_scale1.png")}
     assert sizes == {"wide_scale1.png": (80, 48), "tall_scale1.png": (48, 80)}
     for name in ("wide", "tall"):
@@ -619,11 +614,11 @@ def test_one_report_of_everything_wrong_with_a_strip(make, loras, tmp_path):
         assert words in done, f"{words}\n{done}"
     done = make(
         "--lora", f"{loras['a']}:1:4", "--lora", f"{loras['a']}:1:1.5", "--lora",
-        tmp_path / "old.pt", "--allow_pickle", "--n_avg", 3, "--image", PHOTO, "--input_dir",
+        tmp_path / "old.pt", "--allow_pickle", "--image", PHOTO, "--input_dir",
         tmp_path / "none", "--scales", "1,1", "--output_dir", tmp_path, check=False,
     )  # fmt: skip
     for words in (
-        "act from step 5 of 0..3",
+        "act from step 5, but",
         "1.5 is no step",
         "wanted a dict of tensors",
         "give one of --image and --input_dir",
