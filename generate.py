@@ -1807,8 +1807,9 @@ def parse_sliders(config: StripConfig) -> tuple[tuple[Slider, ...], list[str]]:
     for text in config.lora:
         file, scale, own = parse_slider(text)
         skip = config.skip if own is None else own
-        if skip != int(skip):
-            problems.append(f"--lora {text}: {skip} is no step")
+        if not math.isfinite(scale) or not float(skip).is_integer():
+            problems.append(f"--lora {text}: scale {scale}, skip {skip}; wanted a whole number")
+            continue
         if ":" in file.name and not file.exists():
             problems.append(f"--lora {text}: wanted FILE, FILE:scale or FILE:scale:skip")
         sliders.append(Slider(file, scale, int(skip) + (config.inversion_lora is None)))

@@ -614,12 +614,14 @@ def test_one_report_of_everything_wrong_with_a_strip(make, loras, tmp_path):
         assert words in done, f"{words}\n{done}"
     done = make(
         "--lora", f"{loras['a']}:1:4", "--lora", f"{loras['a']}:1:1.5", "--lora",
+        f"{loras['a']}:1:nan", "--lora",
         tmp_path / "old.pt", "--allow_pickle", "--image", PHOTO, "--input_dir",
         tmp_path / "none", "--scales", "1,1", "--output_dir", tmp_path, check=False,
     )  # fmt: skip
     for words in (
         "act from step 5, but",
-        "1.5 is no step",
+        "skip 1.5; wanted a whole number",
+        "skip nan; wanted",
         "wanted a dict of tensors",
         "give one of --image and --input_dir",
         "no folder",
