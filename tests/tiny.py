@@ -10,6 +10,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 import demo
+import train_pairedit
 
 KINDS = {
     "2508": "QwenImageEditPipeline",
@@ -99,3 +100,27 @@ def build_flux(folder):
         ),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
+
+
+def random_factors(transformer, seed=0, layers=None, rank=4):
+    """Of a slider, {layer: (down, up)}: large enough that a picture changes visibly."""
+    draw = torch.Generator().manual_seed(seed)
+    modules = dict(transformer.named_modules())
+    return {
+        path: (
+            torch.randn(rank, modules[path].in_features, generator=draw) * 0.1,
+            torch.randn(modules[path].out_features, rank, generator=draw),
+        )
+        for path in layers or train_pairedit.target_layers(transformer, "full")
+    }
+
+
+def save_sliders(checkpoint, stem, original=None, seed=0):
+    """A random slider as train_pairedit.py writes it: <stem>.safetensors, <original or stem>.pt."""
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(checkpoint / "transformer")
+    board = train_pairedit.Switchboard()
+    factors = random_factors(transformer, seed)
+    train_pairedit.add_slider(transformer, board, "semantic", factors, 1 / 4)
+    train_pairedit.save_slider(stem.with_suffix(".safetensors"), transformer, "semantic", {})
+    train_pairedit.save_original((original or stem).with_suffix(".pt"), transformer, "semantic")
+    return stem.with_suffix(".safetensors")
