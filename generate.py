@@ -34,17 +34,20 @@ from __future__ import annotations
 import bisect
 import contextlib
 import csv
+import ctypes
 import difflib
 import functools
 import gc
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -260,9 +263,9 @@ class SliderConfig(FluxConfig):
     """Entry k for data set k, the last one for the rest."""
     use_prompts_file: bool = False
     """A line of prompts_file for each picture instead of `prompt`."""
-    prompts_file: list[str] = ["prompts-person.yaml"]
+    prompts_file: list[str] = Field(["prompts-person.yaml"], min_length=1)
     """Files in configs/prompts/ (or paths): YAML lists; entry k for data set k."""
-    scales: list[float] = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    scales: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], min_length=1)
     """Positions of the slider; "0,0.5,1" or a list. Negative ones reverse the change."""
     skips: list[int] = Field([14], min_length=1)
     """The slider acts in steps i > skip (train_image_real: i >= skip); a set of strips each."""
@@ -1142,36 +1145,11 @@ def encode_prompt_flux(pipeline: Any, prompt: str, max_sequence_length: int) -> 
 QUANTO_TYPES = {"fp8": "float8", "int8": "int8", "int4": "int4", "int2": "int2"}
 
 
-# differs: drawing leaves the quantising to diffusers
-def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """FluxTransformer2DModel, frozen; its blocks quantised while it loads, straight to the device.
-
-    KEEP: the layers around the blocks stay as they are, as in training.
-    """
-    import diffusers
-
-    kind, _, package = precision.partition("-")
-    around = ["x_embedder", "context_embedder", "time_text_embed", "norm_out"]
-    options: dict[str, Any] = {}
-    if package == "quanto":
-        options["quantization_config"] = diffusers.QuantoConfig(
-            weights_dtype=QUANTO_TYPES[kind], modules_to_not_convert=around
-        )
-    if package == "bnb":
-        options["quantization_config"] = diffusers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=around,
-        )
-    transformer = diffusers.FluxTransformer2DModel.from_pretrained(
-        folder, subfolder="transformer", dtype=dtype, device_map={"": device}, **options
-    )
-    return transformer.eval().requires_grad_(False)
-
-
 # Behind the precisions that end so: (module, its name for pip).
 PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "bnb": ("bitsandbytes", "bitsandbytes")}
+QUANTO_EXTENSIONS = ("quanto_cpp", "quanto_cuda", "quanto_hip", "quanto_mps")
+QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def check_precision(precision: str) -> list[str]:
@@ -1183,7 +1161,184 @@ def check_precision(precision: str) -> list[str]:
     with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
         if importlib.util.find_spec(module):
             return []
-    return [f"model.base_model_precision: {precision} needs {name}: pip install {name}"]
+    return [f"base_model_precision: {precision} needs {name}: pip install {name}"]
+
+
+def find_weights(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """{tensor: (file, shape)} of a diffusers component, one file or shards; reads only headers.
+
+    Raises:
+        UserError: a file is missing or damaged; the message names it.
+    """
+    index, names = folder / f"{WEIGHTS_FILE}.index.json", [WEIGHTS_FILE]
+    if index.is_file():
+        names = sorted(set(read_model_json(str(folder), index.name).get("weight_map", {}).values()))
+    found = {}
+    for path in (folder / name for name in names):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = path, tuple(file.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"weights {path} cannot be read: {error}") from error
+    return found
+
+
+def check_weights(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Names and shapes must be the same. Raises UserError with the first differences."""
+    differences = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]},
+    }
+    lines = [
+        f"{len(names)} {what}:\n{listed(sorted(names), shown=3)}"
+        for what, names in differences.items()
+        if names
+    ]
+    if lines:
+        raise UserError("\n".join(["the weights do not fit transformer/config.json", *lines]))
+
+
+def return_freed_memory() -> None:
+    """Give the holes that large tensors have left between small ones back to the system.
+
+    KEEP: else the process ends up larger than the model in full precision, for glibc holds them.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter that is not trained."""
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 holding 8 / bits values each -> all values, the lowest bits of every byte first."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+
+
+def quanto_type(precision: str) -> Any:
+    """The qtype of a precision.
+
+    KEEP: quanto unpacks 4 and 2 bits with an extension that it compiles at the first use, on CUDA
+    with nvcc; unpack_bits takes its place.
+    """
+    from optimum import quanto
+
+    for name in filter(quanto.is_extension_available, QUANTO_EXTENSIONS):
+        extension = quanto.get_extension(name)
+        extension._lib = extension._lib or SimpleNamespace(unpack=unpack_bits)
+    return getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+
+
+@torch.no_grad()
+def quantize_quanto(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
+    """QLinear, per output channel (8 bits) or group (4, 2 bits)."""
+    from optimum import quanto
+
+    kind = quanto_type(precision)
+    layer = quanto.QLinear.from_module(linear, weights=kind)
+    if kind.bits == 8:
+        how = {"scale": layer.optimizer(linear.weight, qtype=kind, axis=0)}
+    else:
+        group = layer.weight_group_size
+        scale, shift = layer.optimizer(linear.weight, qtype=kind, axis=0, group_size=group)
+        how = {"scale": scale, "shift": shift, "group_size": group}
+    # KEEP optimized=False: the fp8 kernel that quanto 0.2.7 would choose on CUDA leaves out the
+    # bias and wants nvcc, its int4 kernel is made for a few tokens
+    weight = quanto.quantize_weight(linear.weight, qtype=kind, axis=0, **how, optimized=False)
+    layer.weight = frozen(weight)
+    return layer
+
+
+def empty_nf4(linear: torch.nn.Linear) -> Any:
+    """Linear4bit of the same shape, without weights."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        compute_dtype=linear.weight.dtype,
+        compress_statistics=False,
+        quant_type="nf4",
+        device="meta",
+    )
+    # KEEP: some CPUs would repack the weights in eval mode, and nothing could train after that
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def quantize_nf4(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """Linear4bit: blocks of 64 weights, scales in fp32, computes in the dtype of `linear`."""
+    from bitsandbytes.nn import Params4bit
+
+    layer = empty_nf4(linear)
+    weight: Any = Params4bit(
+        linear.weight.data, compress_statistics=False, quant_type="nf4", module=layer
+    )
+    layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias  # .to() quantises
+    return layer
+
+
+def empty_flux(settings: dict[str, Any]) -> Any:
+    """FluxTransformer2DModel without weights (meta device)."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return diffusers.FluxTransformer2DModel.from_config(settings)
+
+
+def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The frozen transformer; blocks go from disk to the device and are quantised one by one.
+
+    Without quantisation it equals from_pretrained(dtype=dtype) bit for bit.
+
+    Raises:
+        UserError: weights are missing, damaged or of another model.
+    """
+    model = empty_flux(read_model_json(str(folder), "transformer/config.json"))
+    weights = find_weights(folder / "transformer")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_weights({name: shape for name, (_, shape) in weights.items()}, shapes)
+    blocks = [
+        name for name, part in model.named_children() if isinstance(part, torch.nn.ModuleList)
+    ]
+    numbered = [f"{name}.{i}" for name in blocks for i in range(len(model.get_submodule(name)))]
+    others = [name for name, _ in model.named_children() if name not in blocks]
+    for name in progress([*others, *numbered], "load transformer", leave=False):
+        part = model.get_submodule(name)
+        files = {file for key, (file, _) in weights.items() if key.startswith(f"{name}.")}
+        tensors = {}
+        for path in files:  # KEEP: open only for this part; what was read counts as memory
+            with safe_open(path, framework="pt") as file:
+                for key in (k for k, (f, _) in weights.items() if f == path):
+                    if key.startswith(f"{name}."):
+                        tensor = file.get_tensor(key).to(device, dtype, copy=True)
+                        tensors[key.removeprefix(f"{name}.")] = tensor
+        part.load_state_dict(tensors, assign=True)
+        if name in numbered and precision != "no_change":
+            quantize_layers(part, precision)
+        return_freed_memory()
+    return model.eval().requires_grad_(False)
+
+
+def quantize_layers(part: torch.nn.Module, precision: str) -> None:
+    """Replace the linear layers of a block by quantised ones on the same device."""
+    linear = [name for name, x in part.named_modules() if isinstance(x, torch.nn.Linear)]
+    for name in linear:
+        layer: Any = part.get_submodule(name)
+        nf4 = precision == "nf4-bnb"
+        part.set_submodule(name, quantize_nf4(layer) if nf4 else quantize_quanto(layer, precision))
+
+
+def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
+    """A progress bar on the first process, none on the others."""
+    options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=label, **options)
 
 
 class On(NamedTuple):
@@ -1420,15 +1575,6 @@ def read_slider(
 
 
 PUBLISHED_TRANSFORMER = {"guidance_embeds": True}  # the rest of its config are the class's defaults
-
-
-def empty_flux(settings: dict[str, Any]) -> Any:
-    """FluxTransformer2DModel without weights (meta device)."""
-    import diffusers
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return diffusers.FluxTransformer2DModel.from_config(settings)
 
 
 def flux_layers(name: str) -> Any:
@@ -2002,8 +2148,6 @@ def check_sliders(config: FluxConfig) -> list[str]:
     strips, problems = plan_sliders(config)
     problems += check_device("device", device_name(config.device))
     problems += check_precision(config.base_model_precision)
-    if config.base_model_precision == "nf4-bnb" and not torch.accelerator.is_available():
-        problems.append("base_model_precision: nf4-bnb needs a GPU to draw with")
     unknown = check_checkpoint(config.pretrained_model_name_or_path)
     problems += unknown + check_loras(config, strips, not unknown)
     steps = config.num_inference_steps

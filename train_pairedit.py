@@ -815,7 +815,6 @@ QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qin
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
-# differs: a setting without a section
 def check_precision(precision: str) -> list[str]:
     """One problem if the package behind a precision is not installed."""
     kind = precision.rpartition("-")[2]

@@ -2082,7 +2082,7 @@ def check_precision(precision: str) -> list[str]:
     with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
         if importlib.util.find_spec(module):
             return []
-    return [f"model.base_model_precision: {precision} needs {name}: pip install {name}"]
+    return [f"base_model_precision: {precision} needs {name}: pip install {name}"]
 
 
 def check_model(config: Config, precision: str) -> list[str]:

@@ -120,6 +120,22 @@ def test_diffusers_draws_the_same_with_the_lora_on_in_all_steps(painter, pipelin
     assert not torch.allclose(ours, stock(pipeline), atol=1e-2)
 
 
+@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_quantised_base_draws_nearly_the_same(precision, dtype, flux, loras, painter):
+    settings = {"num_inference_steps": STEPS, "max_sequence_length": LENGTH, "device": "cpu"}
+    settings |= {"base_model_precision": precision, "dtype": dtype}
+    config = generate.StripConfig(pretrained_model_name_or_path=str(flux), **settings)
+    small = generate.Painter(config, ["a person"])
+    drawn = strip((loras["a"], 2), size=(SIZE, SIZE))
+    ours, exact = (p.draw_tokens(drawn, [0.0, 1.0]).float() for p in (small, painter))
+    kinds = {type(m).__name__ for m in small.transformer.modules()}
+    assert ("Linear4bit" if precision == "nf4-bnb" else "QLinear") in kinds
+    if dtype == "fp32":  # bf16 starts from other noise, as the pipeline does
+        assert 0 < (ours - exact).norm() / exact.norm() < 0.2
+    assert (ours[1] - ours[0]).norm() > 0.2 * (exact[1] - exact[0]).norm()
+
+
 def test_a_slider_leaves_nothing_behind_for_the_next(painter, bare, loras, tmp_path):
     few = tmp_path / "few.safetensors"
     factors = tiny.random_factors(bare, 7, LAYERS)
