@@ -395,6 +395,15 @@ def test_the_file_of_the_trainer_is_understood_setting_by_setting():
         assert theirs[name].description == ours[name].description or name == "device", name
 
 
+def test_the_family_is_known_by_any_setting_of_the_file(flux):
+    model = {"pretrained_model_name_or_path": str(flux)}
+    assert generate.pick_family(model | {"output_folder_gen": "x"}) is generate.SliderConfig
+    assert generate.pick_family(model | {"noise_scales": [1]}) is generate.SliderConfig
+    assert generate.pick_family(model | {"scales": "0,1", "prompt": "a"}) is generate.StripConfig
+    qwen = {"pretrained_model_name_or_path": "Qwen/Qwen-Image-Edit-2511", "prompt": "a"}
+    assert generate.pick_family(qwen) is generate.Config
+
+
 def test_photos_get_the_trainers_sizes():
     for size in [(512, 512), (300, 1000), (1000, 700), (5000, 100), (17, 19)]:
         ours = generate.nearest_bucket(*size, 512, generate.flux_buckets)
