@@ -2355,7 +2355,9 @@ def write_strip_sheet(sheet: Path, strips: Sequence[Strip], settings: Any) -> No
 def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
     """By the settings, else by the checkpoint: Qwen-Image-Edit, or one of two ways for FLUX.1."""
     flat = SliderConfig.model_fields.keys() | TRAINING_ONLY
-    if given.keys() & flat - StripConfig.model_fields.keys() - Config.model_fields.keys():
+    flags = StripConfig.model_fields.keys() | Config.model_fields.keys()
+    named = given.keys() & {"python_name", "datasets"}
+    if named or (given.keys() & flat - flags and not given.keys() & flags - flat):
         return SliderConfig
     name = str(given.get("pretrained_model_name_or_path", ""))
     kind = "FluxPipeline" if name == PUBLISHED_MODEL else ""

@@ -674,6 +674,12 @@ def test_an_inversion_lora_alone_draws_its_photo_in_the_photos_size(make, loras,
     assert Image.open(out).size == (80, 48)
 
 
+def test_a_slip_in_a_flag_is_not_taken_for_a_file_of_the_trainer(make, loras, tmp_path):
+    out = tmp_path / "o.png"
+    done = make("--lora", loras["a"], "--skips", 3, "--prompt", "x", "--output", out, check=False)
+    assert "1 problem" in done and "skips: unknown setting, did you mean 'skip'?" in done
+
+
 def test_one_report_of_everything_wrong_with_a_file(call, flux, loras, tmp_path):
     file = tmp_path / "c.yaml"
     settings = {
