@@ -107,6 +107,7 @@ def test_every_run_leaves_what_the_house_promises(straight):
             f"{dataset}_4.0eta_{beta}ns_4inf_4epoch.safetensors"
             in (folder / "README.md").read_text()
         )
+        assert "--skip 1 --num_inference_steps 4" in (folder / "README.md").read_text()
 
 
 def test_the_files_hold_content_and_semantic_and_the_runs_differ(straight):
@@ -378,6 +379,9 @@ def test_without_resume_an_earlier_run_is_set_aside(finished, caplog):
     assert [c.name for c in script.list_checkpoints(folder)] == ["checkpoint-2"]
     assert len(list((folder / "earlier-1").glob("*epoch*"))) == 8
     assert script.valid_checkpoint(folder / "earlier-1/checkpoint-4")
+    (folder / "earlier-1").rename(folder / "earlier-2")  # a user tidied up
+    script.set_earlier_aside(folder)
+    assert script.valid_checkpoint(folder / "earlier-1/checkpoint-2")
 
 
 def test_a_loss_that_is_no_number_stops_with_the_pair_and_keeps_the_checkpoint(
@@ -542,6 +546,12 @@ def test_cache_embeddings_fills_counts_mends_and_prunes(make_slider, tmp_path, m
     assert "pruned: 0 entries" in command("--prune")
     out = command("--prune", "--stats", "--resolution", "96")
     assert "pruned: 6 entries" in out and "missing: 6 of 7" in out
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "config.yaml").rename(tmp_path / "configs/mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--c", "mine", "--stats"])
+    cache_embeddings.main()
+    assert "missing: 6 of 7" in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
