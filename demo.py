@@ -676,7 +676,7 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float64) / 255
 
 
-def save_picture(picture: np.ndarray, path: Path) -> None:
+def write_picture(picture: np.ndarray, path: Path) -> None:
     """(H, W, 3) in 0..1 as a file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
@@ -1075,7 +1075,7 @@ def draw_face_pairs(folder: Path, seed: int, count: int = 3) -> None:
     for n in range(count):
         face = random_face(rng)
         for stage, age in zip(("source", "target"), PAIR_AGES, strict=True):
-            save_picture(draw_face(face._replace(age=age)), folder / stage / f"{n}.png")
+            write_picture(draw_face(face._replace(age=age)), folder / stage / f"{n}.png")
 
 
 # --- 10. pairedit: the slider ---------------------------------------------------------------------
@@ -1091,7 +1091,7 @@ def run_pairedit() -> None:
     run_command(f"accelerate launch train_pairedit.py --config {FACE_CONFIG}", accelerate)
     run_command(f"python generate.py --config {FACE_CONFIG} --image_format png")
     photo = FACE_OUTPUT_DIR / "photo.png"
-    save_picture(draw_face(random_face(np.random.RandomState(7))), ROOT / photo)
+    write_picture(draw_face(random_face(np.random.RandomState(7))), ROOT / photo)
     lora = next((ROOT / FACE_OUTPUT_DIR).glob("models/age/*/*_500epoch.safetensors"))
     scales = sorted(open_strips()[0])
     run_command(
