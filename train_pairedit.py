@@ -1944,7 +1944,8 @@ class PairEditTrainer:
                     log.info("it is finished (step %d)", start[1]["step"])
                     continue
                 self.load_transformer()
-                if self.train(run, stop, start):
+                # a signal may have come while models were loaded or the last preview was drawn
+                if self._agree(stop.requested, True) or self.train(run, stop, start):
                     log.info("stopped at step %d; --resume_from_checkpoint latest", self.step)
                     break
         self.accelerator.wait_for_everyone()
@@ -1958,7 +1959,7 @@ class PairEditTrainer:
             **settings,
             "noise_scale": run.noise_scale,
             "pictures": draw_key(pictures),
-            "samples_per_step": self.config.batch_size * self.accelerator.num_processes,
+            "batch_size x processes": self.config.batch_size * self.accelerator.num_processes,
         }
 
     def train(

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import shutil
+import signal
 import sys
 import weakref
 
@@ -318,7 +320,7 @@ def test_finished_runs_load_nothing(finished, monkeypatch):
     [
         ({"learning_rate": 0.5}, "learning_rate: was 0.002, is 0.5"),
         ({"cfg_eta": 4.0, "rank": 8}, "rank: was 16, is 8"),
-        ({"batch_size": 2}, "samples_per_step: was 1, is 2"),
+        ({"batch_size": 2}, "batch_size x processes: was 1, is 2"),
         ({"resolution": 96}, "resolution: was 64, is 96"),
     ],
 )
@@ -396,6 +398,21 @@ def test_a_loss_that_is_no_number_stops_with_the_pair_and_keeps_the_checkpoint(
     assert "Nothing was saved since checkpoint-1" in str(error.value)
     (kept,) = script.list_checkpoints(run_folders(tmp_path)[0])
     assert kept.name == "checkpoint-1" and script.valid_checkpoint(kept)
+
+
+def test_a_signal_during_the_last_preview_does_not_start_the_next_run(
+    straight, checkpoints, tmp_path, monkeypatch
+):
+    trainer = again(straight, checkpoints, tmp_path, noise_scales=[1], preview=True)
+    shown = []
+
+    def stopped(self, run_):
+        shown.append(run_.dataset)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script.PairEditTrainer, "preview", stopped)
+    trainer.fit()
+    assert shown == ["age"] and len(run_folders(tmp_path)) == 1
 
 
 def test_weights_that_are_no_numbers_are_not_saved(straight, checkpoints, tmp_path):
