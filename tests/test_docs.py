@@ -141,7 +141,9 @@ def test_every_function_and_file_a_page_names_exists(page):
         assert (page.parent / file).exists(), f"{page.name} links {file}"
 
 
-@pytest.mark.parametrize("script", ["train_qwen_edit", "train_pairedit", "generate", "cache_embeddings"])
+@pytest.mark.parametrize(
+    "script", ["train_qwen_edit", "train_pairedit", "generate", "cache_embeddings"]
+)
 def test_every_script_names_its_page(script):
     assert f"docs/{script}.md" in (ROOT / f"{script}.py").read_text()[:400]
 
