@@ -1,6 +1,8 @@
-"""Apply Qwen-Image-Edit LoRAs: one edit, a strip over strengths, a folder, a table.
+"""Apply LoRAs: edits with Qwen-Image-Edit, sliders with FLUX.1. Pictures, strips, folders, tables.
 
 Page: docs/generate.md
+
+Qwen-Image-Edit (the checkpoint says which it is):
 
     python generate.py --pretrained_model_name_or_path DIR --lora FILE --image a.png \\
         --prompt "make it snow" --output snow.png
@@ -10,8 +12,21 @@ Page: docs/generate.md
     ... --input_dir photos --output_dir out   # a folder; captions beside the photos or --prompt
     ... --table jobs.jsonl --output_dir out   # {"images": [...], "prompt": "...", "name": "..."}
 
-Everything runs through the diffusers pipelines and load_lora_weights. A finished picture whose
-settings are the same is not made again, so a stopped run goes on where it was.
+FLUX.1:
+
+    python generate.py --c train_image        # all that configs/train_image.yaml trains, and photos
+    python generate.py --pretrained_model_name_or_path DIR --lora FILE --prompt "a person" \\
+        --scales 0,0.5,1 --skip 14 --output strip.png
+    ... --lora A.safetensors:0.8 --lora B.safetensors:1:10   # FILE:scale:skip
+    ... --image photo.png                     # edit a photo, without training on it
+
+Qwen runs through the diffusers pipelines and load_lora_weights; FLUX.1 through a few functions that
+share the steps before the slider acts and draw all its positions as one batch. A finished picture
+whose settings are the same is not made again, so a stopped run goes on where it was.
+
+Shapes (FLUX.1): B samples, H W pixels, h w latents (H/8 W/8, C = 16 channels), S = (h/2)(w/2) image
+tokens of 4C channels. Latents are (mode - shift) * scaling, sigma runs from 0 (picture) to 1
+(noise), velocity = d latents / d sigma.
 """
 
 from __future__ import annotations
@@ -19,30 +34,54 @@ from __future__ import annotations
 import bisect
 import contextlib
 import csv
+import ctypes
 import difflib
 import functools
+import gc
 import importlib.util
 import json
 import math
+import os
+import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from utils import Section, UserError, hash_file, list_images, load_config, run_script, save_atomic
+from utils import (
+    Section,
+    UserError,
+    draw_key,
+    hash_file,
+    help_text,
+    list_images,
+    listed,
+    load_config,
+    normal,
+    parse_args,
+    run_script,
+    save_atomic,
+    shuffled,
+    uniform,
+)
 
 SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does too
 AREA_1MP = 1024 * 1024
 VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
 SETTINGS_KEY = "image_edit"  # PNG text chunk
+PUBLISHED_MODEL = "black-forest-labs/FLUX.1-dev"
 
 
 # --- 1. config ------------------------------------------------------------------------------------
@@ -98,6 +137,203 @@ class Config(Section):
         if value is None:
             return None
         return [p for part in parts for p in (part.split(",") if isinstance(part, str) else [part])]
+
+
+class FluxConfig(Section):
+    """What the two ways to draw FLUX.1 sliders have in common."""
+
+    pretrained_model_name_or_path: str = PUBLISHED_MODEL
+    """Folder in diffusers layout, or a Hub id."""
+    device: int | str | None = None
+    """Number of a GPU, or cpu, cuda:0, mps; null: the fastest there is."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """null: bf16, on a CPU fp32."""
+    base_model_precision: Literal[
+        "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"
+    ] = "no_change"
+    """Weights of the frozen transformer's blocks."""
+    max_sequence_length: int = Field(512, ge=1, le=512)
+    """T5 tokens of a prompt; padded to it, as the pipeline does."""
+    resolution: int = Field(512, ge=32, multiple_of=16)
+    """Side of the square whose area the pictures get, px; aspect ratios are kept (buckets)."""
+    num_inference_steps: int = Field(28, ge=1)
+    """N: sigma is one of the N values of an inference of N steps."""
+    guidance_scale: float = 3.5
+    """Embedded guidance of FLUX.1-dev, in training and in pictures."""
+    allow_pickle: bool = False
+    """Load LoRA files that are no .safetensors (tensors only, no code)."""
+
+
+class StripConfig(FluxConfig):
+    """generate.py with a FLUX.1 checkpoint: sliders by flags, on prompts or on photos."""
+
+    lora: list[str] = []
+    """Slider: FILE, FILE:scale or FILE:scale:skip; repeat the flag for several."""
+    scales: list[float] | None = None
+    """Strip: every slider's scale times each of these, e.g. 0,0.5,1; 0 is the base model."""
+    skip: int = 14
+    """Sliders act in steps i > skip (inversion_lora: i >= skip); a higher one keeps more of the
+    picture, -1 lets them act in all steps."""
+    compose: Literal["merge", "blend"] | None = None
+    """merge: all LoRAs in one pass. blend: v + sum of gamma (v_slider - v), a pass each; null:
+    merge, with inversion_lora blend."""
+    gamma: float = 0.75
+    """blend: share of each slider's velocity."""
+    inversion_lora: Path | None = None
+    """LoRA that was trained on one photo (train_image_real) and stands in for it."""
+    prompt: str = ""
+    """Of the picture; of a photo: what it shows."""
+    seed: list[int] = [0]
+    """Seed, or several: 0,1,2. Drawn on the CPU: the same picture on every device."""
+    height: int | None = Field(None, ge=32, multiple_of=16)
+    """px; null: by resolution and the photo's aspect."""
+    width: int | None = Field(None, ge=32, multiple_of=16)
+    """px; see height."""
+    image: list[Path] = Field([], max_length=1)
+    """Photo to edit, without training on it (with inversion_lora: only its size is read)."""
+    input_dir: Path | None = None
+    """Edit every picture of this folder."""
+    output: Path | None = None
+    """The picture (PNG); with several scales or seeds: the strip, single pictures beside it."""
+    output_dir: Path | None = None
+    """input_dir: folder of the pictures and of contact_sheet.png."""
+
+    @field_validator("seed", "scales", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """ "0,1,2" -> ["0", "1", "2"], alone or in a list."""
+        parts = value if isinstance(value, list) else [value]
+        if value is None:
+            return None
+        return [p for part in parts for p in (part.split(",") if isinstance(part, str) else [part])]
+
+
+class SliderConfig(FluxConfig):
+    """generate.py with the file of train_pairedit.py (--c NAME): the sliders it trains.
+
+    What only training reads is left aside.
+    """
+
+    # which sliders
+    python_name: Literal[
+        "train_image",
+        "train_image_wocontent",
+        "train_image_wocfg",
+        "train_image_fm",
+        "train_image_sliders",
+        "train_image_real",
+        "slider_text",
+    ] = "train_image"
+    """The variant: a name of LOSSES."""
+    datasets_folder: Path = Path("datasets")
+    """<datasets_folder>/<data set>/<source_folder>/<stem>.* and .../<target_folder>/<stem>.*"""
+    datasets: list[str] = Field(["age"], min_length=1)
+    """Concepts, trained one after another (slider_text: only names)."""
+    source_folder: str = "source"
+    """Before."""
+    image_ids: list[str] = []
+    """train_image_real: stems in source_folder, a LoRA each."""
+    cfg_eta: float = 4.0
+    """eta: how far the target lies beyond the pair's difference, which makes up for the steps
+    that inference skips."""
+    noise_scales: list[float] = Field([1.0], min_length=1)
+    """beta of the content-preserving schedule x + sigma beta noise; a run each."""
+    train_method: Literal["full", "xattn", "xattn-strict"] = "full"
+    """full: both factors of the attention layers. xattn: the upper one stays at random orthonormal
+    columns. xattn-strict: that, on keys and values only."""
+    train_iteration: int = Field(500, ge=1)
+    """Optimizer steps of a run."""
+    train_start: int = Field(1, ge=0)
+    """Number of the first version."""
+    train_count: int = Field(1, ge=1)
+    """How many versions: repeats with other draws."""
+    seed: int = 0
+    """Every draw belongs to (seed, version, step)."""
+    config_name: str = Field("base", pattern=r"^[^/\\]+$")
+    """Free tag, enters names."""
+    output_folder: Path = Path("output/models/image/")
+    """<output_folder>/<data set>/<run>/ holds everything a run leaves."""
+
+    # what to draw
+    use_trained_lora_path: bool = False
+    """Take trained_lora_path instead of what this file trains."""
+    trained_lora_path: str = ""
+    """A LoRA file (train_image_real: of the inversion)."""
+    prompt: list[str] = Field(["image of a person"], min_length=1)
+    """Entry k for data set k, the last one for the rest."""
+    use_prompts_file: bool = False
+    """A line of prompts_file for each picture instead of `prompt`."""
+    prompts_file: list[str] = Field(["prompts-person.yaml"], min_length=1)
+    """Files in configs/prompts/ (or paths): YAML lists; entry k for data set k."""
+    scales: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], min_length=1)
+    """Positions of the slider; "0,0.5,1" or a list. Negative ones reverse the change."""
+    skips: list[int] = Field([14], min_length=1)
+    """The slider acts in steps i > skip (train_image_real: i >= skip); a set of strips each."""
+    start_seed_gen: int = 6666
+    """First seed of the pictures."""
+    count_gen: int = Field(2, ge=1)
+    """How many seeds."""
+    use_random_seed: bool = False
+    """Seeds drawn from 0..32768 (by `seed`) instead of counted up."""
+    output_folder_gen: Path = Path("output/eval/image/")
+    """Where generate.py draws."""
+    image_format: Literal["jpg", "png"] = "jpg"
+    """jpg (quality 95) is what PairEdit writes; png loses nothing, for measurements."""
+    semantic_lora_path: str = ""
+    """train_image_real: the slider that edits the photo."""
+    semantic_cfg_scale: float = 0.75
+    """train_image_real: share of the slider's velocity, gamma."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if key not in TRAINING_ONLY}
+
+    @field_validator("scales", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """ "0,1,2" -> ["0", "1", "2"]; one number is a list, too."""
+        parts = value if isinstance(value, list) else [value]
+        return [p for part in parts for p in (part.split(",") if isinstance(part, str) else [part])]
+
+    @field_validator("datasets")
+    @classmethod
+    def _names(cls, value: list[str]) -> list[str]:
+        if wrong := [name for name in value if not name or set(name) & set("/\\")]:
+            raise ValueError(f"'{wrong[0]}' is no name of a folder")
+        if len(set(value)) < len(value):
+            raise ValueError("a name is there twice")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> SliderConfig:
+        if bool(self.image_ids) != (self.python_name == "train_image_real"):
+            raise ValueError("image_ids and python_name: train_image_real go together")
+        return self
+
+
+TRAINING_ONLY = {  # settings of train_pairedit.py that change no picture once the LoRA is there
+    "mixed_precision", "gradient_checkpointing", "cache_dir", "target_folder", "stages",
+    "stage_scales", "on_missing", "train_prompt", "target_prompt", "positive_prompt",
+    "negative_prompt", "start_step", "end_step", "num_noise_seeds", "rank", "alpha",
+    "learning_rate", "weight_decay", "batch_size", "save_per_steps", "resume_from_checkpoint",
+    "checkpoints_total_limit", "save_original_format", "log_every", "report_to", "preview",
+}  # fmt: skip
+
+
+def with_named_config(argv: Sequence[str]) -> list[str]:
+    """`--c NAME` and `--c=NAME` become `--config configs/NAME.yaml`, here or beside the script."""
+    given = list(argv)
+    for at, arg in enumerate(given):
+        flag, equals, name = arg.partition("=")
+        if flag != "--c":
+            continue
+        name = name if equals else "".join(given[at + 1 : at + 2])
+        file = Path("configs") / f"{name.removesuffix('.yaml')}.yaml"
+        beside = Path(__file__).parent / file
+        place = beside if beside.exists() and not file.exists() else file
+        return [*given[:at], "--config", str(place), *given[at + (1 if equals else 2) :]]
+    return given
 
 
 # --- 2. jobs: what to make, checked before the model loads ----------------------------------------
@@ -568,6 +804,18 @@ def output_size(config: Config, rule: Rule, image: Image.Image) -> tuple[int, in
 # --- 4. pipeline ----------------------------------------------------------------------------------
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The named one, or the fastest there is."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device(name) if name else here or torch.device("cpu")
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """bf16 | fp32; None: fp32 on a CPU, else bf16."""
+    bf16 = name == "bf16" or (name is None and device.type != "cpu")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def has_torchvision() -> bool:
     """transformers' stock video processor, which nothing here needs, wants torchvision."""
     return importlib.util.find_spec("torchvision") is not None
@@ -620,13 +868,8 @@ def load_pipeline(config: Config) -> Any:
     folder = Path(config.pretrained_model_name_or_path)
     if not folder.is_dir():
         folder = fetch_checkpoint(config.pretrained_model_name_or_path)
-    accelerator = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    )
-    device = config.device or (accelerator.type if accelerator else "cpu")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
-        config.dtype or ("fp32" if device == "cpu" else "bf16")
-    ]
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
         folder, processor=load_processor(folder / "processor"), dtype=dtype, use_safetensors=True
     )
@@ -708,16 +951,20 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     """The settings inside a finished picture; None if there is none, or from elsewhere."""
     try:
         with Image.open(path) as image:
-            return json.loads(image.info.get(SETTINGS_KEY, "null"))
+            return json.loads(image.info.get(SETTINGS_KEY) or image.info.get("comment", "null"))
     except (OSError, SyntaxError, ValueError):
         return None
 
 
 def save_picture(path: Path, image: Image.Image, settings: dict[str, Any]) -> None:
-    """PNG with its settings, complete or absent."""
+    """PNG or JPEG with its settings (text chunk or comment), complete or absent."""
+    text = json.dumps(settings, ensure_ascii=False)
     info = PngInfo()
-    info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False))
-    save_atomic(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+    info.add_itxt(SETTINGS_KEY, text)
+    options: dict[str, Any] = {"format": "PNG", "pnginfo": info}
+    if path.suffix == ".jpg":
+        options = {"format": "JPEG", "quality": 95, "comment": text.encode()}
+    save_atomic(path, lambda file: image.save(file, **options))
 
 
 def shorten(text: str, font: Any, width_px: float) -> str:
@@ -842,9 +1089,1284 @@ def write_sheet(config: Config, jobs: Sequence[Job], plan: Sequence[Sequence[Any
     print(f"sheet: {path}")
 
 
+# --- 6. FLUX.1 and LoRA files ---------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """A prompt as FLUX takes it."""
+
+    embed: torch.Tensor  # (1, T, 4096), T5
+    pooled: torch.Tensor  # (1, 768), CLIP
+
+
+def load_vae(folder: Path, device: torch.device) -> Any:
+    """AutoencoderKL in fp32: the pair's difference is multiplied by eta, and rounding with it."""
+    import diffusers
+
+    vae_class = diffusers.AutoencoderKL
+    vae = vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] -> latents (B, C, h, w): (posterior mode - shift) * scaling."""
+    mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    return (mode.float() - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
+    latents = latents.to(vae.device, vae.dtype)
+    return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+
+
+def load_text_encoders(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A FluxPipeline that can only encode prompts."""
+    import diffusers
+
+    pipeline = diffusers.FluxPipeline.from_pretrained(
+        folder, transformer=None, vae=None, dtype=dtype
+    )
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def encode_prompt_flux(pipeline: Any, prompt: str, max_sequence_length: int) -> Text:
+    """T5 states and CLIP's pooled state, as the pipeline makes them."""
+    embed, pooled, _ = pipeline.encode_prompt(
+        prompt=prompt, prompt_2=None, max_sequence_length=max_sequence_length
+    )
+    return Text(embed, pooled)
+
+
+# differs: diffusers' names
+QUANTO_TYPES = {"fp8": "float8", "int8": "int8", "int4": "int4", "int2": "int2"}
+
+
+# Behind the precisions that end so: (module, its name for pip).
+PACKAGES = {"quanto": ("optimum.quanto", "optimum-quanto"), "bnb": ("bitsandbytes", "bitsandbytes")}
+QUANTO_EXTENSIONS = ("quanto_cpp", "quanto_cuda", "quanto_hip", "quanto_mps")
+QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def check_precision(precision: str) -> list[str]:
+    """One problem if the package behind a precision is not installed."""
+    kind = precision.rpartition("-")[2]
+    if kind not in PACKAGES:
+        return []
+    module, name = PACKAGES[kind]
+    with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
+        if importlib.util.find_spec(module):
+            return []
+    return [f"base_model_precision: {precision} needs {name}: pip install {name}"]
+
+
+def find_weights(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """{tensor: (file, shape)} of a diffusers component, one file or shards; reads only headers.
+
+    Raises:
+        UserError: a file is missing or damaged; the message names it.
+    """
+    index, names = folder / f"{WEIGHTS_FILE}.index.json", [WEIGHTS_FILE]
+    if index.is_file():
+        names = sorted(set(read_model_json(str(folder), index.name).get("weight_map", {}).values()))
+    found = {}
+    for path in (folder / name for name in names):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = path, tuple(file.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"weights {path} cannot be read: {error}") from error
+    return found
+
+
+def check_weights(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Names and shapes must be the same. Raises UserError with the first differences."""
+    differences = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]},
+    }
+    lines = [
+        f"{len(names)} {what}:\n{listed(sorted(names), shown=3)}"
+        for what, names in differences.items()
+        if names
+    ]
+    if lines:
+        raise UserError("\n".join(["the weights do not fit transformer/config.json", *lines]))
+
+
+def return_freed_memory() -> None:
+    """Give the holes that large tensors have left between small ones back to the system.
+
+    KEEP: else the process ends up larger than the model in full precision, for glibc holds them.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter that is not trained."""
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 holding 8 / bits values each -> all values, the lowest bits of every byte first."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+
+
+def quanto_type(precision: str) -> Any:
+    """The qtype of a precision.
+
+    KEEP: quanto unpacks 4 and 2 bits with an extension that it compiles at the first use, on CUDA
+    with nvcc; unpack_bits takes its place.
+    """
+    from optimum import quanto
+
+    for name in filter(quanto.is_extension_available, QUANTO_EXTENSIONS):
+        extension = quanto.get_extension(name)
+        extension._lib = extension._lib or SimpleNamespace(unpack=unpack_bits)
+    return getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
+
+
+@torch.no_grad()
+def quantize_quanto(linear: torch.nn.Linear, precision: str) -> torch.nn.Linear:
+    """QLinear, per output channel (8 bits) or group (4, 2 bits)."""
+    from optimum import quanto
+
+    kind = quanto_type(precision)
+    layer = quanto.QLinear.from_module(linear, weights=kind)
+    if kind.bits == 8:
+        how = {"scale": layer.optimizer(linear.weight, qtype=kind, axis=0)}
+    else:
+        group = layer.weight_group_size
+        scale, shift = layer.optimizer(linear.weight, qtype=kind, axis=0, group_size=group)
+        how = {"scale": scale, "shift": shift, "group_size": group}
+    # KEEP optimized=False: the fp8 kernel that quanto 0.2.7 would choose on CUDA leaves out the
+    # bias and wants nvcc, its int4 kernel is made for a few tokens
+    weight = quanto.quantize_weight(linear.weight, qtype=kind, axis=0, **how, optimized=False)
+    layer.weight = frozen(weight)
+    return layer
+
+
+def empty_nf4(linear: torch.nn.Linear) -> Any:
+    """Linear4bit of the same shape, without weights."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        compute_dtype=linear.weight.dtype,
+        compress_statistics=False,
+        quant_type="nf4",
+        device="meta",
+    )
+    # KEEP: some CPUs would repack the weights in eval mode, and nothing could train after that
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def quantize_nf4(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """Linear4bit: blocks of 64 weights, scales in fp32, computes in the dtype of `linear`."""
+    from bitsandbytes.nn import Params4bit
+
+    layer = empty_nf4(linear)
+    weight: Any = Params4bit(
+        linear.weight.data, compress_statistics=False, quant_type="nf4", module=layer
+    )
+    layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias  # .to() quantises
+    return layer
+
+
+def empty_flux(settings: dict[str, Any]) -> Any:
+    """FluxTransformer2DModel without weights (meta device)."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return diffusers.FluxTransformer2DModel.from_config(settings)
+
+
+def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The frozen transformer; blocks go from disk to the device and are quantised one by one.
+
+    Without quantisation it equals from_pretrained(dtype=dtype) bit for bit.
+
+    Raises:
+        UserError: weights are missing, damaged or of another model.
+    """
+    model = empty_flux(read_model_json(str(folder), "transformer/config.json"))
+    weights = find_weights(folder / "transformer")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_weights({name: shape for name, (_, shape) in weights.items()}, shapes)
+    blocks = [
+        name for name, part in model.named_children() if isinstance(part, torch.nn.ModuleList)
+    ]
+    numbered = [f"{name}.{i}" for name in blocks for i in range(len(model.get_submodule(name)))]
+    others = [name for name, _ in model.named_children() if name not in blocks]
+    for name in progress([*others, *numbered], "load transformer", leave=False):
+        part = model.get_submodule(name)
+        files = {file for key, (file, _) in weights.items() if key.startswith(f"{name}.")}
+        tensors = {}
+        for path in files:  # KEEP: open only for this part; what was read counts as memory
+            with safe_open(path, framework="pt") as file:
+                for key in (k for k, (f, _) in weights.items() if f == path):
+                    if key.startswith(f"{name}."):
+                        tensor = file.get_tensor(key).to(device, dtype, copy=True)
+                        tensors[key.removeprefix(f"{name}.")] = tensor
+        part.load_state_dict(tensors, assign=True)
+        if name in numbered and precision != "no_change":
+            quantize_layers(part, precision)
+        return_freed_memory()
+    return model.eval().requires_grad_(False)
+
+
+def quantize_layers(part: torch.nn.Module, precision: str) -> None:
+    """Replace the linear layers of a block by quantised ones on the same device."""
+    linear = [name for name, x in part.named_modules() if isinstance(x, torch.nn.Linear)]
+    for name in linear:
+        layer: Any = part.get_submodule(name)
+        nf4 = precision == "nf4-bnb"
+        part.set_submodule(name, quantize_nf4(layer) if nf4 else quantize_quanto(layer, precision))
+
+
+def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
+    """A progress bar on the first process, none on the others."""
+    options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=label, **options)
+
+
+class On(NamedTuple):
+    """An adapter that is switched on for a part of the batch."""
+
+    adapter: str
+    scale: float | torch.Tensor = 1.0  # or one for each sample, (b,)
+    frozen: bool = False  # its weights get no gradient from these samples
+
+
+Lane = tuple[On, ...]  # what is on for one of the equal parts of a batch; () is the base model
+
+
+class Switchboard:
+    """Which adapters are on; all SliderLinear layers of a transformer look here.
+
+    KEEP: lanes change only between a backward and the next forward. Gradient checkpointing runs
+    the forward again during backward, and must find the same lanes.
+    """
+
+    def __init__(self) -> None:
+        self.lanes: Sequence[Lane] = [()]
+
+
+class SliderLinear(torch.nn.Module):
+    """A frozen linear layer and its adapters: base(x) + sum of scale * strength * up(down(x)).
+
+    The batch is cut into as many equal parts as there are lanes, so one forward pass can serve
+    samples with different adapters. What is off costs nothing.
+    """
+
+    def __init__(self, base: Any, board: Switchboard) -> None:
+        super().__init__()
+        self.base, self.board = base, board
+        self.down, self.up = torch.nn.ParameterDict(), torch.nn.ParameterDict()  # (r, in), (out, r)
+        self.strength: dict[str, float] = {}  # alpha / r
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, ..., in) -> (B, ..., out)."""
+        y = self.base(x)
+        lanes = self.board.lanes
+        if not any(on.adapter in self.down for lane in lanes for on in lane):
+            return y
+        parts = zip(x.chunk(len(lanes)), y.chunk(len(lanes)), lanes, strict=True)
+        return torch.cat([self._changed(a, b, lane) for a, b, lane in parts])
+
+    def _changed(self, x: torch.Tensor, y: torch.Tensor, lane: Lane) -> torch.Tensor:
+        for on in lane:
+            if on.adapter not in self.down:
+                continue
+            down, up = self.down[on.adapter], self.up[on.adapter]
+            if on.frozen:
+                down, up = down.detach(), up.detach()
+            change = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+            scale = on.scale * self.strength[on.adapter]
+            if isinstance(scale, torch.Tensor):
+                scale = scale.to(x).view(-1, *[1] * (x.dim() - 1))
+            y = y + scale * change
+        return y
+
+
+def slider_layers(transformer: Any, name: str) -> dict[str, SliderLinear]:
+    """{path: layer} of those that have the adapter `name`."""
+    return {
+        path: layer
+        for path, layer in transformer.named_modules()
+        if isinstance(layer, SliderLinear) and name in layer.down
+    }
+
+
+def add_slider(
+    transformer: Any, board: Switchboard, name: str, factors: dict[str, Any], strength: float
+) -> None:
+    """Give layers an adapter. factors: {path: (down (r, in), up (out, r))}, fp32.
+
+    Raises:
+        UserError: no such layer, or another shape; the message names the first three.
+    """
+    layers = dict(transformer.named_modules())
+    wrong = []
+    for path, (down, up) in factors.items():
+        layer = layers.get(path)
+        inner = layer.base if isinstance(layer, SliderLinear) else layer
+        shape = getattr(inner, "out_features", None), getattr(inner, "in_features", None)
+        if shape != (up.shape[0], down.shape[1]) or down.shape[0] != up.shape[1]:
+            wrong.append(f"{path}: {shape} here, {(up.shape[0], down.shape[1])} in the LoRA")
+    if wrong:
+        raise UserError(f"{len(wrong)} layers do not fit this transformer\n{listed(wrong, 3)}")
+    device = transformer.device
+    for path, (down, up) in factors.items():
+        layer = layers[path]
+        if not isinstance(layer, SliderLinear):
+            layer = SliderLinear(layer, board)
+            transformer.set_submodule(path, layer)
+        layer.down[name] = torch.nn.Parameter(down.to(device, torch.float32, copy=True))
+        layer.up[name] = torch.nn.Parameter(up.to(device, torch.float32, copy=True))
+        layer.strength[name] = strength
+
+
+def drop_sliders(transformer: Any) -> None:
+    """Take every adapter off again."""
+    for layer in transformer.modules():
+        if isinstance(layer, SliderLinear):
+            layer.down.clear()
+            layer.up.clear()
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' (did you mean ...?)' or the list of what there is."""
+    names = list(names)
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
+        return f", did you mean '{close[0]}'?"
+    return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
+
+
+def find_lora(path: Path, allow_pickle: bool) -> Path:
+    """The file to load: instead of a pickle (.pt) the .safetensors beside it, if there is one.
+
+    Raises:
+        UserError: no such file, or a pickle that was not allowed.
+    """
+    pair = [path.with_suffix(".safetensors"), path.with_suffix(".pt")]
+    files = [f for f in (pair if path.suffix in (".safetensors", ".pt") else [path]) if f.is_file()]
+    if not files:
+        there = [file.name for file in path.parent.glob("*.safetensors")]
+        raise UserError(f"no LoRA file {path}{nearest(path.name, sorted(there))}")
+    if files[0].suffix != ".safetensors" and not allow_pickle:
+        raise UserError(
+            f"{files[0]} is a pickle, not loaded unless you say --allow_pickle true (only tensors "
+            "are read); tools/convert_lora.py makes a .safetensors of it"
+        )
+    return files[0]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file or a pickle of tensors. Raises UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()  # not a dict
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many kinds
+        raise UserError(f"LoRA {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
+        raise UserError(f"LoRA {path}: wanted a dict of tensors")
+    return tensors, {}
+
+
+FACTORS = {
+    ".lora_A.weight": "down",
+    ".lora_down.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+}
+
+
+LOST = re.compile(r"dora|^lora_te|^text_encoder|diff")  # what diffusers' conversion leaves out
+
+
+def sort_keys(
+    tensors: dict[str, torch.Tensor], transformer: Any
+) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
+    """{layer: {"down", "up", "alpha"}} and the names that belong to no layer here.
+
+    Layers are named as in the model, with or without "transformer.", or as in PairEdit's files.
+    KEEP: its names are made from the layers; underscores cannot be turned back into dots.
+    """
+    names: dict[str, str] = {}
+    for path, _ in transformer.named_modules():
+        original = "lora_unet_" + path.replace(".", "_")
+        names |= dict.fromkeys((path, f"transformer.{path}", original), path)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    left = []
+    for key, tensor in tensors.items():
+        end = next((end for end in FACTORS if key.endswith(end)), None)
+        layer = names.get(key.removesuffix(end)) if end else None
+        if end and layer:
+            found.setdefault(layer, {})[FACTORS[end]] = tensor
+        else:
+            left.append(key)
+    return found, left
+
+
+def lora_strength(layer: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> float:
+    """alpha / rank: by the file's own .alpha, else its PEFT settings, else 1."""
+    from peft.utils.other import get_pattern_key
+
+    rank = parts["down"].shape[0]
+    if "alpha" in parts:
+        return float(parts["alpha"]) / rank
+    if "lora_alpha" not in settings:
+        return 1.0
+    pattern = settings.get("alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), layer), settings["lora_alpha"])
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def read_slider(
+    path: Path, transformer: Any, allow_pickle: bool = False
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A LoRA file as {layer: (down (r, in), up (out, r))}, fp32; its strength is folded into up.
+
+    Takes diffusers/PEFT files, those of PairEdit and Concept Sliders (lora_unet_*), and what
+    FluxPipeline.lora_state_dict converts (kohya, XLabs, Black Forest Labs ...).
+
+    Raises:
+        UserError: not readable, or tensors in it that are no part of a LoRA for this transformer.
+    """
+    import diffusers
+
+    tensors, metadata = read_tensors(find_lora(path, allow_pickle))
+    found, left = sort_keys(tensors, transformer)
+    if left and not any(LOST.search(key) for key in left):
+        with contextlib.suppress(Exception):  # converters raise many kinds; `left` tells the user
+            converted, alphas = diffusers.FluxPipeline.lora_state_dict(
+                dict(tensors), return_alphas=True
+            )
+            found, left = sort_keys(converted | (alphas or {}), transformer)
+    left += [layer for layer, parts in found.items() if not {"down", "up"} <= parts.keys()]
+    if left or not found:
+        raise UserError(
+            f"LoRA {path}: {len(left)} of {len(tensors)} tensors are no part of a LoRA for this "
+            f"transformer\n{listed(left, 3)}"
+        )
+    prefix = "transformer."
+    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    settings = {key.removeprefix(prefix): value for key, value in settings.items()}
+    return {
+        layer: (parts["down"].float(), parts["up"].float() * lora_strength(layer, parts, settings))
+        for layer, parts in found.items()
+    }
+
+
+PUBLISHED_TRANSFORMER = {"guidance_embeds": True}  # the rest of its config are the class's defaults
+
+
+def flux_layers(name: str) -> Any:
+    """The transformer of a checkpoint without weights; the published one needs no network."""
+    if name == PUBLISHED_MODEL and not Path(name).is_dir():
+        return empty_flux(PUBLISHED_TRANSFORMER)
+    return empty_flux(read_model_json(name, "transformer/config.json"))
+
+
+# --- 7. sampling with sliders ---------------------------------------------------------------------
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """RGB -> (1, 3, H, W) fp32 in [-1, 1]."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    pixels = data.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255.0
+    return (2.0 * pixels - 1.0)[None]
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB."""
+    data = (pixels * 0.5 + 0.5).clamp(0, 1).float() * 255
+    return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def model_mu(scheduler_config: Any, tokens: int) -> float:
+    """The model's own resolution shift: linear in the target tokens (pipeline: calculate_shift)."""
+    get = scheduler_config.get
+    least, most = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
+    low, high = get("base_shift", 0.5), get("max_shift", 1.15)
+    slope = (high - low) / (most - least)
+    return slope * tokens + low - slope * least
+
+
+def sigma_table(scheduler_config: Any, steps: int, tokens: int) -> torch.Tensor:
+    """The N + 1 sigmas of an inference of N steps, from 1 to 0; (N + 1,), fp32, CPU."""
+    import diffusers
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+    mu = model_mu(scheduler.config, tokens)
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    return scheduler.sigmas
+
+
+def pack_tokens(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (B, S, 4C): row by row; within a token channel, row, column."""
+    b, c, h, w = latents.shape
+    tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack_tokens(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, S, 4C) of a grid of (rows, columns) tokens -> (B, C, h, w)."""
+    b, _, channels = tokens.shape
+    rows, columns = grid
+    latents = tokens.view(b, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, channels // 4, 2 * rows, 2 * columns)
+
+
+@functools.lru_cache(maxsize=64)
+def position_ids(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(S, 3): 0, row, column of every image token."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
+    return ids.view(-1, 3).to(device, dtype)
+
+
+def flux_velocity(
+    transformer: Any,
+    tokens: torch.Tensor,
+    sigma: torch.Tensor,
+    text: Text,
+    grid: tuple[int, int],
+    guidance_scale: float,
+    guided: bool,
+) -> torch.Tensor:
+    """What the transformer says; tokens (B, S, 4C), sigma (B,), text of 1 or B -> (B, S, 4C) fp32.
+
+    Arguments as FluxPipeline passes them, rounding included. guided: the model embeds guidance.
+    """
+    n, dtype, device = len(tokens), text.embed.dtype, tokens.device
+    guidance = torch.full((n,), guidance_scale, device=device) if guided else None
+    return transformer(
+        hidden_states=tokens.to(dtype),
+        timestep=(sigma * 1000).to(dtype) / 1000,
+        guidance=guidance,
+        encoder_hidden_states=text.embed.expand(n, -1, -1),
+        pooled_projections=text.pooled.expand(n, -1),
+        txt_ids=torch.zeros(text.embed.shape[1], 3, device=device, dtype=dtype),
+        img_ids=position_ids(grid, device, dtype),
+        return_dict=False,
+    )[0].float()
+
+
+Predict = Callable[[torch.Tensor, float | torch.Tensor, Sequence[Lane]], torch.Tensor]
+"""(tokens (B, S, 4C), sigma or (B,), lanes) -> velocity (B, S, 4C)"""
+
+
+class Knob(NamedTuple):
+    """A slider at inference: its scale is turned by the strip's positions."""
+
+    adapter: str
+    scale: float = 1.0
+    start: int = 0  # first step in which it is on
+    gamma: float = 1.0  # share of its velocity when velocities are blended
+
+
+def turned_velocity(
+    predict: Predict,
+    tokens: torch.Tensor,
+    sigma: float,
+    base: Lane,
+    knobs: Sequence[Knob],
+    positions: torch.Tensor,
+    blend: bool,
+) -> torch.Tensor:
+    """Velocity with the knobs at `positions` (B,).
+
+    Merged: one pass with base and all knobs on. Blended: v_base + sum of gamma (v_knob - v_base),
+    where v_knob has only that knob on; K + 1 passes in one batch.
+    """
+    if not knobs:
+        return predict(tokens, sigma, [base])
+    turned: list[Lane] = [(On(knob.adapter, knob.scale * positions),) for knob in knobs]
+    if not blend:
+        return predict(tokens, sigma, [base + tuple(on for lane in turned for on in lane)])
+    lanes = [base, *turned]
+    plain, *others = predict(tokens.repeat(len(lanes), 1, 1), sigma, lanes).chunk(len(lanes))
+    changes = [k.gamma * (v - plain) for k, v in zip(knobs, others, strict=True)]
+    return plain + torch.stack(changes).sum(0)
+
+
+def first_noise(
+    seed: int, channels: int, grid: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """(1, S, 4C), fp32: the noise that FluxPipeline starts from with a CPU generator of `seed`."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn((1, channels, 2 * grid[0], 2 * grid[1]), generator=draw, dtype=dtype)
+    return pack_tokens(noise).to(device, torch.float32)
+
+
+@torch.no_grad()
+def draw_strip(
+    predict: Predict,
+    noise: torch.Tensor,
+    sigmas: Sequence[float],
+    positions: Sequence[float],
+    knobs: Sequence[Knob] = (),
+    base: Lane = (),
+    blend: bool = False,
+    batch_size: int = 8,
+) -> torch.Tensor:
+    """Euler from `noise` (1, S, 4C) at every position of the slider -> (positions, S, 4C).
+
+    Steps before the first knob are the same for all positions and are made once; the others go
+    in batches. Position 0 goes alone and is what the base model draws, bit for bit.
+    """
+    steps = range(len(sigmas) - 1)
+    first = min((knob.start for knob in knobs), default=len(steps))
+    for i in steps[:first]:
+        noise = noise + (sigmas[i + 1] - sigmas[i]) * predict(noise, sigmas[i], [base])
+    moved = sorted({p for p in positions if p != 0})
+    groups = [[0.0]] if 0 in positions else []
+    groups += [moved[k : k + batch_size] for k in range(0, len(moved), batch_size)]
+    drawn: dict[float, torch.Tensor] = {}
+    for group in groups:
+        tokens = noise.expand(len(group), -1, -1)
+        turned = torch.tensor(group, device=noise.device)
+        for i in steps[first:]:
+            live = [knob for knob in knobs if knob.start <= i and any(group)]
+            velocity = turned_velocity(predict, tokens, sigmas[i], base, live, turned, blend)
+            tokens = tokens + (sigmas[i + 1] - sigmas[i]) * velocity
+        drawn.update(zip(group, tokens, strict=True))
+    return torch.stack([drawn[position] for position in positions])
+
+
+@torch.no_grad()
+def edit_photo(
+    predict: Predict,
+    photo: torch.Tensor,
+    sigmas: Sequence[float],
+    positions: Sequence[float],
+    knobs: Sequence[Knob],
+    seed: int,
+    blend: bool = False,
+    batch_size: int = 8,
+) -> torch.Tensor:
+    """Latents x of a photo (1, S, 4C) at every position of the slider -> (positions, S, 4C).
+
+    FlowEdit (Kulikov et al. 2024, arXiv 2412.08629) with a slider instead of a second prompt; the
+    photo is never inverted. From z = x, in every step in which a knob is on, with new noise e:
+
+        source = (1 - sigma) x + sigma e          edited = z + source - x
+        z <- z + (sigma' - sigma) (v_slider(edited) - v_base(source))
+
+    All positions share e, source and its velocity; position 0 is the photo itself, bit for bit.
+    """
+    first = min(knob.start for knob in knobs)
+    moved = sorted({p for p in positions if p != 0})
+    drawn = {0.0: photo[0]}
+    for k in range(0, len(moved), batch_size):
+        group = moved[k : k + batch_size]
+        turned = torch.tensor([0.0, *group], device=photo.device)
+        tokens = photo.expand(len(group), -1, -1)
+        for i in range(first, len(sigmas) - 1):
+            live = [knob for knob in knobs if knob.start <= i]
+            noise = normal(photo.shape, seed, "edit", i).to(photo)
+            source = (1 - sigmas[i]) * photo + sigmas[i] * noise
+            both = torch.cat([source, tokens + source - photo])
+            velocity = turned_velocity(predict, both, sigmas[i], (), live, turned, blend)
+            tokens = tokens + (sigmas[i + 1] - sigmas[i]) * (velocity[1:] - velocity[:1])
+        drawn.update(zip(group, tokens, strict=True))
+    return torch.stack([drawn[position] for position in positions])
+
+
+# --- 8. strips: what to draw, checked before the model loads --------------------------------------
+
+
+class Slider(NamedTuple):
+    """A LoRA file and how it acts."""
+
+    file: Path
+    scale: float
+    start: int  # first step in which it is on
+
+
+class Strip(NamedTuple):
+    """Pictures that differ only in the slider's position."""
+
+    caption: str
+    prompt: str
+    seed: int
+    size: tuple[int, int]  # (W, H) px
+    positions: tuple[float, ...]
+    files: tuple[Path, ...]  # one for each position
+    sheet: Path | None  # strips of the same sheet are its rows
+    sliders: tuple[Slider, ...]
+    gamma: float | None = None  # share of each slider's velocity; None: merged, not blended
+    inversion: Path | None = None  # LoRA that draws the photo
+    photo: Path | None = None  # without an inversion LoRA it is edited itself
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """{adapter: file} of what must be attached."""
+        named = {f"slider{k}": slider.file for k, slider in enumerate(self.sliders)}
+        return named | ({"content": self.inversion} if self.inversion else {})
+
+
+class Run(NamedTuple):
+    """One LoRA to train."""
+
+    dataset: str
+    version: int
+    noise_scale: float
+    image_id: str = ""  # train_image_real
+
+
+def all_runs(config: Any) -> list[Run]:
+    """Data sets x versions x noise scales (or photos), in the order they are trained."""
+    versions = range(config.train_start, config.train_start + config.train_count)
+    last = [(beta, "") for beta in config.noise_scales]
+    if config.python_name == "train_image_real":
+        last = [(config.noise_scales[0], image_id) for image_id in config.image_ids]
+    return [Run(name, v, *each) for name in config.datasets for v in versions for each in last]
+
+
+def run_name(config: Any, run: Run) -> str:
+    """The run's own folder; floats as Python writes them: 4.0, 2.25."""
+    if run.image_id:
+        parts = [run.dataset, run.image_id, f"v{config.python_name}", config.config_name]
+    else:
+        scales = f"{float(config.cfg_eta)}eta", f"{float(run.noise_scale)}ns"
+        method = config.train_method
+        parts = [run.dataset, f"v{config.python_name}", *scales, method, config.config_name]
+    return "_".join([*parts, f"v{run.version}"])
+
+
+def run_folder(config: Any, run: Run) -> Path:
+    """Everything a run leaves lies here."""
+    return config.output_folder / run.dataset / run_name(config, run)
+
+
+def lora_stem(config: Any, run: Run, step: int) -> str:
+    """Name of a run's LoRA file after `step` optimizer steps, without its ending."""
+    head = [run.dataset, f"{float(config.cfg_eta)}eta", f"{float(run.noise_scale)}ns"]
+    if run.image_id:
+        head = [run.dataset, run.image_id]
+    return "_".join([*head, f"{config.num_inference_steps}inf", f"{step}epoch"])
+
+
+def prompts_of(config: Any, number: int) -> list[str]:
+    """What data set `number` is drawn with: its prompt, or the lines of its prompts file.
+
+    Raises:
+        UserError: no such file, or it is no list of texts.
+    """
+    if not config.use_prompts_file:
+        return [config.prompt[min(number, len(config.prompt) - 1)]]
+    name = config.prompts_file[min(number, len(config.prompts_file) - 1)]
+    beside = Path(__file__).parent / "configs/prompts" / name
+    path = next((p for p in (Path(name), Path("configs/prompts") / name) if p.is_file()), beside)
+    try:
+        lines = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"prompts_file {name}: {error}") from error
+    if not isinstance(lines, list) or not lines or not all(isinstance(x, str) for x in lines):
+        raise UserError(f"prompts_file {path}: wanted a YAML list of prompts")
+    return lines
+
+
+def flux_buckets(resolution: int) -> list[tuple[int, int]]:
+    """Sizes (W, H) as in train_pairedit.py: FLUX.1 takes multiples of 16 px."""
+    widths = range(16, 2 * resolution + 1, 16)
+    sizes = [(w, round(resolution**2 / w / 16) * 16) for w in widths]
+    return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
+
+
+@functools.lru_cache
+def photo_size(photo: Path | None, resolution: int) -> tuple[int, int]:
+    """(W, H) px of what is drawn: a photo's bucket, else the square. Raises UserError."""
+    if not photo:
+        return resolution, resolution
+    try:
+        image = open_rgb(photo)
+    except FileNotFoundError as error:
+        raise UserError(f"no picture {photo}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"picture {photo} cannot be read: {error}") from error
+    return nearest_bucket(image.width, image.height, resolution, flux_buckets)
+
+
+def parse_slider(text: str) -> tuple[Path, float, float | None]:
+    """ "FILE", "FILE:scale" or "FILE:scale:skip" -> (file, scale, skip or None)."""
+    head, last = parse_lora(text)
+    file, scale = parse_lora(str(head))
+    return (head, last, None) if file == head else (file, scale, last)
+
+
+def attempt(problems: list[str], default: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args); a UserError goes to `problems`, and the default comes back."""
+    try:
+        return function(*args)
+    except UserError as error:
+        problems.append(str(error))
+        return default
+
+
+def check_strip_ways(config: StripConfig) -> list[str]:
+    """Problems of settings that do not go together."""
+    output, folder, lora = config.output, config.input_dir, config.lora
+    blend = config.compose == "blend" or (config.compose is None and config.inversion_lora)
+    not_png = output and output.suffix.lower() != ".png"
+    wrong = {
+        "give one of --image and --input_dir": config.image and folder,
+        "--input_dir needs --output_dir": folder and not config.output_dir,
+        "--output_dir goes with --input_dir": config.output_dir and not folder,
+        "--output goes with --image or a prompt": output and folder,
+        "--output FILE.png is missing": not output and not folder,
+        f"--output {output}: wanted a .png, which keeps the settings": not_png,
+        f"--input_dir: no folder {folder}": folder and not folder.is_dir(),
+        "give both --height and --width, or none": bool(config.height) != bool(config.width),
+        "--scales is empty": config.scales == [],
+        "--scales needs a --lora": config.scales and not lora,
+        "--compose needs a --lora": config.compose and not lora,
+        "a photo needs a --lora to be edited with": (config.image or folder) and not lora,
+        "--gamma is read by --compose blend": "gamma" in config.model_fields_set and not blend,
+        "an inversion_lora is of one photo: no --input_dir": config.inversion_lora and folder,
+    }
+    return [text for text, applies in wrong.items() if applies]
+
+
+def parse_sliders(config: StripConfig) -> tuple[tuple[Slider, ...], list[str]]:
+    """--lora, --skip -> sliders and their problems."""
+    sliders, problems = [], []
+    for text in config.lora:
+        file, scale, own = parse_slider(text)
+        skip = config.skip if own is None else own
+        if not math.isfinite(scale) or not float(skip).is_integer():
+            problems.append(f"--lora {text}: scale {scale}, skip {skip}; wanted a whole number")
+            continue
+        if ":" in file.name and not file.exists():
+            problems.append(f"--lora {text}: wanted FILE, FILE:scale or FILE:scale:skip")
+        sliders.append(Slider(file, scale, int(skip) + (config.inversion_lora is None)))
+    return tuple(sliders), problems
+
+
+def find_photos(config: StripConfig) -> tuple[dict[str, Path | None], list[str]]:
+    """{name of the results: photo or None}, and problems."""
+    if config.input_dir and config.input_dir.is_dir():
+        found = list_images(config.input_dir)
+        twice = [entries[0].path for entries in found.values() if len(entries) > 1]
+        problems = [f"{path}: another picture has the same name" for path in twice]
+        problems += [] if found else [f"--input_dir {config.input_dir}: no picture in it"]
+        return {stem: Path(entries[0].path) for stem, entries in found.items()}, problems
+    stem = config.output.stem if config.output else "strip"
+    return {stem: config.image[0] if config.image else None}, []
+
+
+def plan_strips(config: StripConfig) -> tuple[list[Strip], list[str]]:
+    """A strip for each photo (or the prompt) and seed, and everything wrong with the settings."""
+    sliders, problems = parse_sliders(config)
+    photos, unfound = find_photos(config)
+    problems = check_strip_ways(config) + problems + unfound
+    positions = config.scales or ([1.0] if config.lora else [0.0])
+    blend = config.compose or ("blend" if config.inversion_lora else "merge")
+    several = len(photos) * len(config.seed) * len(positions) > 1
+    folder = config.output_dir or (config.output or Path()).parent
+    strips = []
+    for name, photo in photos.items():
+        square = config.resolution, config.resolution
+        size = attempt(problems, square, photo_size, photo, config.resolution)
+        for seed in config.seed:
+            stem = name + (f"_seed{seed}" if len(config.seed) > 1 else "")
+            files = [
+                f"{stem}_scale{p:g}.png" if config.scales else f"{stem}.png" for p in positions
+            ]
+            strips.append(
+                Strip(
+                    caption=f"{name}, seed {seed}: {config.prompt}",
+                    prompt=config.prompt,
+                    seed=seed,
+                    size=(config.width, config.height) if config.width and config.height else size,
+                    positions=tuple(positions),
+                    files=tuple(folder / file for file in files),
+                    sheet=(config.output or folder / "contact_sheet.png") if several else None,
+                    sliders=sliders,
+                    gamma=config.gamma if blend == "blend" and sliders else None,
+                    inversion=config.inversion_lora,
+                    photo=photo,
+                )
+            )
+    return strips, problems
+
+
+def prompt_in_name(prompt: str, limit: int = 120) -> str:
+    """A prompt as part of a file name, at most `limit` bytes and a hash; white space becomes _."""
+    name = "_".join(prompt.split())
+    plain = re.sub(r"[/\\\0]", "-", name).encode()[:limit].decode(errors="ignore")
+    return plain if plain == name else f"{plain}-{draw_key(prompt):016x}"
+
+
+def find_photo(config: SliderConfig, run: Run) -> Path | None:
+    """The photo of an inversion run; None for the other variants. Raises UserError."""
+    if not run.image_id:
+        return None
+    folder = config.datasets_folder / run.dataset / config.source_folder
+    found = list_images(folder) if folder.is_dir() else {}
+    if run.image_id not in found:
+        raise UserError(f"no picture {run.image_id}.* in {folder}, whose size is the result's")
+    return Path(found[run.image_id][0].path)
+
+
+def picture_seeds(config: SliderConfig) -> list[int]:
+    """Counted up, or drawn without repetition."""
+    if config.use_random_seed:
+        return shuffled(32769, config.seed, "picture seeds")[: config.count_gen]
+    return [config.start_seed_gen + i for i in range(config.count_gen)]
+
+
+def run_strip(
+    config: SliderConfig, run: Run, size: tuple[int, int], skip: int, seed: int, prompt: str
+) -> Strip:
+    """The strip of one run, skip and seed, where PairEdit puts it."""
+    lora = run_folder(config, run) / f"{lora_stem(config, run, config.train_iteration)}.safetensors"
+    if config.use_trained_lora_path:
+        lora = Path(config.trained_lora_path)
+    first, last = config.scales[0], config.scales[-1]
+    span = f"{first:.2f}-{last:.2f}" if len(config.scales) > 1 else f"{first:.2f}"
+    folder = config.output_folder_gen / run.dataset / run_name(config, run)
+    head = f"{seed}_{run.dataset}_skip{skip}_{config.train_iteration}epoch"
+    end = f"{prompt_in_name(prompt)}.{config.image_format}"
+    places = (f"origin/{seed}/{head}_scale{scale:.2f}_{end}" for scale in config.scales)
+    strip = Strip(
+        caption=f"seed {seed}, skip {skip}: {prompt} ({lora.name})",
+        prompt=prompt,
+        seed=seed,
+        size=size,
+        positions=tuple(config.scales),
+        files=tuple(folder / place for place in places),
+        sheet=folder / f"{head}_{span}_{end}",
+        sliders=(Slider(lora, 1.0, skip + 1),),
+    )
+    if not run.image_id:
+        return strip
+    slider = Slider(Path(config.semantic_lora_path), 1.0, skip)  # KEEP: i >= skip, as PairEdit does
+    return strip._replace(sliders=(slider,), gamma=config.semantic_cfg_scale, inversion=lora)
+
+
+def run_prompts(config: SliderConfig, dataset: str) -> list[str]:
+    """The prompt of every picture of a data set: the same for all runs, skips and scales."""
+    lines = prompts_of(config, config.datasets.index(dataset))
+    draws = (uniform(config.seed, "prompt", dataset, k) for k in range(config.count_gen))
+    return [lines[int(draw * len(lines))] for draw in draws]
+
+
+def plan_runs(config: SliderConfig) -> tuple[list[Strip], list[str]]:
+    """A strip for each run, skip and seed, and everything wrong with the settings."""
+    wrong = {
+        "semantic_lora_path: train_image_real needs the slider that edits": (
+            config.python_name == "train_image_real" and not config.semantic_lora_path
+        ),
+        "trained_lora_path: use_trained_lora_path is on, but this is empty": (
+            config.use_trained_lora_path and not config.trained_lora_path
+        ),
+        "scales: name at least one": not config.scales,
+    }
+    problems = [text for text, applies in wrong.items() if applies]
+    strips: list[Strip] = []
+    for run in all_runs(config) if not problems else []:
+        photo = attempt(problems, None, find_photo, config, run)
+        square = config.resolution, config.resolution
+        size = attempt(problems, square, photo_size, photo, config.resolution)
+        prompts = attempt(problems, [""] * config.count_gen, run_prompts, config, run.dataset)
+        for skip in config.skips:
+            for seed, prompt in zip(picture_seeds(config), prompts, strict=True):
+                strip = run_strip(config, run, size, skip, seed, prompt)
+                strips.append(strip._replace(photo=photo))
+    return strips, list(dict.fromkeys(problems))
+
+
+def plan_sliders(config: FluxConfig) -> tuple[list[Strip], list[str]]:
+    """All strips of either kind of config, and everything wrong with it."""
+    if isinstance(config, SliderConfig):
+        return plan_runs(config)
+    assert isinstance(config, StripConfig)
+    return plan_strips(config)
+
+
+def check_checkpoint(name: str) -> list[str]:
+    """Problems of the base model: no such folder, another kind, parts missing."""
+    if name == PUBLISHED_MODEL:  # a plan and an audit need no network
+        return []
+    try:
+        kind = read_model_json(name, "model_index.json").get("_class_name")
+    except UserError as error:
+        return [f"pretrained_model_name_or_path: {error}"]
+    if kind != "FluxPipeline":
+        return [f"pretrained_model_name_or_path: {name} is a {kind}; wanted FluxPipeline"]
+    parts = ["scheduler", "transformer", "vae", "text_encoder", "text_encoder_2"]
+    parts += ["tokenizer", "tokenizer_2"]
+    lacking = [part for part in parts if not (Path(name) / part).is_dir()]
+    if Path(name).is_dir() and lacking:
+        return [f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder"]
+    return []
+
+
+def device_name(device: int | str | None) -> str | None:
+    """Of the config's device: 1 is cuda:1."""
+    return f"cuda:{device}" if isinstance(device, int) else device
+
+
+def check_loras(config: FluxConfig, strips: Sequence[Strip], known: bool) -> list[str]:
+    """Problems of LoRA files: missing, damaged, (`known` model:) made for another model."""
+    transformer = flux_layers(config.pretrained_model_name_or_path) if known else None
+    problems = []
+    for path in sorted({path for strip in strips for path in strip.loras.values()}):
+        try:
+            find_lora(path, config.allow_pickle)
+            if transformer:
+                factors = read_slider(path, transformer, config.allow_pickle)
+                add_slider(transformer, Switchboard(), "checked", factors, 1.0)
+        except UserError as error:
+            text = "; ".join(line.strip(" -") for line in str(error).splitlines())
+            problems.append(text if str(path) in text else f"{path}: {text}")
+    return problems
+
+
+def check_sliders(config: FluxConfig) -> list[str]:
+    """Problems that can be seen without a model's weights."""
+    strips, problems = plan_sliders(config)
+    problems += check_device("device", device_name(config.device))
+    problems += check_precision(config.base_model_precision)
+    unknown = check_checkpoint(config.pretrained_model_name_or_path)
+    problems += unknown + check_loras(config, strips, not unknown)
+    steps = config.num_inference_steps
+    for start in sorted({slider.start for strip in strips for slider in strip.sliders}):
+        if not 0 <= start < steps:
+            text = f"skip: the slider would act from step {start}, but there are 0..{steps - 1}"
+            problems.append(text)
+    seen = Counter(file.resolve() for strip in strips for file in strip.files)
+    seen += Counter(strip.resolve() for strip in {strip.sheet for strip in strips if strip.sheet})
+    photos = {strip.photo.resolve() for strip in strips if strip.photo}
+    problems += [f"two results are called {path}" for path, count in seen.items() if count > 1]
+    problems += [f"{path} would be overwritten: it is a photo" for path in photos & set(seen)]
+    return problems
+
+
+# --- 9. strips: drawing ---------------------------------------------------------------------------
+
+
+class Painter:
+    """FLUX.1 that draws strips. Its prompts are encoded first, then the encoders leave the memory.
+
+    >>> Painter(config, [strip.prompt]).draw(strip, [0.0, 0.5, 1.0])  # three PIL images
+    """
+
+    def __init__(self, config: FluxConfig, prompts: Sequence[str]) -> None:
+        name = config.pretrained_model_name_or_path
+        folder = Path(name) if Path(name).is_dir() else fetch_checkpoint(name, "*/*")
+        self.config = config
+        self.device = pick_device(device_name(config.device))
+        dtype = pick_dtype(config.dtype, self.device)
+        encoders = load_text_encoders(folder, dtype, self.device)
+        length = config.max_sequence_length
+        self.texts = {prompt: encode_prompt_flux(encoders, prompt, length) for prompt in prompts}
+        del encoders  # KEEP: never in memory together with the transformer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.dtype = dtype
+        self.vae = load_vae(folder, self.device)
+        self.token_px = 2 * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.scheduler = read_model_json(str(folder), "scheduler/scheduler_config.json")
+        self.transformer = load_flux(folder, config.base_model_precision, dtype, self.device)
+        self.board = Switchboard()
+        self.attached: dict[str, Path] = {}
+
+    def attach(self, loras: dict[str, Path]) -> None:
+        """Make these the adapters that are there."""
+        if loras == self.attached:
+            return
+        drop_sliders(self.transformer)
+        for name, path in loras.items():
+            factors = read_slider(path, self.transformer, self.config.allow_pickle)
+            add_slider(self.transformer, self.board, name, factors, 1.0)
+        self.attached = loras
+
+    def predictor(self, prompt: str, grid: tuple[int, int]) -> Predict:
+        """Velocity under a prompt, as a function of (tokens, sigma, lanes)."""
+        guided = self.transformer.config.guidance_embeds
+
+        def predict(
+            tokens: torch.Tensor, sigma: float | torch.Tensor, lanes: Sequence[Lane]
+        ) -> torch.Tensor:
+            self.board.lanes = lanes
+            sigmas = torch.as_tensor(sigma, device=tokens.device).expand(len(tokens))
+            scale, text = self.config.guidance_scale, self.texts[prompt]
+            return flux_velocity(self.transformer, tokens, sigmas, text, grid, scale, guided)
+
+        return predict
+
+    def draw_tokens(self, strip: Strip, positions: Sequence[float]) -> torch.Tensor:
+        """A strip's latents at some of its positions, (positions, S, 4C)."""
+        self.attach(strip.loras)
+        grid = self.grid(strip)
+        steps = self.config.num_inference_steps
+        sigmas = sigma_table(self.scheduler, steps, math.prod(grid)).tolist()
+        predict, blend = self.predictor(strip.prompt, grid), strip.gamma is not None
+        knobs = [
+            Knob(f"slider{k}", slider.scale, slider.start, strip.gamma or 0.0)
+            for k, slider in enumerate(strip.sliders)
+        ]
+        if strip.photo and not strip.inversion:
+            pixels = to_pixels(fit_photo(strip.photo, strip.size))
+            photo = pack_tokens(encode_pixels(self.vae, pixels))
+            return edit_photo(predict, photo, sigmas, positions, knobs, strip.seed, blend)
+        channels = self.transformer.config.in_channels // 4
+        noise = first_noise(strip.seed, channels, grid, self.dtype, self.device)
+        base: Lane = (On("content"),) if strip.inversion else ()
+        return draw_strip(predict, noise, sigmas, positions, knobs, base, blend)
+
+    def grid(self, strip: Strip) -> tuple[int, int]:
+        """(rows, columns) of tokens."""
+        return strip.size[1] // self.token_px, strip.size[0] // self.token_px
+
+    def draw(self, strip: Strip, positions: Sequence[float]) -> list[Image.Image]:
+        """Pictures of a strip at some of its positions."""
+        latents = unpack_tokens(self.draw_tokens(strip, positions), self.grid(strip))
+        return [to_image(decode_latents(self.vae, x[None])[0]) for x in latents]
+
+
+def fit_photo(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A photo cropped around its middle and resized to (W, H) px."""
+    image = open_rgb(path)
+    box = cover_box(image.width / image.height, size[0] / size[1])
+    return crop(image, box).resize(size, Image.Resampling.LANCZOS)
+
+
+def strip_settings(
+    config: FluxConfig, strip: Strip, contents: dict[Path, str]
+) -> list[dict[str, Any]]:
+    """For each picture of a strip all that decides its pixels. contents: hashes of the files."""
+    shared = {
+        "model": config.pretrained_model_name_or_path,
+        "inversion": contents[strip.inversion] if strip.inversion else None,
+        "gamma": strip.gamma,
+        "photo": contents[strip.photo] if strip.photo else None,
+        "prompt": strip.prompt,
+        "seed": strip.seed,
+        "width": strip.size[0],
+        "height": strip.size[1],
+    }
+    names = ("num_inference_steps", "guidance_scale", "max_sequence_length", "dtype")
+    shared |= {name: getattr(config, name) for name in (*names, "base_model_precision")}
+    return [
+        shared
+        | {
+            "position": position,
+            "sliders": [
+                {"file": str(s.file), "scale": s.scale, "start": s.start}
+                | {"blake2b": contents[s.file]}
+                for s in strip.sliders
+            ],
+        }
+        for position in strip.positions
+    ]
+
+
+def draw_sliders(config: FluxConfig) -> None:
+    """Make the pictures that are missing, then the sheets."""
+    strips, _ = plan_sliders(config)
+    files = {path for strip in strips for path in strip.loras.values()}
+    contents = {path: hash_file(find_lora(path, config.allow_pickle)) for path in files}
+    contents |= {strip.photo: hash_file(strip.photo) for strip in strips if strip.photo}
+    plan = [strip_settings(config, strip, contents) for strip in strips]
+    todo = [
+        [k for k, file in enumerate(strip.files) if read_settings(file) != settings[k]]
+        for strip, settings in zip(strips, plan, strict=True)
+    ]
+    total, missing = sum(len(strip.files) for strip in strips), sum(map(len, todo))
+    print(f"{total} picture(s), {total - missing} already there")
+    prompts = [strip.prompt for strip, lacking in zip(strips, todo, strict=True) if lacking]
+    painter = Painter(config, list(dict.fromkeys(prompts))) if missing else None
+    with tqdm(total=missing, desc="generate", unit="picture", disable=not missing) as bar:
+        for strip, settings, lacking in zip(strips, plan, todo, strict=True):
+            if painter and lacking:
+                images = painter.draw(strip, [strip.positions[k] for k in lacking])
+                for k, image in zip(lacking, images, strict=True):
+                    save_picture(strip.files[k], image, settings[k])
+                bar.update(len(lacking))
+    rows: dict[Path, list[int]] = {}
+    for number, strip in enumerate(strips):
+        if strip.sheet:
+            rows.setdefault(strip.sheet, []).append(number)
+    for sheet, numbers in rows.items():
+        write_strip_sheet(sheet, [strips[n] for n in numbers], [plan[n] for n in numbers])
+
+
+def write_strip_sheet(sheet: Path, strips: Sequence[Strip], settings: Any) -> None:
+    """The photo, if there is one, then every position; a row per strip. Made anew if it changed."""
+    about = {"pictures": f"{draw_key(json.dumps(settings)):016x}"}
+    if read_settings(sheet) == about:
+        return
+    rows = [[open_rgb(f) for f in ([s.photo] if s.photo else []) + list(s.files)] for s in strips]
+    heads = ["photo"] if strips[0].photo else []
+    heads += [f"scale {position:g}" for position in strips[0].positions]
+    save_picture(sheet, contact_sheet(rows, heads, [s.caption for s in strips]), about)
+    print(f"sheet: {sheet}")
+
+
+# --- 10. main -------------------------------------------------------------------------------------
+
+
+def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
+    """By the settings, else by the checkpoint: Qwen-Image-Edit, or one of two ways for FLUX.1."""
+    if given.keys() & {"python_name", "datasets"}:
+        return SliderConfig
+    name = str(given.get("pretrained_model_name_or_path", ""))
+    kind = "FluxPipeline" if name == PUBLISHED_MODEL else ""
+    if name in PUBLISHED:
+        kind = PUBLISHED[name].pipeline_class
+    with contextlib.suppress(UserError):  # which the check of the settings will tell
+        kind = kind or read_model_json(name, "model_index.json").get("_class_name", "")
+    only_flux = StripConfig.model_fields.keys() - Config.model_fields.keys()
+    flux = kind == "FluxPipeline" or (not kind and given.keys() & only_flux)
+    return StripConfig if flux else Config
+
+
+def check_foreign(given: dict[str, Any]) -> list[str]:
+    """Settings of Qwen-Image-Edit where a FLUX.1 model is given."""
+    flux = StripConfig.model_fields.keys() | SliderConfig.model_fields.keys() | TRAINING_ONLY
+    return [
+        f"{name}: a setting of Qwen-Image-Edit; FLUX.1 is loaded part by part, and "
+        "base_model_precision makes it smaller"
+        for name in sorted(given.keys() & Config.model_fields.keys() - flux)
+    ]
+
+
 def main() -> None:
     """Settings -> check -> pictures."""
-    generate(load_config(Config, check=check))
+    argv = with_named_config(sys.argv[1:])
+    given, flags, _ = parse_args(argv, set())
+    if "help" in flags:
+        print("\n\n".join(help_text(family) for family in (Config, StripConfig, SliderConfig)))
+        return
+    family = pick_family(given)
+    if issubclass(family, FluxConfig):
+        foreign = check_foreign(given)
+        draw_sliders(load_config(family, argv, lambda config: foreign + check_sliders(config)))
+    else:
+        generate(load_config(family, argv, check))
 
 
 if __name__ == "__main__":

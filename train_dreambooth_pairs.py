@@ -24,7 +24,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import datetime
-import difflib
 import functools
 import gc
 import importlib.util
@@ -489,17 +488,17 @@ def find_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
 def check_scenes(scenes: Sequence[Scene], index: FileIndex) -> tuple[list[str], list[str]]:
     """Look at the pictures -> (what is odd, problems)."""
     files = sorted({file for scene in scenes for file in scene.files})
-    if problems := check_pictures(files, index):
-        return [], problems
-    index_content(files, index)
-    odd, same = [], []
-    for scene in scenes:
+    problems = check_pictures(files, index)
+    readable = {file for file in files if file.exists() and index.get(file, file.stat())}
+    index_content(sorted(readable), index)
+    odd = []
+    for scene in (scene for scene in scenes if readable.issuperset(scene.files)):
         for first, other in itertools.pairwise(scene.files):
             if index.content(first) == index.content(other):
-                same.append(f"{first} and {other} are the same picture: no change to learn")
+                problems.append(f"{first} and {other} are the same picture: no change to learn")
             elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
                 odd.append(f"{other} has another shape than {first}; both are cropped to one size")
-    return odd, same
+    return odd, problems
 
 
 def fetch_from_hub(repository: str, file: str) -> Path:
@@ -542,30 +541,6 @@ def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: no diffusers checkpoint: {error}") from error
-
-
-def check_device(name: str, value: str | None) -> list[str]:
-    """Problems of a device setting on this machine."""
-    if value is None:
-        return []
-    try:
-        device = torch.device(value)
-    except RuntimeError:
-        return [f"{name}: '{value}' is no device (cpu, cuda:0, mps, ...)"]
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return [f"{name}: '{value}', but this machine has {torch.cuda.device_count()} CUDA devices"]
-    here = torch.accelerator.current_accelerator()
-    if device.type not in ("cpu", "cuda", here and here.type):
-        return [f"{name}: '{value}', but this machine has no such device"]
-    return []
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """' (did you mean ...?)' or the list of what there is."""
-    names = list(names)
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
-        return f", did you mean '{close[0]}'?"
-    return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
 
 
 def check_settings(config: Config) -> list[str]:
@@ -667,6 +642,7 @@ def audit(config: Config) -> list[str]:
         with contextlib.suppress(OSError):
             path = config.output_dir / "audit.json"
             save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
+    problems = list(dict.fromkeys(problems))
     if len(problems) > 10:
         more = f"and {len(problems) - 10} more, all of them in {config.output_dir}/audit.json"
         problems = [*problems[:10], more]
@@ -1408,7 +1384,10 @@ class DreamBoothPairsTrainer:
         if config.with_prior_preservation:
             self._find_class_pictures()
         sizes = [fit_scene(config, scene, self.index)[0].size for scene in self.scenes]
-        self.groups = [[i for i, size in enumerate(sizes) if size == own] for own in sizes]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for number, size in enumerate(sizes):
+            alike.setdefault(size, []).append(number)
+        self.groups = [alike[size] for size in sizes]
 
     def _find_class_pictures(self) -> None:
         folder = self.config.class_data_dir
@@ -1810,7 +1789,7 @@ class DreamBoothPairsTrainer:
             values = torch.stack([torch.stack(list(part.values())) for part in parts]).mean(0)
             window.append((names, values.sum()))
             logging_now = self.step % config.logging_steps == 0
-            stopped = self._agree(stop.requested, logging_now)
+            stopped = self._agree(stop.requested, logging_now or self.step % 100 == 0)
             saving = stopped or self.step == steps or self.step % config.checkpointing_steps == 0
             if saving or logging_now:
                 pace = (time.monotonic() - clock) / len(window)
@@ -1838,7 +1817,7 @@ class DreamBoothPairsTrainer:
             yield
 
     def _agree(self, requested: bool, now: bool) -> bool:
-        """Whether any process got a stop signal; several ask each other with the log lines."""
+        """Whether any process got a stop signal; several ask each other only when it is `now`."""
         if self.accelerator.num_processes == 1:
             return requested
         if not now:
@@ -1887,6 +1866,11 @@ class DreamBoothPairsTrainer:
 
     def save_checkpoint(self) -> None:
         """checkpoint-<step>/: LoRA file, raw adapters, optimizer, schedule; complete or absent."""
+        if not torch.stack([p.isfinite().all() for p in self.trained]).all():
+            raise UserError(
+                f"the weights of step {self.step} are not finite; nothing of it was saved. Lower "
+                "learning_rate"
+            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -1909,9 +1893,12 @@ class DreamBoothPairsTrainer:
                 }
                 (place / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
-            save_folder_atomic(self.config.output_dir / f"checkpoint-{self.step}", write)
+            place = self.config.output_dir / f"checkpoint-{self.step}"
+            save_folder_atomic(place, write)
             if limit := self.config.checkpoints_total_limit:
-                for old in list_checkpoints(self.config.output_dir)[:-limit]:
+                kept = list_checkpoints(self.config.output_dir)
+                kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts nothing
+                for old in kept[:-limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 

@@ -26,11 +26,9 @@ import bisect
 import contextlib
 import ctypes
 import datetime
-import difflib
 import functools
 import gc
 import importlib.util
-import itertools
 import json
 import logging
 import math
@@ -52,7 +50,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -238,9 +236,9 @@ class Config(Section):
     """Entry k for data set k, the last one for the rest."""
     use_prompts_file: bool = False
     """A line of prompts_file for each picture instead of `prompt`."""
-    prompts_file: list[str] = ["prompts-person.yaml"]
+    prompts_file: list[str] = Field(["prompts-person.yaml"], min_length=1)
     """Files in configs/prompts/ (or paths): YAML lists; entry k for data set k."""
-    scales: list[float] = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    scales: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], min_length=1)
     """Positions of the slider; "0,0.5,1" or a list. Negative ones reverse the change."""
     skips: list[int] = Field([14], min_length=1)
     """The slider acts in steps i > skip (train_image_real: i >= skip); a set of strips each."""
@@ -267,32 +265,11 @@ class Config(Section):
     @field_validator("datasets")
     @classmethod
     def _names(cls, value: list[str]) -> list[str]:
-        if wrong := [name for name in value if not name or set(name) & set("/\\")]:
+        if wrong := [name for name in value if name in ("", ".", "..") or set(name) & set("/\\")]:
             raise ValueError(f"'{wrong[0]}' is no name of a folder")
         if len(set(value)) < len(value):
             raise ValueError("a name is there twice")
         return value
-
-    @model_validator(mode="after")
-    def _fits(self) -> Config:
-        if not self.start_step <= self.end_step < self.num_inference_steps:
-            raise ValueError(
-                f"start_step {self.start_step} <= end_step {self.end_step} < num_inference_steps "
-                f"{self.num_inference_steps} does not hold"
-            )
-        if len(self.noise_scales) > 1 and self.python_name not in READS_NOISE_SCALE:
-            raise ValueError(f"noise_scales: {self.python_name} has none; leave one value")
-        if bool(self.image_ids) != (self.python_name == "train_image_real"):
-            raise ValueError("image_ids and python_name: train_image_real go together")
-        if self.stages and self.python_name in ("train_image_real", "slider_text"):
-            raise ValueError(f"stages: {self.python_name} reads no pairs")
-        if self.stages and len(self.stages) < 2:
-            raise ValueError("stages: name two folders or more")
-        if self.stage_scales and len(self.stage_scales) != len(self.stages):
-            raise ValueError("stage_scales: one for each of stages")
-        if self.stage_scales.count(0.0) != 1 and self.stage_scales:
-            raise ValueError("stage_scales: exactly one must be 0")
-        return self
 
     @property
     def stage_table(self) -> list[tuple[float, str]]:
@@ -300,12 +277,43 @@ class Config(Section):
         if self.python_name == "train_image_real":
             return [(0.0, self.source_folder)]
         folders = self.stages or [self.source_folder, self.target_folder]
-        even = [i / (len(folders) - 1) for i in range(len(folders))]
-        table = zip(self.stage_scales or even, folders, strict=True)
+        even = [i / max(1, len(folders) - 1) for i in range(len(folders))]
+        table = zip(self.stage_scales or even, folders, strict=False)  # check_settings compares
         return sorted(table, key=lambda stage: stage[0] != 0)
 
 
 READS_NOISE_SCALE = ("train_image", "train_image_wocontent", "train_image_wocfg")
+NO_PAIRS = ("train_image_real", "slider_text")
+
+
+def check_settings(config: Config) -> list[str]:
+    """Settings that do not go together.
+
+    KEEP: no validator of Config; the audit looks at the data even when these are wrong.
+    """
+    name, scales = config.python_name, config.noise_scales
+    first, last, steps = config.start_step, config.end_step, config.num_inference_steps
+    stages, positions = config.stages, config.stage_scales
+    named: list[Any] = [*scales, *config.image_ids]
+    twice = [value for value in named if named.count(value) > 1]
+    checks = {
+        f"start_step {first} <= end_step {last} < num_inference_steps {steps} does not hold": (
+            not first <= last < steps
+        ),
+        f"noise_scales: {name} has none; leave one value": (
+            len(scales) > 1 and name not in READS_NOISE_SCALE
+        ),
+        f"noise_scales, image_ids: {twice[:1]} is there twice": bool(twice),
+        "image_ids and python_name: train_image_real go together": (
+            bool(config.image_ids) != (name == "train_image_real")
+        ),
+        f"stages: {name} reads no pairs": bool(stages) and name in NO_PAIRS,
+        "stages: name two folders or more": len(stages) == 1,
+        "stage_scales: one for each of stages": bool(positions) and len(positions) != len(stages),
+        "stage_scales: exactly one must be 0": bool(positions) and positions.count(0.0) != 1,
+        f"skips: {min(config.skips)}; -1 is the least, and is all steps": min(config.skips) < -1,
+    }
+    return [problem for problem, wrong in checks.items() if wrong]
 
 
 def with_named_config(argv: Sequence[str]) -> list[str]:
@@ -384,7 +392,7 @@ def find_pairs(config: Config, dataset: str) -> tuple[list[Pair], list[str], lis
     stages = [list_images(folder) for folder in folders]
     wanted = sorted(set().union(*stages))
     if config.python_name == "train_image_real":
-        wanted = config.image_ids
+        wanted = config.image_ids or wanted
     pairs: list[Pair] = []
     left_out: list[str] = []
     problems: list[str] = []
@@ -402,14 +410,6 @@ def find_pairs(config: Config, dataset: str) -> tuple[list[Pair], list[str], lis
     if not pairs and not problems:
         problems.append(f"{dataset}: no pair in {', '.join(map(str, folders))}")
     return pairs, left_out, problems
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """' (did you mean ...?)' or the list of what there is."""
-    names = list(names)
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
-        return f", did you mean '{close[0]}'?"
-    return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -484,11 +484,11 @@ def index_content(paths: Sequence[Path], index: FileIndex) -> None:
 def check_pairs(pairs: Sequence[Pair], index: FileIndex) -> tuple[list[str], list[str]]:
     """Look at the pictures -> (what is odd, problems): unreadable, equal, of another shape."""
     files = sorted({file for pair in pairs for file in pair.files})
-    if problems := check_pictures(files, index):
-        return [], problems
-    index_content(files, index)
+    problems = check_pictures(files, index)
+    readable = {file for file in files if file.exists() and index.get(file, file.stat())}
+    index_content(sorted(readable), index)
     odd = []
-    for pair in pairs:
+    for pair in (pair for pair in pairs if readable.issuperset(pair.files)):
         first, *others = pair.files
         for other in others:
             if index.content(first) == index.content(other):
@@ -605,7 +605,7 @@ def audit(config: Config) -> list[str]:
 
     What was found, left out or is odd is printed and lies in output_folder/audit.json.
     """
-    problems = check_device("device", device_name(config.device))
+    problems = check_settings(config) + check_device("device", device_name(config.device))
     problems += check_precision(config.base_model_precision)
     wanted = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     for package in (name for name in wanted if not importlib.util.find_spec(name)):
@@ -639,6 +639,7 @@ def audit(config: Config) -> list[str]:
     path = config.output_folder / "audit.json"
     with contextlib.suppress(OSError):
         save_atomic(path, lambda file: file.write_text(report, encoding="utf-8"))
+    problems = list(dict.fromkeys(problems))
     if len(problems) > 10:
         problems = [*problems[:10], f"and {len(problems) - 10} more, all of them in {path}"]
     return problems
@@ -823,7 +824,7 @@ def check_precision(precision: str) -> list[str]:
     with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
         if importlib.util.find_spec(module):
             return []
-    return [f"model.base_model_precision: {precision} needs {name}: pip install {name}"]
+    return [f"base_model_precision: {precision} needs {name}: pip install {name}"]
 
 
 def find_weights(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -1655,6 +1656,8 @@ class PairEditTrainer:
 
     def find_data(self) -> None:
         """Pair and hash the pictures. Raises UserError with every problem."""
+        if wrong := check_settings(self.config):
+            raise UserError(listed(wrong))
         if self.pairs or self.config.python_name == "slider_text":
             return
         with self.accelerator.main_process_first():
@@ -1828,7 +1831,10 @@ class PairEditTrainer:
         self.tokens = [pack_tokens(x) for x in latents]  # (stages, S, 4C) each
         if config.python_name == "slider_text":
             self.names, self.grids, self.tokens = [run.dataset], [self.square()], []
-        self.groups = [[i for i, g in enumerate(self.grids) if g == own] for own in self.grids]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, grid in enumerate(self.grids):
+            alike.setdefault(grid, []).append(i)
+        self.groups = [alike[grid] for grid in self.grids]
         self.prompt = self.text(config.train_prompt) if self.tokens else None
 
     def square(self) -> tuple[int, int]:
@@ -1874,25 +1880,28 @@ class PairEditTrainer:
 
     @torch.no_grad()
     def given_text(self, visits: Sequence[Visit]) -> Given:
-        """slider_text: pictures that the base has drawn up to a step, and its velocities there."""
+        """slider_text: pictures that the base has drawn up to a step, and its velocities there.
+
+        All are drawn as one batch; a sample stays as it is from its own step on.
+        """
         config, grid, count = self.config, self.grids[0], len(visits)
         texts = [config.target_prompt, config.positive_prompt, config.negative_prompt]
         prompts = [self.text(prompt) for prompt in texts]
         shape = math.prod(grid), self.bare.config.in_channels
-        sigmas = self.sigmas(shape[0]).tolist()
-        last = visits[0].step_index  # one for all: they are drawn as one batch
+        sigmas = self.sigmas(shape[0]).to(self.device)
+        ends = torch.tensor([v.step_index for v in visits], device=self.device)
         tokens = torch.stack([draw_noise(v, shape) for v in visits]).to(self.device)
         draw = self.predictor(self.bare, prompts[0], grid)
-        for now, after in itertools.pairwise(sigmas[: last + 1]):
-            tokens = tokens + (after - now) * draw(tokens, now, [()])
+        for i in range(max(v.step_index for v in visits)):
+            width = (sigmas[i + 1] - sigmas[i]) * (ends > i)  # (B,)
+            tokens = tokens + width.view(-1, 1, 1) * draw(tokens, sigmas[i], [()])
         every = (
             torch.cat([part.expand(count, *part.shape[1:]) for part in parts])
             for parts in zip(*prompts, strict=True)
         )
         teach = self.predictor(self.bare, Text(*every), grid)
-        teacher = teach(tokens.repeat(3, 1, 1), sigmas[last], [()]).chunk(3)
-        sigma = torch.full((count, 1, 1), sigmas[last], device=self.device)
-        scale = torch.ones(count, device=self.device)
+        teacher = teach(tokens.repeat(3, 1, 1), sigmas[ends].repeat(3), [()]).chunk(3)
+        sigma, scale = sigmas[ends].view(-1, 1, 1), torch.ones(count, device=self.device)
         return Given(tokens, tokens, tokens, sigma, scale, 1.0, config.cfg_eta, teacher)
 
     def training_loss(self, visits: Sequence[Visit]) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -1995,11 +2004,9 @@ class PairEditTrainer:
             values = torch.stack([value.detach() for value in losses.values()])
             window.append(([self.names[visit.pair] for visit in visits], values))
             logging_now = self.step % config.log_every == 0
-            stopped = self._agree(stop.requested, logging_now)
-            saving = (
-                self.step in (config.train_iteration,) or self.step % config.save_per_steps == 0
-            )
-            saving = saving or stopped
+            stopped = self._agree(stop.requested, logging_now or self.step % 100 == 0)
+            saving = stopped or self.step % config.save_per_steps == 0
+            saving = saving or self.step == config.train_iteration
             if saving or logging_now:
                 pace = (time.monotonic() - clock) / len(window)
                 self._log(bar, metrics, dict(zip(losses, self._means(window), strict=True)), pace)
@@ -2014,7 +2021,7 @@ class PairEditTrainer:
         return stopped
 
     def _agree(self, requested: bool, now: bool) -> bool:
-        """Whether any process got a stop signal; several ask each other with the log lines."""
+        """Whether any process got a stop signal; several ask each other only when it is `now`."""
         if self.accelerator.num_processes == 1:
             return requested
         if not now:
@@ -2065,6 +2072,11 @@ class PairEditTrainer:
 
     def save(self, run: Run) -> None:
         """LoRA files of this step, then the checkpoint to go on from; complete or absent."""
+        if not torch.stack([p.isfinite().all() for p in self.trained]).all():
+            raise UserError(
+                f"the weights of step {self.step} are not finite; nothing of it was saved. Lower "
+                "learning_rate"
+            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             folder = run_folder(self.config, run)
@@ -2093,9 +2105,12 @@ class PairEditTrainer:
             }
             (place / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
-        save_folder_atomic(folder / f"checkpoint-{self.step}", write)
+        place = folder / f"checkpoint-{self.step}"
+        save_folder_atomic(place, write)
         if limit := self.config.checkpoints_total_limit:
-            for old in list_checkpoints(folder)[:-limit]:
+            kept = list_checkpoints(folder)
+            kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts for nothing
+            for old in kept[:-limit]:
                 shutil.rmtree(old)
 
     def _restore(self, place: Path, state: dict[str, Any]) -> None:
@@ -2136,23 +2151,29 @@ class PairEditTrainer:
 
     @torch.no_grad()
     def preview(self, run: Run) -> None:
-        """samples/step-<n>.png: the slider at `scales`, as generate.py draws it."""
+        """samples/step-<n>.png: the slider at `scales`, as generate.py draws it.
+
+        Of an inversion LoRA: the photo, and what the LoRA makes of noise.
+        """
         if self.accelerator.is_main_process:
-            config, grid = self.config, self.square()
+            config, real = self.config, self.config.python_name == "train_image_real"
+            grid = self.grids[0] if real else self.square()
             prompt = self.preview_prompt(run)
             channels = self.bare.config.in_channels // 4
             noise = first_noise(config.start_seed_gen, channels, grid, self.dtype, self.device)
             predict = self.predictor(self.bare, self.text(prompt), grid)
             sigmas = self.sigmas(math.prod(grid)).tolist()
-            positions, knobs = config.scales, [Knob("semantic", start=config.skips[0] + 1)]
-            base: Lane = ()
-            if config.python_name == "train_image_real":
-                positions, knobs, base = [0.0], [], (CONTENT,)
-            tokens = draw_strip(predict, noise, sigmas, positions, knobs, base)
+            knobs = [Knob("semantic", start=config.skips[0] + 1)]
+            if real:
+                tokens = draw_strip(predict, noise, sigmas, [0.0], base=(CONTENT,))
+            else:
+                tokens = draw_strip(predict, noise, sigmas, config.scales, knobs)
             vae = load_vae(self.folder, self.device)
-            latents = unpack_tokens(tokens, grid)
-            row = [to_image(decode_latents(vae, x[None])[0]) for x in latents]
-            heads = [f"scale {position:g}" for position in positions]
+            row = [to_image(decode_latents(vae, x[None])[0]) for x in unpack_tokens(tokens, grid)]
+            heads = [f"scale {scale:g}" for scale in config.scales]
+            if real:
+                [photo] = fit_pair(config, self.photos(run)[0], self.index)
+                row, heads = [load_picture(photo), *row], ["photo", "inversion LoRA"]
             caption = f"step {self.step}, seed {config.start_seed_gen}, skip {config.skips[0]}: "
             sheet = contact_sheet([row], heads, [caption + prompt])
             path = run_folder(config, run) / f"samples/step-{self.step:06d}.png"
@@ -2161,8 +2182,12 @@ class PairEditTrainer:
 
     def _write_card(self, run: Run) -> None:
         """README.md: the model card."""
-        stem = lora_stem(self.config, run, self.step)
-        text = SLIDER_CARD.format(**self._about(run), file=f"{stem}.safetensors")
+        about, real = self._about(run), self.config.python_name == "train_image_real"
+        file = f"{lora_stem(self.config, run, self.step)}.safetensors"
+        use, flag = (REAL_USE, "--inversion_lora") if real else (SLIDER_USE, "--lora")
+        text = (SLIDER_CARD + use).format(
+            **about, command=f"{flag} {file}", prompt=self.preview_prompt(run)
+        )
         path = run_folder(self.config, run) / "README.md"
         save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -2170,16 +2195,25 @@ class PairEditTrainer:
 SLIDER_CARD = """---
 base_model: {base_model}
 library_name: diffusers
-tags: [text-to-image, lora, flux, slider, pairedit]
+tags: [text-to-image, lora, flux, pairedit]
 ---
-# Slider "{dataset}" for {base_model}
+# LoRA "{dataset}" for {base_model}
 
 Trained with train_pairedit.py ({python_name}) to step {step}: rank {rank}, alpha {alpha:g} (folded
-into the weights: scale 1 is the change it was taught), eta {cfg_eta:g}, noise scale
-{noise_scale:g}. A slider acts in the later steps only, so that the picture stays the same:
+into the weights), eta {cfg_eta:g}, noise scale {noise_scale:g}.
+"""
+SLIDER_USE = """
+Scale 1 is the change it was taught. A slider acts in the later steps only, so that the picture
+stays the same:
 
-    python generate.py --pretrained_model_name_or_path {base_model} --lora {file} \\
-        --prompt "{train_prompt}" --scales 0,0.5,1 --skip 14 --output strip.png
+    python generate.py --pretrained_model_name_or_path {base_model} {command} \\
+        --prompt "{prompt}" --scales 0,0.5,1 --skip 14 --output strip.png
+"""
+REAL_USE = """
+It draws one photo, whatever the noise. A slider edits it:
+
+    python generate.py --pretrained_model_name_or_path {base_model} {command} \\
+        --lora slider.safetensors --prompt "{prompt}" --scales 0,0.5,1 --output strip.png
 """
 
 
@@ -2187,7 +2221,13 @@ into the weights: scale 1 is the change it was taught), eta {cfg_eta:g}, noise s
 
 TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}
 TEXT_ENCODERS_GB = 9.8  # T5-XXL and CLIP-L of FLUX.1-dev in bf16
-BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "int2": 2.25, "nf4": 4.5}  # a weight, with its scales
+WEIGHT_BITS = {
+    "int8": 8,
+    "fp8": 8,
+    "int4": 4.25,
+    "int2": 2.25,
+    "nf4": 4.5,
+}  # a weight, with its scales
 
 
 def planned_flux(config: Config) -> Any:
@@ -2238,7 +2278,7 @@ def needed_gb(config: Config, transformer: Any, tokens: int) -> dict[str, float]
     """
     rows = config.batch_size * len(empty_passes(config.python_name))
     size = 4.0 if config.mixed_precision == "no" else 2.0
-    bits = BITS.get(config.base_model_precision.partition("-")[0], 8 * size)
+    bits = WEIGHT_BITS.get(config.base_model_precision.partition("-")[0], 8 * size)
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     kept = (blocks + 34) if config.gradient_checkpointing else 34 * blocks
     adapters = adapter_size(config, transformer) * len(adapters_of(config.python_name))
@@ -2316,7 +2356,7 @@ def plan(config: Config) -> str:
         f"Runs         {len(runs)} of {config.train_iteration} steps ({config.python_name})",
         *(f"  {run_folder(config, run)}" for run in runs[:5]),
         *([f"  ... and {len(runs) - 5} more"] if len(runs) > 5 else []),
-        f"Pairs        {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
+        f"Pictures     {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
         f"Tokens       {tokens}, {config.max_sequence_length} of them text; {rows} rows a step",
         f"Transformer  {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} billion "
         f"parameters ({config.base_model_precision}); {' and '.join(names)} adapter on "

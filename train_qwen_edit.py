@@ -2082,7 +2082,7 @@ def check_precision(precision: str) -> list[str]:
     with contextlib.suppress(ModuleNotFoundError):  # find_spec imports the package around it
         if importlib.util.find_spec(module):
             return []
-    return [f"model.base_model_precision: {precision} needs {name}: pip install {name}"]
+    return [f"base_model_precision: {precision} needs {name}: pip install {name}"]
 
 
 def check_model(config: Config, precision: str) -> list[str]:
@@ -4943,10 +4943,12 @@ class QwenImageEditTrainer:
                 }
                 (folder / "state.json").write_text(json.dumps(state, indent=2))
 
-            save_folder_atomic(output_dir / f"checkpoint-{global_step}", write)
-            limit = self.config.train.checkpoints_total_limit
-            if limit:
-                for old in list_checkpoints(output_dir)[:-limit]:
+            place = output_dir / f"checkpoint-{global_step}"
+            save_folder_atomic(place, write)
+            if limit := self.config.train.checkpoints_total_limit:
+                kept = list_checkpoints(output_dir)
+                kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts nothing
+                for old in kept[:-limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 

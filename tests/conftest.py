@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -106,9 +108,41 @@ def with_lora_noise(transformer, seed=0):
     return transformer
 
 
+def concept(folder, names=("7000", "7001", "7002"), size=(64, 64), stages=("source", "target")):
+    """A concept of PairEdit's kind: the same scene in every stage, with a patch that grows."""
+    for number, name in enumerate(names):
+        scene = np.random.default_rng(number).integers(0, 160, (4, 4, 3), np.uint8)
+        for place, stage in enumerate(stages):
+            image = Image.fromarray(scene).resize(size, Image.Resampling.BICUBIC)
+            (x, y), side = (size[0] // 3, size[1] // 3), min(size) // 6 * (1 + place)
+            image.paste((250, 220, 40 * number), (x, y, x + side, y + side))
+            (folder / stage).mkdir(parents=True, exist_ok=True)
+            image.save(folder / stage / f"{name}.png")
+    return folder
+
+
+def slider_settings(checkpoint, folder, **changes):
+    """Settings of a quick slider on a CPU; train_pairedit.py has no sections."""
+    return {
+        "pretrained_model_name_or_path": str(checkpoint),
+        "device": "cpu",
+        "mixed_precision": "no",
+        "gradient_checkpointing": False,
+        "max_sequence_length": 16,
+        "datasets_folder": str(folder / "datasets"),
+        "output_folder": str(folder / "out"),
+        "cache_dir": str(folder / "cache"),
+        "resolution": 64,
+        "train_iteration": 4,
+        "save_per_steps": 2,
+        "preview": False,
+        **changes,
+    }
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """{"2508" | "2509" | "2511": folder} of tiny random checkpoints."""
+    """{"2508" | "2509" | "2511" | "flux": folder} of tiny random checkpoints."""
     import tiny
 
     return tiny.build_all(tmp_path_factory.getbasetemp().parent / "checkpoints")
@@ -133,5 +167,21 @@ def make_trainer(checkpoints, tmp_path):
     def make(kind="2511", **changes):
         file = write_config(tmp_path, small_config(checkpoints[kind], tmp_path, **changes))
         return script.QwenImageEditTrainer(load_config(script.Config, ["--config", str(file)]))
+
+    return make
+
+
+@pytest.fixture
+def make_slider(checkpoints, tmp_path):
+    """make_slider(**changes) -> audited trainer of a slider on three drawn pairs, CPU, fp32."""
+    import train_pairedit as script
+    from utils import load_config
+
+    def make(**changes):
+        if not (tmp_path / "datasets/age").exists():
+            concept(tmp_path / "datasets/age")
+        file = write_config(tmp_path, slider_settings(checkpoints["flux"], tmp_path, **changes))
+        config = load_config(script.Config, ["--config", str(file)], script.audit)
+        return script.PairEditTrainer(config)
 
     return make

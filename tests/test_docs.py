@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tiny
+
 import generate
 import train_pairedit
 import train_qwen_edit
@@ -25,10 +27,10 @@ from utils import UserError, load_config, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TABLES = {
-    "train_qwen_edit.md": train_qwen_edit.Config,
-    "train_pairedit.md": train_pairedit.Config,
-    "generate.md": generate.Config,
+TABLES = {  # page: config classes of its tables, in order
+    "train_qwen_edit.md": [train_qwen_edit.Config],
+    "train_pairedit.md": [train_pairedit.Config],
+    "generate.md": [generate.Config, generate.StripConfig],
 }
 SECTIONS = re.compile(r"(<!-- settings -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -73,6 +75,9 @@ def workplace(tmp_path_factory, checkpoints):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, place)
     shutil.copytree(checkpoints["2511"], place / "demo" / "qwen_edit_base")
+    shutil.copytree(checkpoints["flux"], place / "demo" / "flux_slider_base")
+    for name in ("age", "smile"):
+        tiny.save_sliders(checkpoints["flux"], place / name)
     photos = place / "data" / "my_pairs"
     for name in ("before", "after"):
         (photos / name).mkdir(parents=True)
@@ -122,10 +127,9 @@ def test_every_command_runs(page, command, workplace, tmp_path):
 
 @pytest.mark.parametrize("page", sorted(TABLES))
 def test_settings_tables_are_the_scripts(page):
-    text = (ROOT / "docs" / page).read_text()
-    assert (
-        SECTIONS.search(text).group(0) == f"<!-- settings -->\n{table_of(TABLES[page])}<!-- end -->"
-    )
+    found = [part.group(0) for part in SECTIONS.finditer((ROOT / "docs" / page).read_text())]
+    tables = [table_of(config_class) for config_class in TABLES[page]]
+    assert found == [f"<!-- settings -->\n{table}<!-- end -->" for table in tables]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -211,8 +215,7 @@ predict:
 
 
 if __name__ == "__main__":
-    for name, config_class in TABLES.items():
-        path = ROOT / "docs" / name
-        path.write_text(
-            SECTIONS.sub(lambda m, c=config_class: m[1] + table_of(c) + m[2], path.read_text())
-        )
+    for name, classes in TABLES.items():
+        path, tables = ROOT / "docs" / name, map(table_of, classes)
+        text = SECTIONS.sub(lambda m, t=tables: m[1] + next(t) + m[2], path.read_text())
+        path.write_text(text)

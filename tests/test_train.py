@@ -308,6 +308,17 @@ def test_latest_passes_over_a_damaged_checkpoint(straight_run, tmp_path):
     assert_same(lora_of(tmp_path), lora_of(straight_run[0]))
 
 
+def test_a_new_checkpoint_is_not_pruned_in_favour_of_a_damaged_later_one(straight_run, tmp_path):
+    shutil.copytree(straight_run[0] / "out", tmp_path / "out")
+    for step in (6, 8, 10):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    (tmp_path / "out" / "checkpoint-12" / "training_state.pt").write_bytes(b"")
+    limits = ["--train.checkpoints_total_limit", 1, "--train.max_train_steps", 6]
+    rerun(straight_run, tmp_path, "--train.resume_from_checkpoint", "latest", *limits)
+    folders = script.list_checkpoints(tmp_path / "out")
+    assert [f.name for f in folders if script.valid_checkpoint(f)] == ["checkpoint-6"]
+
+
 def test_an_older_checkpoint_is_not_mixed_with_newer_ones(straight_run, tmp_path):
     shutil.copytree(straight_run[0] / "out", tmp_path / "out")
     named = ["--train.resume_from_checkpoint", "checkpoint-4", "--train.checkpoints_total_limit", 1]

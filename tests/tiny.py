@@ -11,6 +11,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 import demo
+import train_pairedit
 
 KINDS = {
     "2508": "QwenImageEditPipeline",
@@ -37,7 +38,7 @@ def build(kind, folder):
 
 
 def build_all(folder):
-    """{"2508" | "2509" | "2511" | "flux" | "sd": folder}; made once, by the process that is first."""
+    """{"2508" | "2509" | "2511" | "flux" | "sd": folder}; made once, by the first process."""
     builders = {"flux": build_flux, "sd": build_sd}
     found = {kind: folder / kind for kind in [*KINDS, *builders]}
     for kind, place in found.items():
@@ -135,3 +136,27 @@ def build_sd(folder):
         requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder)
+
+
+def random_factors(transformer, seed=0, layers=None, rank=4):
+    """Of a slider, {layer: (down, up)}: large enough that a picture changes visibly."""
+    draw = torch.Generator().manual_seed(seed)
+    modules = dict(transformer.named_modules())
+    return {
+        path: (
+            torch.randn(rank, modules[path].in_features, generator=draw) * 0.1,
+            torch.randn(modules[path].out_features, rank, generator=draw),
+        )
+        for path in layers or train_pairedit.target_layers(transformer, "full")
+    }
+
+
+def save_sliders(checkpoint, stem, original=None, seed=0):
+    """A random slider as train_pairedit.py writes it: <stem>.safetensors, <original or stem>.pt."""
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(checkpoint / "transformer")
+    board = train_pairedit.Switchboard()
+    factors = random_factors(transformer, seed)
+    train_pairedit.add_slider(transformer, board, "semantic", factors, 1 / 4)
+    train_pairedit.save_slider(stem.with_suffix(".safetensors"), transformer, "semantic", {})
+    train_pairedit.save_original((original or stem).with_suffix(".pt"), transformer, "semantic")
+    return stem.with_suffix(".safetensors")
