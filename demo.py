@@ -1,25 +1,30 @@
 """See it work on a laptop: cache, train a LoRA, generate, score, in minutes on two CPU cores.
 
-    python demo.py              # the demo with the real commands, picture: outputs/demo/demo.png
-    python demo.py --rebuild    # make the tiny base model demo/qwen_edit_base again from nothing
+    python demo.py              # edits: the real commands, picture: outputs/demo/demo.png
+    python demo.py pairedit     # a slider from 3 pairs: outputs/demo_pairedit/demo.png
+    python demo.py ... --rebuild    # make its tiny base model in demo/ again from nothing
 
-The base is a real QwenImageEditPlusPipeline (2511 type) with 2 million parameters that can only
-copy its reference. The LoRA learns the edit from ten photo pairs; three other photos judge it.
+qwen_edit: the base is a real QwenImageEditPlusPipeline (2511 type) with 2 million parameters that
+can only copy its reference. The LoRA learns the edit from ten photo pairs; three others judge it.
+pairedit: the base is a real FluxPipeline with 1 million parameters that draws faces. The slider
+learns to turn hair grey, from three pairs; faces of other seeds, and a drawn one, judge it.
 """
 
 from __future__ import annotations
 
 import argparse
+import colorsys
 import json
 import math
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import diffusers
 import numpy as np
@@ -58,6 +63,21 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
+FLUX_BASE_DIR = Path("demo/flux_slider_base")
+FACE_PAIRS_DIR = Path("demo/slider_pairs")
+FACE_PX = 32
+PAIR_AGES = (0.4, 0.6)
+FACE_CONFIG = Path("configs/demo_pairedit.yaml")
+FACE_OUTPUT_DIR = Path("outputs/demo_pairedit")
+TEXT_TOKENS = 16  # max_sequence_length of configs/demo_pairedit.yaml
+DARK_HAIR, WHITE_HAIR = np.array([0.2, 0.13, 0.1]), np.array([0.95, 0.95, 0.95])
+AGE_PROMPTS = (
+    "",
+    "image of a person",
+    "picture of a person",
+    "picture of a young person",
+    "picture of an old person",
+)
 NEUTRAL_PROMPTS = (
     "keep the picture as it is",
     "copy this",
@@ -209,30 +229,27 @@ class LinearAutoencoder(nn.Module):
     in two minutes and then copied into the stock class, which computes the same.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, levels: int = 3) -> None:
         super().__init__()
         inner, half = width - 1, width // 2  # the last channel is needed by to_stock_vae
+        down, wide = [inner] * (levels - 1), [width] * (levels - 1)
         self.conv_in = Convolution(3, inner)
-        self.down = nn.ModuleList(
-            Convolution(inner, n, stride=2) for n in (inner, inner, LATENT_CHANNELS)
-        )
+        self.down = nn.ModuleList(Convolution(inner, n, stride=2) for n in (*down, LATENT_CHANNELS))
         self.to_latents = Convolution(LATENT_CHANNELS, LATENT_CHANNELS)
         self.from_latents = Convolution(LATENT_CHANNELS, width)
-        self.up = nn.ModuleList(Convolution(width, half) for _ in range(3))
-        self.widen = nn.ModuleList(
-            Convolution(half, n, kernel=1) for n in (width, width, inner // 2)
-        )
+        self.up = nn.ModuleList(Convolution(width, half) for _ in range(levels))
+        self.widen = nn.ModuleList(Convolution(half, n, kernel=1) for n in (*wide, inner // 2))
         self.conv_out = Convolution(inner // 2, 3)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 16, H/8, W/8)."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 16, H / 2^levels, W / 2^levels)."""
         x = self.conv_in(pixels)
         for layer in self.down:
             x = layer(x)
         return self.to_latents(x)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, 16, h, w) -> (B, 3, 8h, 8w)."""
+        """The way back, linear as well."""
         x = self.from_latents(latents)
         for up, widen in zip(self.up, self.widen, strict=True):
             x = widen(up(F.interpolate(x, scale_factor=2.0, mode="nearest-exact")))
@@ -300,13 +317,15 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     return [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
 
 
-def fit_autoencoder(rng: np.random.RandomState, steps: int, width: int) -> LinearAutoencoder:
+def fit_autoencoder(
+    rng: np.random.RandomState, steps: int, width: int, levels: int = 3
+) -> LinearAutoencoder:
     """Least squares on synthetic images.
 
     Muon instead of Adam: every layer is ill conditioned because low frequencies dominate pictures.
     """
     leaves = stack_pixels([draw_leaves(rng, 96) for _ in tqdm(range(600), "synthetic images")])
-    model = LinearAutoencoder(width)
+    model = LinearAutoencoder(width, levels)
     matrices, biases = split_parameters(model)
     muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
     adam = torch.optim.Adam(biases, lr=1e-3)
@@ -657,6 +676,12 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float64) / 255
 
 
+def write_picture(picture: np.ndarray, path: Path) -> None:
+    """(H, W, 3) in 0..1 as a file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+
+
 @torch.no_grad()
 def reconstruct(vae: Any, picture: np.ndarray) -> np.ndarray:
     """Through the VAE and back, (H, W, 3) in 0..1."""
@@ -795,22 +820,394 @@ def draw_sheet(photos: dict[str, dict[str, Image.Image]]) -> Image.Image:
     return sheet
 
 
+# --- 8. pairedit: faces with one continuous attribute ---------------------------------------------
+
+
+class Face(NamedTuple):
+    """What a 32 x 32 picture shows; lengths in px, colours RGB in 0..1."""
+
+    age: float  # the attribute: hair from dark, 0, to white, 1
+    background: tuple[float, ...]
+    skin: tuple[float, ...]
+    x: float  # centre of the head
+    y: float
+    width: float  # half of the head's
+    eye: float  # radius
+    mouth: float  # half width
+
+
+def random_face(rng: np.random.RandomState) -> Face:
+    """Everything varies independently; ages are triangular about 0.4, from 0 to 0.8."""
+
+    def colour(least: float, most: float) -> tuple[float, ...]:
+        return colorsys.hsv_to_rgb(rng.rand(), rng.uniform(least, most), 0.9)
+
+    age, background, skin = 0.4 * (rng.rand() + rng.rand()), colour(0.25, 0.5), colour(0.1, 0.35)
+    lows, highs = (13.5, 15.0, 8.5, 1.0, 2.0), (18.5, 17.5, 10.5, 2.0, 4.0)
+    return Face(age, background, skin, *rng.uniform(lows, highs))
+
+
+def draw_face(face: Face) -> np.ndarray:
+    """(32, 32, 3) in 0..1: hair, skin, mouth, eyes; edges are 1.5 px soft."""
+    y, x = np.mgrid[0:FACE_PX, 0:FACE_PX] + 0.5 - np.array([face.y, face.x])[:, None, None]
+    picture = np.ones((FACE_PX, FACE_PX, 3)) * face.background
+
+    def paint(left: float, top: float, radii: Any, colour: Any, lowest: float = FACE_PX) -> None:
+        distance = (np.hypot((x - left) / radii[0], (y - top) / radii[1]) - 1) * min(radii)
+        cover = np.clip(0.5 - np.maximum(distance, y - lowest) / 1.5, 0, 1)[..., None]
+        picture[:] += cover * (np.asarray(colour) - picture)
+
+    w, r = face.width, face.eye
+    paint(0, -3, (w, 1.05 * w), DARK_HAIR + face.age * (WHITE_HAIR - DARK_HAIR), lowest=0)
+    paint(0, 2, (0.85 * w, 0.9 * w), face.skin)
+    paint(0, 7, (face.mouth, 1.3), (0.9, 0.15, 0.2))
+    paint(-4, 1.5, (r, r), (0.1, 0.1, 0.1))
+    paint(4, 1.5, (r, r), (0.1, 0.1, 0.1))
+    return picture
+
+
+def from_centre(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of every pixel seen from the centre of the head, px.
+
+    The mouth tells where that is: nothing else is so red. Heads are drawn within narrow limits.
+    """
+    y, x = np.mgrid[0:FACE_PX, 0:FACE_PX] + 0.5
+    red = np.clip(picture[..., 0] - picture[..., 1:].max(-1) - 0.48, 1e-9, None)
+    red /= red.sum()
+    return x - np.clip((red * x).sum(), 13, 19), y - np.clip((red * y).sum() - 7, 14.5, 18)
+
+
+def face_age(picture: np.ndarray, place: tuple[np.ndarray, np.ndarray]) -> float:
+    """Of a patch of hair: its mean as a share of the way from DARK_HAIR, 0, to WHITE_HAIR, 1.
+
+    place: of from_centre, in a series that of the unedited picture.
+    """
+    patch = (abs(place[0]) <= 3) & (abs(place[1] + 9.6) <= 1.5)
+    axis = WHITE_HAIR - DARK_HAIR
+    return float((picture[patch].mean(0) - DARK_HAIR) @ axis / (axis @ axis))
+
+
+def content_change(
+    before: np.ndarray, after: np.ndarray, place: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """Mean absolute difference (pictures in 0..1) outside the box that holds the hair."""
+    rest = (abs(place[0]) > 12) | (place[1] > 1)
+    return float(abs(before - after)[rest].mean())
+
+
+# --- 9. pairedit: a base of FLUX.1's type ---------------------------------------------------------
+
+
+def build_flux_tokenizers() -> tuple[Any, Any]:
+    """CLIP's and T5's tokenizers: letters, and for T5 also the words of AGE_PROMPTS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    clip = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    words = sorted({word for prompt in AGE_PROMPTS for word in prompt.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(c, -8.0) for c in string.printable if not c.isspace()]
+    pieces += [(f"▁{word}", -4.0) for word in words]
+    t5 = transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return clip, t5
+
+
+def build_flux(vae: Any, heads: int = 3, text_width: int = 32) -> Any:
+    """FluxPipeline of random weights with the scheduler of FLUX.1-dev, around a VAE."""
+    clip, t5 = build_flux_tokenizers()
+    clip_config = transformers.CLIPTextConfig(
+        vocab_size=len(clip), hidden_size=text_width, intermediate_size=64,
+        projection_dim=text_width, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
+        pad_token_id=clip.pad_token_id,
+    )  # fmt: skip
+    t5_config = transformers.T5Config(
+        vocab_size=len(t5), d_model=text_width, d_ff=64, d_kv=8, num_heads=4, num_layers=2,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15,
+            shift=3.0, use_dynamic_shifting=True,
+        ),
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(clip_config).eval(),
+        tokenizer=clip,
+        text_encoder_2=transformers.T5EncoderModel(t5_config).eval(),
+        tokenizer_2=t5,
+        transformer=diffusers.FluxTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=2,
+            attention_head_dim=32, num_attention_heads=heads, joint_attention_dim=text_width,
+            pooled_projection_dim=text_width, guidance_embeds=True, axes_dims_rope=(4, 14, 14),
+        ),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def to_flux_vae(model: LinearAutoencoder, std: torch.Tensor, scaling_factor: float) -> Any:
+    """The same transform, latents divided by `std`, as an AutoencoderKL that halves the sides.
+
+    As in to_stock_vae, but the constant comes as a pair, too: a GroupNorm takes the mean away.
+    """
+    width = model.conv_in.shape[0] + 1
+    vae: Any = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(width, width),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=1,
+        sample_size=FACE_PX,
+        scaling_factor=scaling_factor,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    weights = vae.state_dict()
+    for name, value in weights.items():
+        value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    constant = 1024.0
+    factor = constant * math.sqrt(2 / width)  # what the norm divides by
+
+    def put(name: str, kernel: torch.Tensor, bias: torch.Tensor, paired: bool = False) -> None:
+        weight, offset = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        if paired:
+            kernel, bias = torch.cat([kernel, -kernel]), torch.cat([bias, -bias])
+            offset[-2:] = torch.tensor([constant, -constant])
+        weight[: kernel.shape[0], : kernel.shape[1]], offset[: len(bias)] = kernel, bias
+
+    def unpaired(kernel: torch.Tensor) -> torch.Tensor:
+        return torch.cat([kernel, -kernel], dim=1) * factor
+
+    down, up, widen = (cast(Convolution, part[0]) for part in (model.down, model.up, model.widen))
+    to_latents, from_latents = model.to_latents, model.from_latents
+    put("encoder.conv_in", model.conv_in.kernel(), model.conv_in.bias)
+    put("encoder.down_blocks.0.downsamplers.0.conv", down.kernel(), down.bias, paired=True)
+    latents = unpaired(to_latents.kernel()) / std.view(-1, 1, 1, 1)
+    put("encoder.conv_out", latents, to_latents.bias / std)
+    weights["encoder.conv_out.bias"][LATENT_CHANNELS:] = -20  # log-variance: no noise
+    put("decoder.conv_in", from_latents.kernel() * std.view(-1, 1, 1), from_latents.bias)
+    kernel = torch.einsum("oi,ikyx->okyx", widen.weight, up.kernel())  # both in one convolution
+    bias = widen.weight @ up.bias + widen.bias
+    put("decoder.up_blocks.0.upsamplers.0.conv", kernel, bias, paired=True)
+    put("decoder.conv_out", unpaired(model.conv_out.kernel()), model.conv_out.bias)
+    vae.load_state_dict(weights)
+    return vae.eval()
+
+
+def face_loss(
+    pipeline: Any, latents: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor
+) -> torch.Tensor:
+    """Flow matching with sigma over the whole range; latents (B, 16, h, w)."""
+    tokens = pack(latents)
+    noise = torch.randn_like(tokens)
+    sigma = torch.sigmoid(torch.randn(len(tokens)) * 1.4)
+    grid = latents.shape[2] // 2, latents.shape[3] // 2
+    places = torch.cartesian_prod(torch.zeros(1), *(torch.arange(float(n)) for n in grid))
+    velocity = pipeline.transformer(
+        hidden_states=tokens + sigma[:, None, None] * (noise - tokens),
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=sigma,
+        guidance=torch.full((len(tokens),), 3.5),
+        img_ids=places,  # (h/2 * w/2, 3)
+        txt_ids=torch.zeros(text.shape[1], 3),
+        return_dict=False,
+    )[0]
+    return F.mse_loss(velocity, noise - tokens)
+
+
+def teach_faces(
+    rng: np.random.RandomState,
+    pipeline: Any,
+    latents: torch.Tensor,
+    prompts: np.ndarray,
+    steps: int,
+) -> None:
+    """Flow matching on latents (N, 16, h, w), each with one of the prompts (N, P) true of it."""
+    with torch.no_grad():
+        text, pooled, _ = pipeline.encode_prompt(
+            list(AGE_PROMPTS), None, max_sequence_length=TEXT_TOKENS
+        )
+    matrices, rest = split_parameters(pipeline.transformer)
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    decay = [torch.optim.lr_scheduler.PolynomialLR(o, steps, power=1.3) for o in optimizers]
+    bar = tqdm(range(steps), "faces")
+    for _ in bar:
+        pick = rng.randint(0, len(latents), 32)
+        says = prompts[pick, rng.randint(0, prompts.shape[1], 32)]
+        loss = face_loss(pipeline, latents[pick], text[says], pooled[says])
+        pipeline.transformer.zero_grad()
+        loss.backward()
+        for step in (*optimizers, *decay):
+            step.step()  # type: ignore[attr-defined]
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def rebuild_flux(
+    output_dir: Path, seed: int = 0, autoencoder_steps: int = 600, face_steps: int = 3000
+) -> None:
+    """Write the base model and, of other faces, the pairs."""
+    torch.manual_seed(seed)
+    rng = np.random.RandomState(seed)
+    autoencoder = fit_autoencoder(rng, autoencoder_steps, width=34, levels=1)
+    std = use_principal_axes(autoencoder, stack_pixels([draw_leaves(rng, 96) for _ in range(64)]))
+    faces = [random_face(rng) for _ in tqdm(range(12000), "faces", leave=False)]
+    pixels = stack_pixels([draw_face(face).astype(np.float32) * 2 - 1 for face in faces])
+    with torch.no_grad():
+        latents = torch.cat([autoencoder.encode(part) for part in pixels.split(500)])
+    latents /= std.view(-1, 1, 1)
+    scaling_factor = round(1 / latents.std().item(), 4)
+    pipeline = build_flux(to_flux_vae(autoencoder, std, scaling_factor))
+    true_of = [[0, 1, 2, 3 + (face.age > 0.4)] for face in faces]
+    teach_faces(rng, pipeline, latents * scaling_factor, np.array(true_of), face_steps)
+    pipeline.to(torch.bfloat16).save_pretrained(output_dir)
+    size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
+    print(f"{output_dir}: {size / 1e6:.1f} MB")
+
+
+def draw_face_pairs(folder: Path, seed: int, count: int = 3) -> None:
+    """Write source/<n>.png and target/<n>.png: the same face, its age 0.4 and 0.6."""
+    rng = np.random.RandomState(seed)
+    for n in range(count):
+        face = random_face(rng)
+        for stage, age in zip(("source", "target"), PAIR_AGES, strict=True):
+            write_picture(draw_face(face._replace(age=age)), folder / stage / f"{n}.png")
+
+
+# --- 10. pairedit: the slider ---------------------------------------------------------------------
+
+
+def run_pairedit() -> None:
+    """Train a slider on three pairs, draw strips, edit a picture, measure, draw the sheet."""
+    start = time.perf_counter()
+    if (ROOT / FACE_OUTPUT_DIR).exists():
+        print(f"deleting {FACE_OUTPUT_DIR} of an earlier demo")
+        shutil.rmtree(ROOT / FACE_OUTPUT_DIR)
+    accelerate = "accelerate.commands.accelerate_cli"
+    run_command(f"accelerate launch train_pairedit.py --config {FACE_CONFIG}", accelerate)
+    run_command(f"python generate.py --config {FACE_CONFIG} --image_format png")
+    photo = FACE_OUTPUT_DIR / "photo.png"
+    write_picture(draw_face(random_face(np.random.RandomState(7))), ROOT / photo)
+    lora = next((ROOT / FACE_OUTPUT_DIR).glob("models/age/*/*_500epoch.safetensors"))
+    scales = sorted(open_strips()[0])
+    run_command(
+        f"python generate.py --pretrained_model_name_or_path {FLUX_BASE_DIR}"
+        f" --lora {lora.relative_to(ROOT).as_posix()} --image {photo.as_posix()} --resolution 32"
+        f' --max_sequence_length {TEXT_TOKENS} --skip 10 --prompt "image of a person"'
+        f" --scales {','.join(f'{scale:g}' for scale in scales)}"
+        f" --output {(FACE_OUTPUT_DIR / 'photo_strip.png').as_posix()}"
+    )
+    strips = [*open_strips(), open_photo_strip(scales)]
+    figures = [measure_strip(strip) for strip in strips[:-1]]
+    means = {
+        name: [float(np.mean([figure[name][k] for figure in figures])) for k in range(len(scales))]
+        for name in ("age_change", "content_change")
+    }
+    seconds = round(time.perf_counter() - start, 1)
+    result = {"scales": scales, **means, "pair_change": PAIR_AGES[1] - PAIR_AGES[0]}
+    result |= {"photo": measure_strip(strips[-1]), "seconds": seconds}
+    (ROOT / FACE_OUTPUT_DIR / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw_face_sheet(strips, scales).save(ROOT / FACE_OUTPUT_DIR / "demo.png")
+    print(f"\n{len(figures)} faces of other seeds, {seconds:.0f} s in all:")
+    for scale, age, content in zip(scales, *means.values(), strict=True):
+        share = age / result["pair_change"]
+        print(f"  scale {scale:3g}: hair {share:5.2f} of the pairs' change, the rest {content:.4f}")
+    print(f"picture: {FACE_OUTPUT_DIR / 'demo.png'}, figures: {FACE_OUTPUT_DIR / 'demo.json'}")
+
+
+def open_strips() -> list[dict[float, np.ndarray]]:
+    """{scale: picture} of every seed that generate.py has drawn."""
+    folders = sorted((ROOT / FACE_OUTPUT_DIR).glob("strips/age/*/origin/*"))
+    return [
+        {
+            float(file.name.split("_scale")[1].split("_")[0]): to_array(open_photo(file))
+            for file in folder.glob("*.png")
+        }
+        for folder in folders
+    ]
+
+
+def open_photo_strip(scales: list[float]) -> dict[float, np.ndarray]:
+    """{scale: picture} of the edited photo."""
+    folder = ROOT / FACE_OUTPUT_DIR
+    return {s: to_array(open_photo(folder / f"photo_strip_scale{s:g}.png")) for s in scales}
+
+
+def measure_strip(strip: dict[float, np.ndarray]) -> dict[str, list[float]]:
+    """Against scale 0: change of age, and mean absolute change outside the hair, by scale."""
+    place = from_centre(strip[0.0])
+    ages = [face_age(strip[scale], place) for scale in sorted(strip)]
+    return {
+        "age_change": [age - face_age(strip[0.0], place) for age in ages],
+        "content_change": [content_change(strip[0.0], strip[s], place) for s in sorted(strip)],
+    }
+
+
+def draw_face_sheet(
+    strips: list[dict[float, np.ndarray]], scales: list[float], large: int = 96
+) -> Image.Image:
+    """The three pairs above, a strip per row below, the edited photo last; pixels stay visible."""
+    font, gap, head = ImageFont.load_default(size=15), 6, 26
+    rows = [
+        [to_array(open_photo(file)) for n in range(3) for file in pair_files(n)],
+        *([strip[scale] for scale in scales] for strip in [*strips[:5], strips[-1]]),
+    ]
+    heads: dict[int, list[str]] = {
+        0: ["before and after, three pairs: hair turns grey"],
+        1: [f"scale {scale:g}" for scale in scales],
+        len(rows) - 1: ["a given picture, edited without training for it"],
+    }
+    size = (large + gap) * len(scales) + gap, (large + gap) * len(rows) + head * len(heads) + gap
+    sheet = Image.new("RGB", size, "white")
+    draw, top = ImageDraw.Draw(sheet), gap
+    for k, row in enumerate(rows):
+        labels = heads.get(k, [])
+        for column, label in enumerate(labels):
+            draw.text((gap + column * (large + gap), top + 3), label, "black", font)
+        top += head if labels else 0
+        for column, picture in enumerate(row):
+            image = Image.fromarray((picture * 255).round().astype(np.uint8))
+            left = gap + column * (large + gap)
+            sheet.paste(image.resize((large, large), Image.Resampling.NEAREST), (left, top))
+        top += large + gap
+    return sheet
+
+
+def pair_files(number: int) -> list[Path]:
+    """Before and after."""
+    return [ROOT / FACE_PAIRS_DIR / "age" / s / f"{number}.png" for s in ("source", "target")]
+
+
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="The demo on two CPU cores, or its base model.")
-    parser.add_argument("demo", nargs="?", choices=["qwen_edit"], default="qwen_edit")
-    parser.add_argument("--rebuild", action="store_true", help=f"make {BASE_DIR} again and stop")
+    parser = argparse.ArgumentParser(
+        description="The demos on two CPU cores, or their base models."
+    )
+    parser.add_argument("demo", nargs="?", choices=["qwen_edit", "pairedit"], default="qwen_edit")
+    parser.add_argument("--rebuild", action="store_true", help="make its base model again and stop")
     parser.add_argument("--seed", type=int, default=0, help="of --rebuild")
     args = parser.parse_args()
     if args.rebuild:
         if not hasattr(torch.optim, "Muon"):
             parser.error("--rebuild needs torch 2.9 or newer (the demo itself does not)")
-        rebuild(ROOT / BASE_DIR, args.seed)
+        if args.demo == "pairedit":
+            draw_face_pairs(ROOT / FACE_PAIRS_DIR / "age", args.seed + 1)
+            rebuild_flux(ROOT / FLUX_BASE_DIR, args.seed)
+        else:
+            rebuild(ROOT / BASE_DIR, args.seed)
         return
-    for path in (BASE_DIR / "model_index.json", CONFIG, PAIRS_DIR):
+    needed = {
+        "qwen_edit": (BASE_DIR / "model_index.json", CONFIG, PAIRS_DIR),
+        "pairedit": (FLUX_BASE_DIR / "model_index.json", FACE_CONFIG, FACE_PAIRS_DIR),
+    }
+    for path in needed[args.demo]:
         if not (ROOT / path).exists():
-            parser.error(f"{path} is missing (python demo.py --rebuild makes {BASE_DIR})")
-    run_demo()
+            parser.error(f"{path} is missing (python demo.py {args.demo} --rebuild makes the base)")
+    run_demo() if args.demo == "qwen_edit" else run_pairedit()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -587,7 +588,20 @@ def check_results(config: Config, jobs: Sequence[Job]) -> list[str]:
     inputs = {Path(image).resolve() for job in jobs for image in job.images}
     problems += [f"two results are called {path}" for path, count in seen.items() if count > 1]
     problems += [f"{path} would be overwritten: it is a reference" for path in inputs & set(seen)]
+    problems += [
+        f"{path} is a folder; wanted the name of a picture" for path in seen if path.is_dir()
+    ]
     return problems
+
+
+def check_writable(folder: Path) -> list[str]:
+    """One problem if nothing can be written there, or where the folder is going to be made."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return []
+    except OSError as error:
+        return [f"results cannot be written to {folder}: {error}"]
 
 
 def check_device(name: str, value: str | None) -> list[str]:
@@ -633,6 +647,7 @@ def check(config: Config) -> list[str]:
     if flavour == "edit-v1" and any(len(job.images) > 1 for job in jobs):
         problems.append("2508 takes one reference; 2509 and 2511 take more")
     problems += check_device("--device", config.device)
+    problems += check_writable(config.output_dir or (config.output or Path()).parent)
     if config.scales and not config.lora:
         problems.append("--scales needs a --lora")
     if (config.height is None) != (config.width is None):
@@ -1455,11 +1470,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def find_lora(path: Path, allow_pickle: bool) -> Path:
-    """The file to load: instead of a pickle (.pt) the .safetensors beside it, if there is one.
+    """The file to load: instead of a .pt that may not be loaded the .safetensors beside it.
 
     Raises:
         UserError: no such file, or a pickle that was not allowed.
     """
+    if allow_pickle and path.is_file():
+        return path
     pair = [path.with_suffix(".safetensors"), path.with_suffix(".pt")]
     files = [f for f in (pair if path.suffix in (".safetensors", ".pt") else [path]) if f.is_file()]
     if not files:
@@ -1940,7 +1957,9 @@ def check_strip_ways(config: StripConfig) -> list[str]:
         "--scales is empty": config.scales == [],
         "--scales needs a --lora": config.scales and not lora,
         "--compose needs a --lora": config.compose and not lora,
-        "a photo needs a --lora to be edited with": (config.image or folder) and not lora,
+        "a photo needs a --lora to be edited with": (
+            (config.image or folder) and not lora and not config.inversion_lora
+        ),
         "--gamma is read by --compose blend": "gamma" in config.model_fields_set and not blend,
         "an inversion_lora is of one photo: no --input_dir": config.inversion_lora and folder,
     }
@@ -2080,7 +2099,6 @@ def plan_runs(config: SliderConfig) -> tuple[list[Strip], list[str]]:
         "trained_lora_path: use_trained_lora_path is on, but this is empty": (
             config.use_trained_lora_path and not config.trained_lora_path
         ),
-        "scales: name at least one": not config.scales,
     }
     problems = [text for text, applies in wrong.items() if applies]
     strips: list[Strip] = []
@@ -2160,6 +2178,11 @@ def check_sliders(config: FluxConfig) -> list[str]:
     photos = {strip.photo.resolve() for strip in strips if strip.photo}
     problems += [f"two results are called {path}" for path, count in seen.items() if count > 1]
     problems += [f"{path} would be overwritten: it is a photo" for path in photos & set(seen)]
+    problems += [
+        f"{path} is a folder; wanted the name of a picture" for path in seen if path.is_dir()
+    ]
+    for strip in strips[:1]:  # the others lie beside it
+        problems += check_writable(strip.files[0].parent)
     return problems
 
 
@@ -2331,7 +2354,10 @@ def write_strip_sheet(sheet: Path, strips: Sequence[Strip], settings: Any) -> No
 
 def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
     """By the settings, else by the checkpoint: Qwen-Image-Edit, or one of two ways for FLUX.1."""
-    if given.keys() & {"python_name", "datasets"}:
+    flat = SliderConfig.model_fields.keys() | TRAINING_ONLY
+    flags = StripConfig.model_fields.keys() | Config.model_fields.keys()
+    named = given.keys() & {"python_name", "datasets"}
+    if named or (given.keys() & flat - flags and not given.keys() & flags - flat):
         return SliderConfig
     name = str(given.get("pretrained_model_name_or_path", ""))
     kind = "FluxPipeline" if name == PUBLISHED_MODEL else ""
@@ -2347,9 +2373,9 @@ def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
 def check_foreign(given: dict[str, Any]) -> list[str]:
     """Settings of Qwen-Image-Edit where a FLUX.1 model is given."""
     flux = StripConfig.model_fields.keys() | SliderConfig.model_fields.keys() | TRAINING_ONLY
+    instead = {"offload": "; base_model_precision makes FLUX.1 smaller"}
     return [
-        f"{name}: a setting of Qwen-Image-Edit; FLUX.1 is loaded part by part, and "
-        "base_model_precision makes it smaller"
+        f"{name}: a setting of Qwen-Image-Edit, not of FLUX.1{instead.get(name, '')}"
         for name in sorted(given.keys() & Config.model_fields.keys() - flux)
     ]
 

@@ -29,6 +29,7 @@ import datetime
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -295,6 +296,7 @@ def check_settings(config: Config) -> list[str]:
     first, last, steps = config.start_step, config.end_step, config.num_inference_steps
     stages, positions = config.stages, config.stage_scales
     named: list[Any] = [*scales, *config.image_ids]
+    start = config.skips[0] + (name != "train_image_real")  # first step of the preview's slider
     twice = [value for value in named if named.count(value) > 1]
     checks = {
         f"start_step {first} <= end_step {last} < num_inference_steps {steps} does not hold": (
@@ -312,6 +314,8 @@ def check_settings(config: Config) -> list[str]:
         "stage_scales: one for each of stages": bool(positions) and len(positions) != len(stages),
         "stage_scales: exactly one must be 0": bool(positions) and positions.count(0.0) != 1,
         f"skips: {min(config.skips)}; -1 is the least, and is all steps": min(config.skips) < -1,
+        f"skips: {config.skips[0]} of {steps} steps, so the slider would never act; lower it, or "
+        "preview: false": config.preview and start >= steps,
     }
     return [problem for problem, wrong in checks.items() if wrong]
 
@@ -1508,12 +1512,13 @@ def set_earlier_aside(folder: Path) -> None:
     old += [path for path in (folder / "samples", folder / "metrics.jsonl") if path.exists()]
     if not old:
         return
-    place = folder / f"earlier-{len(list(folder.glob('earlier-*'))) + 1}"
+    numbers = (n for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())
+    place = folder / f"earlier-{next(numbers)}"
     place.mkdir()
     for path in old:
         path.rename(place / path.name)
     log.warning(
-        "%s holds an earlier run: it is now in %s (to go on with it: "
+        "%s holds an earlier run: it is now in %s (to go on with it: move it back, "
         "--resume_from_checkpoint latest)",
         folder,
         place.name,
@@ -1939,7 +1944,8 @@ class PairEditTrainer:
                     log.info("it is finished (step %d)", start[1]["step"])
                     continue
                 self.load_transformer()
-                if self.train(run, stop, start):
+                # a signal may have come while models were loaded or the last preview was drawn
+                if self._agree(stop.requested, True) or self.train(run, stop, start):
                     log.info("stopped at step %d; --resume_from_checkpoint latest", self.step)
                     break
         self.accelerator.wait_for_everyone()
@@ -1953,7 +1959,7 @@ class PairEditTrainer:
             **settings,
             "noise_scale": run.noise_scale,
             "pictures": draw_key(pictures),
-            "samples_per_step": self.config.batch_size * self.accelerator.num_processes,
+            "batch_size x processes": self.config.batch_size * self.accelerator.num_processes,
         }
 
     def train(
@@ -2186,7 +2192,10 @@ class PairEditTrainer:
         file = f"{lora_stem(self.config, run, self.step)}.safetensors"
         use, flag = (REAL_USE, "--inversion_lora") if real else (SLIDER_USE, "--lora")
         text = (SLIDER_CARD + use).format(
-            **about, command=f"{flag} {file}", prompt=self.preview_prompt(run)
+            **about,
+            command=f"{flag} {file}",
+            prompt=self.preview_prompt(run),
+            skip=self.config.skips[0],
         )
         path = run_folder(self.config, run) / "README.md"
         save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
@@ -2207,13 +2216,15 @@ Scale 1 is the change it was taught. A slider acts in the later steps only, so t
 stays the same:
 
     python generate.py --pretrained_model_name_or_path {base_model} {command} \\
-        --prompt "{prompt}" --scales 0,0.5,1 --skip 14 --output strip.png
+        --prompt "{prompt}" --scales 0,0.5,1 --output strip.png \\
+        --skip {skip} --num_inference_steps {num_inference_steps} --resolution {resolution}
 """
 REAL_USE = """
 It draws one photo, whatever the noise. A slider edits it:
 
     python generate.py --pretrained_model_name_or_path {base_model} {command} \\
-        --lora slider.safetensors --prompt "{prompt}" --scales 0,0.5,1 --output strip.png
+        --lora slider.safetensors --prompt "{prompt}" --scales 0,0.5,1 --output strip.png \\
+        --skip {skip} --num_inference_steps {num_inference_steps} --resolution {resolution}
 """
 
 

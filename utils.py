@@ -116,6 +116,7 @@ class Section(
     frozen=True,
     use_attribute_docstrings=True,
     coerce_numbers_to_str=True,
+    allow_inf_nan=False,
 ):
     """Base of every config class: unknown keys are errors; a field's docstring is its help."""
 
@@ -224,8 +225,9 @@ def _place(data: Any, error: Any) -> tuple[Any, ...]:
     """Where in the given settings an error lies (pydantic adds tags of union members)."""
     place: list[Any] = []
     for part in error["loc"]:
-        known = part in data if isinstance(data, dict) else isinstance(part, int)
-        if not isinstance(data, dict | list) or not known:
+        if isinstance(data, list):  # "0,1,2" as a list flag is cut later: it may be shorter here
+            data = dict(enumerate(data))
+        if not isinstance(data, dict) or part not in data:
             break
         place.append(part)
         data = data[part]
@@ -285,6 +287,8 @@ def _validate(cls: type[C], data: Any) -> tuple[C | None, list[str]]:
 
 def _override_value(text: str) -> Any:
     """Numbers, true, false, null, `{...}` and `[...]` as in YAML; all else is text as typed."""
+    if not text:
+        return text
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -311,8 +315,9 @@ def parse_args(argv: list[str], lists: set[str]) -> tuple[dict[str, Any], set[st
             else:
                 problems.append(f"expected --name value, got '{key}'")
             continue
-        if not equals:  # a bare `--flag` is true
-            text = args.pop(0) if args and not args[0].startswith("--") else ""
+        bare = not equals and (not args or args[0].startswith("--"))  # `--flag` is true
+        if not equals and not bare:
+            text = args.pop(0)
         if key in ("--help", "--print_config"):
             flags.add(key[2:])
         elif key == "--config":
@@ -324,7 +329,7 @@ def parse_args(argv: list[str], lists: set[str]) -> tuple[dict[str, Any], set[st
                 data = {}
                 problems.append(f"--config {text or '(no file named)'}: {error}")
         else:
-            value = _override_value(text) if text or equals else True
+            value = True if bare else _override_value(text)
             overrides.setdefault(key[2:], []).append(value)
     for key, values in overrides.items():
         value = values[-1]

@@ -76,13 +76,15 @@ def compare(argv):
 
     blocks = {"bare": lambda: bare_steps(trainer, STEPS), "loop": loop_block}
     seconds = {name: [] for name in blocks}
+    # on a CPU its own time: other processes would blur the ratio
+    clock = time.perf_counter if trainer.device.type == "cuda" else time.process_time
     for number in range(BLOCKS + 1):
         for name, block in blocks.items():
-            started = time.perf_counter()
+            started = clock()
             block()
             if trainer.device.type == "cuda":
                 torch.cuda.synchronize(trainer.device)
-            seconds[name] += [time.perf_counter() - started] if number else []  # 0 warms up
+            seconds[name] += [clock() - started] if number else []  # 0 warms up
     bare, loop = (statistics.median(times) / STEPS * 1e3 for times in seconds.values())
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     print(f"{config.python_name}, {len(trainer.names)} pairs, {trainer.device}")

@@ -75,9 +75,11 @@ def workplace(tmp_path_factory, checkpoints):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, place)
     shutil.copytree(checkpoints["2511"], place / "demo" / "qwen_edit_base")
-    shutil.copytree(checkpoints["flux"], place / "demo" / "flux_slider_base")
+    for name in ("flux_slider_base", "slider_pairs"):
+        shutil.copytree(ROOT / "demo" / name, place / "demo" / name)
     for name in ("age", "smile"):
-        tiny.save_sliders(checkpoints["flux"], place / name)
+        tiny.save_sliders(place / "demo/flux_slider_base", place / name)
+        shutil.copytree(ROOT / "demo/slider_pairs/age", place / "datasets" / name)
     photos = place / "data" / "my_pairs"
     for name in ("before", "after"):
         (photos / name).mkdir(parents=True)
@@ -87,7 +89,12 @@ def workplace(tmp_path_factory, checkpoints):
     train = "python train_qwen_edit.py --config configs/demo_qwen_edit.yaml"
     quick = " --train.max_train_steps 1 --validation.steps null"
     subprocess.run(shlex.split(train + quick), cwd=place, check=True, env=environment())
+    train = f"python train_pairedit.py --c demo_pairedit --preview false {FEW_STEPS}"
+    subprocess.run(shlex.split(train), cwd=place, check=True, env=environment())
     return place
+
+
+FEW_STEPS = "--train_iteration 2"
 
 
 def environment():
@@ -110,6 +117,12 @@ def test_every_command_runs(page, command, workplace, tmp_path):
         command += " --train.max_train_steps 2 --validation.steps null"
         if "resume" not in command and "--print_config" not in command:
             command += f" --logging.output_dir {tmp_path}"
+    if "demo_pairedit" in command:
+        command = re.sub(r" --train_iteration \d+", "", command) + f" {FEW_STEPS} --count_gen 1"
+    if "train_pairedit.py" in command and not {"--help", "--plan"} & set(command.split()):
+        command += " --preview false"
+        if "resume" not in command:
+            command += f" --output_folder {tmp_path}"
     if "configs/qwen_edit_pairs.yaml" in command:
         command += " --model.pretrained_model_name_or_path demo/qwen_edit_base"
         command += " --data.dataset_configs.0.resolution 64 --cache.cache_dir cache/pairs"

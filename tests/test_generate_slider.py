@@ -362,7 +362,8 @@ def test_converting_there_and_back_keeps_the_strength(rank, alpha, flux, bare, p
     def convert(source, target, original=False):
         return tool.convert(tmp_path / source, tmp_path / target, original, str(flux))
 
-    assert convert("a.pt", "b.safetensors") == len(factors)
+    save_file({"transformer.old.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "a.safetensors")
+    assert convert("a.pt", "b.safetensors") == len(factors)  # not what lies beside a.pt
     assert same_changes(generate.read_slider(tmp_path / "b.safetensors", bare), wanted)
     convert("b.safetensors", "c.pt")
     convert("c.pt", "d.safetensors", original=True)
@@ -393,6 +394,15 @@ def test_the_file_of_the_trainer_is_understood_setting_by_setting():
         assert theirs[name].default == ours[name].default, name
         assert str(theirs[name].metadata) == str(ours[name].metadata), name
         assert theirs[name].description == ours[name].description or name == "device", name
+
+
+def test_the_family_is_known_by_any_setting_of_the_file(flux):
+    model = {"pretrained_model_name_or_path": str(flux)}
+    assert generate.pick_family(model | {"output_folder_gen": "x"}) is generate.SliderConfig
+    assert generate.pick_family(model | {"noise_scales": [1]}) is generate.SliderConfig
+    assert generate.pick_family(model | {"scales": "0,1", "prompt": "a"}) is generate.StripConfig
+    qwen = {"pretrained_model_name_or_path": "Qwen/Qwen-Image-Edit-2511", "prompt": "a"}
+    assert generate.pick_family(qwen) is generate.Config
 
 
 def test_photos_get_the_trainers_sizes():
@@ -615,7 +625,7 @@ def test_one_report_of_everything_wrong_with_a_strip(make, loras, tmp_path):
     )  # fmt: skip
     for words in (
         "gama: unknown setting, did you mean 'gamma'?",
-        "offload: a setting of Qwen-Image-Edit",
+        "offload: a setting of Qwen-Image-Edit, not of FLUX.1; base_model_precision",
         "nowhere.safetensors",
         "wanted FILE, FILE:scale or FILE:scale:skip",
         "layers do not fit this transformer",
@@ -644,6 +654,30 @@ def test_one_report_of_everything_wrong_with_a_strip(make, loras, tmp_path):
         "two results are called",
     ):
         assert words in done, f"{words}\n{done}"
+
+
+def test_results_that_cannot_be_written_are_named_before_a_model_loads(make, call, loras, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    done = make("--prompt", "x", "--output", tmp_path / "file/o.png", check=False)
+    assert "nothing was loaded" in done and f"cannot be written to {tmp_path / 'file'}" in done
+    done = make("--prompt", "x", "--output", tmp_path / "folder.png", check=False)
+    assert "folder.png is a folder; wanted the name of a picture" in done
+    edit = ["--image", PHOTO, "--prompt", "x", "--output", tmp_path / "file/o.png"]
+    done = call("--pretrained_model_name_or_path", tmp_path / "none", *edit, check=False)
+    assert f"cannot be written to {tmp_path / 'file'}" in done
+
+
+def test_an_inversion_lora_alone_draws_its_photo_in_the_photos_size(make, loras, tmp_path):
+    out = tmp_path / "o.png"
+    make("--inversion_lora", loras["a"], "--image", PHOTO, "--prompt", "x", "--output", out)
+    assert Image.open(out).size == (80, 48)
+
+
+def test_a_slip_in_a_flag_is_not_taken_for_a_file_of_the_trainer(make, loras, tmp_path):
+    out = tmp_path / "o.png"
+    done = make("--lora", loras["a"], "--skips", 3, "--prompt", "x", "--output", out, check=False)
+    assert "1 problem" in done and "skips: unknown setting, did you mean 'skip'?" in done
 
 
 def test_one_report_of_everything_wrong_with_a_file(call, flux, loras, tmp_path):

@@ -186,6 +186,7 @@ def test_alpha_grey_and_turned_photos(make_slider, tmp_path):
         ({"datasets": [".."]}, "'..' is no name of a folder"),
         ({"config_name": "a/b"}, "config_name"),
         ({"skips": [-2]}, "skips: -2"),
+        ({"skips": [27], "preview": True}, "skips: 27 of 28 steps, so the slider would never act"),
         ({"scales": []}, "scales"),
         ({"scales": "0,much"}, "scales"),
         ({"prompts_file": []}, "prompts_file"),

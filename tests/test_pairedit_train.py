@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import shutil
+import signal
 import sys
 import weakref
 
@@ -107,6 +109,7 @@ def test_every_run_leaves_what_the_house_promises(straight):
             f"{dataset}_4.0eta_{beta}ns_4inf_4epoch.safetensors"
             in (folder / "README.md").read_text()
         )
+        assert "--skip 1 --num_inference_steps 4" in (folder / "README.md").read_text()
 
 
 def test_the_files_hold_content_and_semantic_and_the_runs_differ(straight):
@@ -317,7 +320,7 @@ def test_finished_runs_load_nothing(finished, monkeypatch):
     [
         ({"learning_rate": 0.5}, "learning_rate: was 0.002, is 0.5"),
         ({"cfg_eta": 4.0, "rank": 8}, "rank: was 16, is 8"),
-        ({"batch_size": 2}, "samples_per_step: was 1, is 2"),
+        ({"batch_size": 2}, "batch_size x processes: was 1, is 2"),
         ({"resolution": 96}, "resolution: was 64, is 96"),
     ],
 )
@@ -378,6 +381,9 @@ def test_without_resume_an_earlier_run_is_set_aside(finished, caplog):
     assert [c.name for c in script.list_checkpoints(folder)] == ["checkpoint-2"]
     assert len(list((folder / "earlier-1").glob("*epoch*"))) == 8
     assert script.valid_checkpoint(folder / "earlier-1/checkpoint-4")
+    (folder / "earlier-1").rename(folder / "earlier-2")  # a user tidied up
+    script.set_earlier_aside(folder)
+    assert script.valid_checkpoint(folder / "earlier-1/checkpoint-2")
 
 
 def test_a_loss_that_is_no_number_stops_with_the_pair_and_keeps_the_checkpoint(
@@ -392,6 +398,21 @@ def test_a_loss_that_is_no_number_stops_with_the_pair_and_keeps_the_checkpoint(
     assert "Nothing was saved since checkpoint-1" in str(error.value)
     (kept,) = script.list_checkpoints(run_folders(tmp_path)[0])
     assert kept.name == "checkpoint-1" and script.valid_checkpoint(kept)
+
+
+def test_a_signal_during_the_last_preview_does_not_start_the_next_run(
+    straight, checkpoints, tmp_path, monkeypatch
+):
+    trainer = again(straight, checkpoints, tmp_path, noise_scales=[1], preview=True)
+    shown = []
+
+    def stopped(self, run_):
+        shown.append(run_.dataset)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script.PairEditTrainer, "preview", stopped)
+    trainer.fit()
+    assert shown == ["age"] and len(run_folders(tmp_path)) == 1
 
 
 def test_weights_that_are_no_numbers_are_not_saved(straight, checkpoints, tmp_path):
@@ -542,6 +563,12 @@ def test_cache_embeddings_fills_counts_mends_and_prunes(make_slider, tmp_path, m
     assert "pruned: 0 entries" in command("--prune")
     out = command("--prune", "--stats", "--resolution", "96")
     assert "pruned: 6 entries" in out and "missing: 6 of 7" in out
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "config.yaml").rename(tmp_path / "configs/mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "--c", "mine", "--stats"])
+    cache_embeddings.main()
+    assert "missing: 6 of 7" in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 

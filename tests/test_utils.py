@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 from conftest import ROOT
-from pydantic import Field
+from pydantic import Field, field_validator
 
 import utils
 from utils import Section, UserError, load_config
@@ -69,7 +69,7 @@ def test_lists_grow_by_dotted_overrides_and_repeated_flags():
 
 
 @pytest.mark.parametrize(
-    "text", ["make it: red", "red # now", "010", "12:30", "2026-11-21", "a\nb", "- x", "no"]
+    "text", ["make it: red", "red # now", "010", "12:30", "2026-11-21", "a\nb", "- x", "no", ""]
 )
 def test_text_stays_as_typed(text, tmp_path):
     assert load_config(Outer, ["--text", text]).text == text
@@ -137,6 +137,26 @@ def test_every_problem_is_named_at_once_with_its_path(tmp_path):
     assert "rows.0.rank" in text and "table.x.nam: unknown setting, did you mean 'name'?" in text
     assert "ratt: unknown setting, did you mean 'rate'?" in text
     assert "no folder z" in text  # the data is checked although the config is wrong
+
+
+def test_a_wrong_value_in_a_list_that_a_validator_cuts_is_named():
+    class Strip(Section):
+        """Strip."""
+
+        scales: list[float] = []
+
+        @field_validator("scales", mode="before")
+        @classmethod
+        def _split(cls, value):
+            return value[0].split(",")
+
+    with pytest.raises(UserError, match=r"scales: Input should be a valid number.*got 'x'"):
+        load_config(Strip, ["--scales", "0,x"])
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "nan", "-inf"])
+def test_a_setting_is_a_finite_number(value):
+    assert "rate: Input should be a finite number" in problems_of(["--rate", value])
 
 
 @pytest.mark.parametrize(
