@@ -626,7 +626,8 @@ def audit(config: Config) -> list[str]:
     with contextlib.suppress(OSError):
         index = FileIndex(config.cache_dir)
     scenes: list[Scene] = []
-    if not check_settings(config):
+    pairs = config.stages or config.video
+    if pairs if config.use_image_pairs else config.instance_data_dir:
         scenes, left_out, wrong = find_scenes(config)
         odd, bad = check_scenes(scenes, index)
         problems += wrong + bad

@@ -132,8 +132,8 @@ def test_the_objectives_are_their_formulas():
 
 
 def test_huber_is_the_square_near_zero_and_a_line_far_away():
-    small, large = torch.tensor([1e-4]), torch.tensor([100.0])
-    assert script.huber_error(small, 0.1).item() == pytest.approx(1e-8, rel=1e-2)
+    small, large = torch.tensor([1e-3]).double(), torch.tensor([100.0])
+    assert script.huber_error(small, 0.1).item() == pytest.approx(1e-6, rel=1e-2)
     slope = script.huber_error(large + 1, 0.1) - script.huber_error(large, 0.1)
     assert slope.item() == pytest.approx(0.2, rel=1e-3)
 
@@ -287,14 +287,6 @@ def test_resume_is_bit_exact(objective, make, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
 
 
-def test_accumulation_is_a_larger_batch(make, tmp_path):
-    make(tmp_path / "a", train_batch_size=2).fit()
-    make(tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=2).fit()
-    ours, theirs = (load_file(tmp_path / x / "out" / script.LORA_FILE) for x in "ab")
-    same = [torch.allclose(ours[k], theirs[k], atol=1e-3) for k in ours]
-    assert sum(same) >= 0  # scenes of a batch share a shape, so the draws differ in general
-
-
 @pytest.mark.parametrize("export", ["pytorch_lora_weights", "pytorch_lora_weights_kohya"])
 def test_both_formats_load_in_diffusers_at_the_trained_strength(export, make, checkpoints):
     trainer = make(lora_rank=4, lora_alpha=2, train_text_encoder=True, export="kohya")
@@ -376,15 +368,10 @@ def test_a_sequence_trains_all_its_times(make, pictures, tmp_path):
     for file in (tmp_path / "third").glob("*.png"):
         Image.open(file).rotate(180).save(file)
     (tmp_path / "third" / "coffee0.png").unlink()  # a sequence may have holes
-    argv = script.repeat_flags(
-        [
-            "--sequence_dirs",
-            str(pictures / "before"),
-            str(pictures / "after"),
-            str(tmp_path / "third"),
-        ]
-        + ["--sequence_scales", "-1,0,1"]
-    )
+    folders = [
+        str(folder) for folder in (pictures / "before", pictures / "after", tmp_path / "third")
+    ]
+    argv = script.repeat_flags(["--sequence_dirs", *folders, "--sequence_scales", "-1,0,1"])
     other = make(before_data_dir=None, after_data_dir=None).config
     config = load_config(
         script.Config,
@@ -434,7 +421,8 @@ def test_mistakes_are_named_before_a_model_loads(make, pictures, tmp_path):
 
 def test_a_mistake_ends_with_exit_code_2(checkpoints, tmp_path):
     done = run(
-        ROOT / "train_dreambooth_pairs.py", "--pretrained_model_name_or_path", checkpoints["flux"],
+        ROOT / "train_dreambooth_pairs.py",
+        "--pretrained_model_name_or_path", checkpoints["flux"],
         "--use_image_pairs", "--before_data_dir", tmp_path / "a", "--after_data_dir", tmp_path / "b",
         cwd=tmp_path, check=False,
     )  # fmt: skip
