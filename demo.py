@@ -843,7 +843,7 @@ def random_face(rng: np.random.RandomState) -> Face:
         return colorsys.hsv_to_rgb(rng.rand(), rng.uniform(least, most), 0.9)
 
     age, background, skin = 0.4 * (rng.rand() + rng.rand()), colour(0.25, 0.5), colour(0.1, 0.35)
-    lows, highs = (13.5, 15.0, 8.5, 1.0, 2.0), (18.5, 17.5, 10.5, 2.0, 4.0)
+    lows, highs = (13.5, 15.0, 8.5, 1.4, 2.0), (18.5, 17.5, 10.5, 2.2, 4.0)
     return Face(age, background, skin, *rng.uniform(lows, highs))
 
 
@@ -1031,14 +1031,14 @@ def teach_faces(
         )
     matrices, rest = split_parameters(pipeline.transformer)
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=0.04, weight_decay=0.0),
         torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     decay = [torch.optim.lr_scheduler.PolynomialLR(o, steps, power=1.3) for o in optimizers]
     bar = tqdm(range(steps), "faces")
     for _ in bar:
-        pick = rng.randint(0, len(latents), 32)
-        says = prompts[pick, rng.randint(0, prompts.shape[1], 32)]
+        pick = rng.randint(0, len(latents), 16)
+        says = prompts[pick, rng.randint(0, prompts.shape[1], 16)]
         loss = face_loss(pipeline, latents[pick], text[says], pooled[says])
         pipeline.transformer.zero_grad()
         loss.backward()
@@ -1048,7 +1048,7 @@ def teach_faces(
 
 
 def rebuild_flux(
-    output_dir: Path, seed: int = 0, autoencoder_steps: int = 600, face_steps: int = 3000
+    output_dir: Path, seed: int = 0, autoencoder_steps: int = 600, face_steps: int = 5000
 ) -> None:
     """Write the base model and, of other faces, the pairs."""
     torch.manual_seed(seed)
