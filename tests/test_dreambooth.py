@@ -423,8 +423,8 @@ def test_a_mistake_ends_with_exit_code_2(checkpoints, tmp_path):
     done = run(
         ROOT / "train_dreambooth_pairs.py",
         "--pretrained_model_name_or_path", checkpoints["flux"],
-        "--use_image_pairs", "--before_data_dir", tmp_path / "a", "--after_data_dir", tmp_path / "b",
-        cwd=tmp_path, check=False,
+        "--use_image_pairs", "--before_data_dir", tmp_path / "a",
+        "--after_data_dir", tmp_path / "b", cwd=tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "is a FluxPipeline; wanted Stable Diffusion" in done.stderr
