@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
 
 import generate
+import train_dreambooth_pairs
 import train_pairedit
 import train_qwen_edit
 from utils import UserError, load_config, settings
@@ -30,6 +31,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLES = {  # page: config classes of its tables, in order
     "train_qwen_edit.md": [train_qwen_edit.Config],
     "train_pairedit.md": [train_pairedit.Config],
+    "train_dreambooth_pairs.md": [train_dreambooth_pairs.Config],
     "generate.md": [generate.Config, generate.StripConfig],
 }
 SECTIONS = re.compile(r"(<!-- settings -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -104,7 +106,7 @@ def environment():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
-def test_every_command_runs(page, command, workplace, tmp_path):
+def test_every_command_runs(page, command, workplace, checkpoints, tmp_path):
     if any(part in command for part in WHOLE):
         names = [w for w in shlex.split(command) if w.endswith((".py", ".txt"))]
         assert all((ROOT / name).exists() for name in names)
@@ -117,6 +119,10 @@ def test_every_command_runs(page, command, workplace, tmp_path):
         command += " --train.max_train_steps 2 --validation.steps null"
         if "resume" not in command and "--print_config" not in command:
             command += f" --logging.output_dir {tmp_path}"
+    if "train_dreambooth_pairs.py" in command and "--help" not in command:
+        base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        command = command.replace(base, str(checkpoints["sd"]))
+        command += f" --resolution 64 --max_train_steps 2 --output_dir {tmp_path}"
     if "demo_pairedit" in command:
         command = re.sub(r" --train_iteration \d+", "", command) + f" {FEW_STEPS} --count_gen 1"
     if "train_pairedit.py" in command and not {"--help", "--plan"} & set(command.split()):
@@ -159,7 +165,11 @@ def test_every_function_and_file_a_page_names_exists(page):
 
 
 @pytest.mark.parametrize(
-    "script", ["train_qwen_edit", "train_pairedit", "generate", "cache_embeddings"]
+    "script",
+    [
+        *("train_qwen_edit", "train_pairedit", "train_dreambooth_pairs"),
+        *("generate", "cache_embeddings"),
+    ],
 )
 def test_every_script_names_its_page(script):
     assert f"docs/{script}.md" in (ROOT / f"{script}.py").read_text()[:400]

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of the true classes, made offline in seconds."""
 
+import functools
 import os
 import shutil
 import string
@@ -37,12 +38,13 @@ def build(kind, folder):
 
 
 def build_all(folder):
-    """{"2508" | "2509" | "2511" | "flux": folder}; made once, whichever process comes first."""
-    found = {kind: folder / kind for kind in [*KINDS, "flux"]}
+    """{"2508" | "2509" | "2511" | "flux" | "sd": folder}; made once, by the first process."""
+    builders = {"flux": build_flux, "sd": build_sd}
+    found = {kind: folder / kind for kind in [*KINDS, *builders]}
     for kind, place in found.items():
         if not place.exists():
             part = folder / f"{kind}.{os.getpid()}"
-            build_flux(part) if kind == "flux" else build(kind, part)
+            builders.get(kind, functools.partial(build, kind))(part)
             try:
                 part.rename(place)
             except OSError:  # the other test process was first
@@ -98,6 +100,40 @@ def build_flux(folder):
             num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
             guidance_embeds=True, axes_dims_rope=(8, 12, 12),
         ),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+
+
+def build_sd(folder):
+    """Save a StableDiffusionPipeline of random weights with SD 1.5's layer types and scheduler."""
+    torch.manual_seed(0)
+    clip, _ = build_tokenizers()
+    ids = {f"{name}_token_id": getattr(clip, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    clip_config = transformers.CLIPTextConfig(
+        vocab_size=len(clip), hidden_size=32, intermediate_size=64, projection_dim=32,
+        num_hidden_layers=2, num_attention_heads=4, **ids,
+    )  # fmt: skip
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[8, 16, 16, 16], layers_per_block=1, latent_channels=4,
+            norm_num_groups=4, sample_size=64, scaling_factor=0.18215,
+        ),
+        text_encoder=transformers.CLIPTextModel(clip_config),
+        tokenizer=clip,
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32, attention_head_dim=8,
+        ),
+        scheduler=diffusers.PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            skip_prk_steps=True, steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder)
 
