@@ -28,7 +28,7 @@ VARIANTS = (
     "train_image_fm",
     "train_image_sliders",
 )
-SCALES = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6)
+SCALES = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 9, 12)
 PAIR = demo.PAIR_AGES[1] - demo.PAIR_AGES[0]
 
 
@@ -79,6 +79,15 @@ def measure(variant, count, folder, more):
     return np.array(found)
 
 
+def cell(values, digits):
+    """Mean and deviation of the versions that have a value, and how many have."""
+    there = values[~np.isnan(values)]
+    if not len(there):
+        return "never"
+    text = f"{there.mean():.{digits}f} ± {there.std():.{digits}f}"
+    return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)})"
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--variants", nargs="*", default=VARIANTS)
@@ -92,11 +101,7 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         for variant in args.variants:
             found = measure(variant, args.count, Path(place), more)
-            mean, deviation = found.mean(0), found.std(0)
-            cells = [
-                f"{m:.{n}f} ± {d:.{n}f}"
-                for m, d, n in zip(mean, deviation, (2, 4, 2, 4, 2), strict=True)
-            ]
+            cells = [cell(column, n) for column, n in zip(found.T, (2, 4, 2, 4, 2), strict=True)]
             lines.append(f"| `{variant}` | {' | '.join(cells)} |")
             print("\n".join(lines), flush=True)
 
