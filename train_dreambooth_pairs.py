@@ -543,7 +543,7 @@ def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
         raise UserError(f"{path}: no diffusers checkpoint: {error}") from error
 
 
-def check_settings(config: Config) -> list[str]:
+def check_flags(config: Config) -> list[str]:
     """Settings that do not go together."""
     folders = config.before_data_dir, config.after_data_dir
     sources = {
@@ -609,7 +609,7 @@ def audit(config: Config) -> list[str]:
 
     What was found, left out or is odd is printed and lies in output_dir/audit.json.
     """
-    problems = check_settings(config)
+    problems = check_flags(config)
     problems += check_base(config.pretrained_model_name_or_path)
     wanted: list[str] = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     wanted += ["bitsandbytes"] if config.use_8bit_adam else []
