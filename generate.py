@@ -300,17 +300,11 @@ class SliderConfig(FluxConfig):
     @field_validator("datasets")
     @classmethod
     def _names(cls, value: list[str]) -> list[str]:
-        if wrong := [name for name in value if not name or set(name) & set("/\\")]:
+        if wrong := [name for name in value if name in ("", ".", "..") or set(name) & set("/\\")]:
             raise ValueError(f"'{wrong[0]}' is no name of a folder")
         if len(set(value)) < len(value):
             raise ValueError("a name is there twice")
         return value
-
-    @model_validator(mode="after")
-    def _fits(self) -> SliderConfig:
-        if bool(self.image_ids) != (self.python_name == "train_image_real"):
-            raise ValueError("image_ids and python_name: train_image_real go together")
-        return self
 
 
 TRAINING_ONLY = {  # settings of train_pairedit.py that change no picture once the LoRA is there
@@ -1543,15 +1537,14 @@ def sort_keys(
 
 def lora_strength(layer: str, parts: dict[str, torch.Tensor], settings: dict[str, Any]) -> float:
     """alpha / rank: by the file's own .alpha, else its PEFT settings, else 1."""
-    from peft.utils.other import get_pattern_key
-
     rank = parts["down"].shape[0]
     if "alpha" in parts:
         return float(parts["alpha"]) / rank
     if "lora_alpha" not in settings:
         return 1.0
-    pattern = settings.get("alpha_pattern") or {}
-    alpha = pattern.get(get_pattern_key(list(pattern), layer), settings["lora_alpha"])
+    own = (settings.get("alpha_pattern") or {}).items()  # PEFT: an ending of the name, a regex
+    fits = (alpha for ending, alpha in own if re.fullmatch(rf"(.*\.)?({ending})", layer))
+    alpha = next(fits, settings["lora_alpha"])
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -1910,7 +1903,7 @@ def flux_buckets(resolution: int) -> list[tuple[int, int]]:
     return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
 
 
-@functools.lru_cache
+@functools.cache  # asked for by the check and by the drawing; a photo is decoded once
 def photo_size(photo: Path | None, resolution: int) -> tuple[int, int]:
     """(W, H) px of what is drawn: a photo's bucket, else the square. Raises UserError."""
     if not photo:
@@ -2092,9 +2085,11 @@ def run_prompts(config: SliderConfig, dataset: str) -> list[str]:
 
 def plan_runs(config: SliderConfig) -> tuple[list[Strip], list[str]]:
     """A strip for each run, skip and seed, and everything wrong with the settings."""
+    real = config.python_name == "train_image_real"
     wrong = {
+        "image_ids and python_name: train_image_real go together": bool(config.image_ids) != real,
         "semantic_lora_path: train_image_real needs the slider that edits": (
-            config.python_name == "train_image_real" and not config.semantic_lora_path
+            real and not config.semantic_lora_path
         ),
         "trained_lora_path: use_trained_lora_path is on, but this is empty": (
             config.use_trained_lora_path and not config.trained_lora_path

@@ -431,6 +431,8 @@ def frame_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
     Frames lie in cache_dir/video/<hash of the file>/ and are decoded once.
     """
     assert config.video
+    if not config.video.is_file():
+        return [], [], [f"video: no file {config.video}"]
     folder = config.cache_dir / "video" / hash_file(config.video)
     if not folder.is_dir():
         try:
@@ -1417,7 +1419,7 @@ class DreamBoothPairsTrainer:
         side = config.resolution
         for first in progress(numbers[:: config.sample_batch_size], "draw class pictures"):
             batch = [n for n in numbers if first <= n < first + config.sample_batch_size]
-            seeds = [draw_key(config.seed, "class", number) % 2**63 for number in batch]
+            seeds = [draw_key(config.seed, "class", number) for number in batch]
             images = pipeline(
                 [config.class_prompt or ""] * len(batch),
                 height=side,
@@ -1624,14 +1626,16 @@ class DreamBoothPairsTrainer:
 
     # -- objective
 
-    def embeds(self, prompts: Sequence[str], lanes: Sequence[Lane]) -> torch.Tensor:
-        """(B, 77, 768) of each prompt; through the adapted text encoder if that is trained."""
-        if "text_encoder" not in self.models:
+    def embeds(
+        self, prompts: Sequence[str], lanes: Sequence[Lane], models: dict[str, Any]
+    ) -> torch.Tensor:
+        """(B, 77, 768) of each prompt; through the adapted text encoder if `models` has one."""
+        if "text_encoder" not in models:
             found = torch.stack([self.entry(prompt)["embed"] for prompt in prompts])
             return found.to(self.device)
         self.board.lanes = lanes
         ids = torch.stack([self.entry(prompt)["ids"] for prompt in prompts])
-        return self.models["text_encoder"](ids.to(self.device))[0].to(self.dtype)
+        return models["text_encoder"](ids.to(self.device))[0].to(self.dtype)
 
     def predict(
         self, unet: Any, noisy: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, lanes: Any
@@ -1704,7 +1708,8 @@ class DreamBoothPairsTrainer:
             terms.append(self.class_term(turns, t))
         lanes = [term.lane for term in terms]
         prompts = {"instance": config.instance_prompt, "class": config.class_prompt or ""}
-        embeds = self.embeds([prompts[term.prompt] for term in terms for _ in turns], lanes)
+        asked = [prompts[term.prompt] for term in terms for _ in turns]
+        embeds = self.embeds(asked, lanes, self.models)
         noisy = torch.cat([term.noisy for term in terms])
         times = t.to(self.device).repeat(len(terms))
         predicted = self.predict(self.models["unet"], noisy, times, embeds, lanes)
@@ -2022,19 +2027,17 @@ class DreamBoothPairsTrainer:
     def guided(self, prompts: Sequence[str]) -> Predict:
         """Noise under classifier-free guidance with the adapter at given strengths."""
         scale = self.config.validation_guidance_scale
-        unet, models = self.bare["unet"], self.models
-        self.models = self.bare  # no DDP around a picture of one process
+        bare = self.bare  # no DDP around a picture of one process
 
         def predict(latents: torch.Tensor, t: Any, strengths: torch.Tensor) -> torch.Tensor:
             lane: Lane = (On("change", strengths),) if strengths.any() else ()
             times = torch.full((len(latents),), int(t), device=self.device)
-            found = [
-                self.predict(unet, latents, times, self.embeds([p] * len(latents), [lane]), [lane])
-                for p in (prompts if scale > 1 else prompts[:1])
-            ]
+            found = []
+            for prompt in prompts if scale > 1 else prompts[:1]:
+                embeds = self.embeds([prompt] * len(latents), [lane], bare)
+                found.append(self.predict(bare["unet"], latents, times, embeds, [lane]))
             return found[-1] + scale * (found[0] - found[-1]) if scale > 1 else found[0]
 
-        self.models = models
         return predict
 
 

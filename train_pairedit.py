@@ -2232,13 +2232,8 @@ It draws one photo, whatever the noise. A slider edits it:
 
 TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}
 TEXT_ENCODERS_GB = 9.8  # T5-XXL and CLIP-L of FLUX.1-dev in bf16
-WEIGHT_BITS = {
-    "int8": 8,
-    "fp8": 8,
-    "int4": 4.25,
-    "int2": 2.25,
-    "nf4": 4.5,
-}  # a weight, with its scales
+# of a weight, its scales included
+WEIGHT_BITS = {"int8": 8, "fp8": 8, "int4": 4.25, "int2": 2.25, "nf4": 4.5}
 
 
 def planned_flux(config: Config) -> Any:

@@ -703,6 +703,9 @@ def test_one_report_of_everything_wrong_with_a_file(call, flux, loras, tmp_path)
     assert any("semantic_lora_path: train_image_real needs" in text for text in problems)
     problems = generate.check_sliders(slider_config(flux, tmp_path, skips=[30, -2]))
     assert sum("act from step" in text for text in problems) == 2
+    both = generate.check_sliders(slider_config(flux, tmp_path, image_ids=["1"], device="gpu"))
+    assert any("image_ids and python_name" in text for text in both)
+    assert any("'gpu' is no device" in text for text in both)
     problems = generate.check_sliders(slider_config(flux, tmp_path, use_trained_lora_path=1))
     assert any("trained_lora_path" in text for text in problems)
     trained = {"use_trained_lora_path": 1, "trained_lora_path": str(loras["a"])}
