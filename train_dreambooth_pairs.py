@@ -428,49 +428,66 @@ def _first_names(stems: Iterable[str]) -> str:
 def frame_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
     """Frames of the video, frame_gap apart -> scenes; still pictures and cuts are left out.
 
-    Frames lie in cache_dir/video/<hash of the file>/ and are decoded once.
+    Frames lie in cache_dir/video/<hash of the file>-<gap>/; the video is decoded once.
     """
     assert config.video
     if not config.video.is_file():
         return [], [], [f"video: no file {config.video}"]
-    folder = config.cache_dir / "video" / hash_file(config.video)
+    gap = config.frame_gap
+    folder = config.cache_dir / "video" / f"{hash_file(config.video)}-{gap}"
     if not folder.is_dir():
         try:
-            save_folder_atomic(folder, lambda place: extract_frames(config.video, place))
+            save_folder_atomic(folder, lambda place: extract_frames(config.video, gap, place))
         except UserError as error:
             return [], [], [str(error)]
-    frames = sorted(folder.glob("*.png"))
-    small = [np.asarray(open_rgb(f).resize((32, 32)), np.float32) / 255 for f in frames]
+    small = np.load(folder / "small.npy").astype(np.float32) / 255  # (frames, 32, 32, 3)
     steps = [float(np.abs(b - a).mean()) for a, b in itertools.pairwise(small)]
     usual = float(np.median(steps)) if steps else 0.0
     scenes, left_out = [], []
-    for first in range(0, len(frames) - config.frame_gap, max(1, config.frame_gap // 2)):
-        last = first + config.frame_gap
-        name = f"{frames[first].stem}-{frames[last].stem}"
+    for first in range(0, len(small) - gap, frame_stride(gap)):
+        last = first + gap
+        name = f"{first:05d}-{last:05d}"
         if max(steps[first:last]) > max(0.15, 8 * usual):
             left_out.append(f"frames {name}: there is a cut between them")
         elif np.abs(small[last] - small[first]).mean() < 0.004:
             left_out.append(f"frames {name}: nothing changes")
         else:
-            scenes.append(Scene(name, (frames[first], frames[last]), (-1.0, 1.0)))
+            files = tuple(folder / f"{number:05d}.png" for number in (first, last))
+            scenes.append(Scene(name, files, (-1.0, 1.0)))
     if scenes:
         return scenes, left_out, []
-    text = f"No matching image pairs found: {len(frames)} frames in {config.video}, frame_gap "
-    return [], left_out, [f"{text}{config.frame_gap}"]
+    text = f"No matching image pairs found: {len(small)} frames in {config.video}, frame_gap {gap}"
+    return [], left_out, [text]
 
 
-def extract_frames(video: Path | None, folder: Path) -> None:
-    """Every frame of a video as 00000.png ... Raises UserError: no decoder, unreadable."""
+def frame_stride(gap: int) -> int:
+    """Frames from one pair to the next: they overlap by half."""
+    return max(1, gap // 2)
+
+
+def extract_frames(video: Path | None, gap: int, folder: Path) -> None:
+    """The frames of pairs as 00000.png ..., all of them tiny in small.npy.
+
+    Raises:
+        UserError: no decoder, unreadable.
+    """
     try:
         import av
     except ImportError as error:
         raise UserError("video: needs a decoder: pip install av") from error
+    stride, small = frame_stride(gap), []
     try:
         with av.open(str(video)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                frame.to_image().save(folder / f"{number:05d}.png")
+            total = container.streams.video[0].frames or None
+            frames = progress(container.decode(video=0), "decode video", total=total)
+            for number, frame in enumerate(frames):
+                image = frame.to_image()
+                small.append(np.asarray(image.resize((32, 32))))
+                if number % stride == 0 or (number >= gap and (number - gap) % stride == 0):
+                    image.save(folder / f"{number:05d}.png")
     except (av.error.FFmpegError, IndexError) as error:
         raise UserError(f"video: {video} cannot be read: {error}") from error
+    np.save(folder / "small.npy", np.stack(small))
 
 
 def find_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
@@ -630,8 +647,9 @@ def audit(config: Config) -> list[str]:
     with contextlib.suppress(OSError):
         index = FileIndex(config.cache_dir)
     scenes: list[Scene] = []
-    pairs = config.stages or config.video
-    if pairs if config.use_image_pairs else config.instance_data_dir:
+    given = config.stages or config.video if config.use_image_pairs else config.instance_data_dir
+    # KEEP: one process; all of them would decode the same video
+    if given and os.environ.get("RANK", "0") == "0":
         scenes, left_out, wrong = find_scenes(config)
         odd, bad = check_scenes(scenes, index)
         problems += wrong + bad

@@ -1,16 +1,24 @@
 """train_dreambooth_pairs.py: what pairs teach, the commands of the user's document, mistakes."""
 
 import json
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import LAUNCH, PAIRS, ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
 
+import cache_embeddings
 import train_dreambooth_pairs as script
 from utils import UserError, load_config
 
@@ -515,32 +523,120 @@ def test_both_formats_load_in_diffusers_at_the_trained_strength(export, make, ch
         )
 
 
-DOCUMENT = """
---use_image_pairs --before_data_dir="{data}/before" --after_data_dir="{data}/after"
---instance_prompt="a photo showing the transformation from before to after state"
---resolution=64 --train_batch_size=1 --max_train_steps=3 --learning_rate=2e-4 --lora_rank=16
-"""
+@pytest.mark.parametrize("kind", ["pairs", "dreambooth"])
+def test_the_documents_command(kind, checkpoints, pictures, tmp_path):
+    """As it stands, but for the script's and the data's places, the model, 64 px and 3 steps."""
+    text = (ROOT / f"tests/seeds/004_{kind}.sh").read_text().replace("\\\n", " ")
+    for theirs, ours in {
+        "accelerate launch lora/train_dreambooth_lora.py": "",
+        "runwayml/stable-diffusion-v1-5": checkpoints["sd"],
+        "data/before_images": pictures / "before",
+        "data/after_images": pictures / "after",
+        "data/single_images": pictures / "single",
+        "lora_ckpt/": f"{tmp_path}/",
+        "--resolution=512": "--resolution=64",
+        "_steps=500": "_steps=3",
+        "_steps=200": "_steps=3",
+    }.items():
+        text = text.replace(theirs, str(ours))
+    argv = [*shlex.split(text), "--cache_dir", tmp_path / "cache"]
+    run(ROOT / "train_dreambooth_pairs.py", *argv, launch=LAUNCH)
+    (file,) = tmp_path.glob(f"*/{script.LORA_FILE}")
+    tensors = load_file(file)
+    assert next(t for n, t in tensors.items() if ".lora_A." in n).shape[0] == 16
+    assert any(t.abs().max() > 0 for n, t in tensors.items() if ".lora_B." in n)
 
 
-def test_the_documents_two_commands(checkpoints, pictures, tmp_path):
-    base = ["train_dreambooth_pairs.py", "--pretrained_model_name_or_path", checkpoints["sd"]]
-    places = ["--cache_dir", tmp_path / "cache"]
-    pairs = [
-        word.replace('"', "").format(data=pictures)
-        for word in DOCUMENT.replace(" --", "\n--").splitlines()
-        if word
-    ]
-    run(*base, *pairs, *places, "--output_dir", tmp_path / "pairs", launch=LAUNCH)
-    single = [
-        f"--instance_data_dir={pictures / 'single'}", "--instance_prompt=a photo of [cls]",
-        "--resolution=64", "--train_batch_size=1", "--max_train_steps=3", "--learning_rate=2e-4",
-        "--lora_rank=16",
-    ]  # fmt: skip
-    run(*base, *single, *places, "--output_dir", tmp_path / "single", launch=LAUNCH)
-    for kind in ("pairs", "single"):
-        tensors = load_file(tmp_path / kind / script.LORA_FILE)
-        assert next(t for n, t in tensors.items() if ".lora_A." in n).shape[0] == 16
-        assert any(t.abs().max() > 0 for n, t in tensors.items() if ".lora_B." in n)
+@pytest.mark.slow
+def test_killed_and_resumed_it_ends_bit_equal(make, tmp_path):
+    """SIGKILL before the first checkpoint, while one is written, and between two."""
+    trainer = make(tmp_path / "straight", max_train_steps=12, random_flip=True, snr_gamma=5)
+    trainer.fit()
+    file = tmp_path / "config.yaml"
+    settings = trainer.config.model_dump(mode="json", exclude_unset=True)
+    out = tmp_path / "out"
+    file.write_text(yaml.safe_dump(settings | {"output_dir": str(out)}))
+    command = [sys.executable, script.__file__, "--config", str(file)]
+    command += ["--resume_from_checkpoint", "latest"]
+    reached = {
+        "before the first": lambda: (out / "samples/pairs.png").exists(),
+        "while writing": lambda: any(out.glob(".checkpoint-*.tmp")),
+        "between": lambda: (out / "checkpoint-6").exists(),
+    }
+    killed = []
+    for moment in reached.values():
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 90
+        while not moment() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        killed.append(process.wait() == -signal.SIGKILL)
+    assert sum(killed) >= 2, "the kills came too late to test anything"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed from" in done.stderr, done.stderr[-3000:]
+    assert same_files(trainer.config.output_dir / script.LORA_FILE, out / script.LORA_FILE)
+
+
+def test_a_compiled_unet_learns_the_same_and_is_compiled_once(make, monkeypatch):
+    compiled = diffusers.UNet2DConditionModel.compile
+    monkeypatch.setattr(
+        diffusers.UNet2DConditionModel, "compile", lambda unet: compiled(unet, backend="eager")
+    )
+    losses = {}
+    for compile in (False, True):
+        trainer = loaded(make(compile=compile))
+        losses[compile] = [trainer.training_loss(turns_of(trainer))]
+        with torch.compiler.set_stance("fail_on_recompile" if compile else "default"):
+            losses[compile] += [trainer.training_loss(turns_of(trainer, n)) for n in (1, 2)]
+    for plain, other in zip(*losses.values(), strict=True):
+        torch.testing.assert_close(plain, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["transformer", "self-attention+conv"])
+def test_kohya_files_of_convolutions_come_back_equal(targets, make):
+    """Read as WebUIs read them: strength = alpha / rank, up times down."""
+    trainer = make(lora_rank=4, lora_alpha=1, target_modules=targets, export="kohya")
+    trainer = shaken(loaded(trainer))
+    trainer.save_result(calibrated=False)
+    found = load_file(trainer.config.output_dir / script.KOHYA_FILE)
+    layers = script.adapted_layers(trainer.bare["unet"], "change")
+    kernels = set()
+    for path, layer in layers.items():
+        name = f"lora_unet_{path.replace('.', '_')}"
+        down, up = found.pop(f"{name}.lora_down.weight"), found.pop(f"{name}.lora_up.weight")
+        assert found.pop(f"{name}.alpha").item() == 1.0
+        change = (up.flatten(1) @ down.flatten(1)) / 4
+        ours = layer.up["change"].flatten(1) @ layer.down["change"].flatten(1) / 4
+        torch.testing.assert_close(change, ours.detach(), atol=1e-6, rtol=1e-5)
+        kernels.add(tuple(down.shape[2:]))
+    assert not found and len(layers) > 20
+    assert kernels == ({(), (1, 1)} if targets == "transformer" else {(), (1, 1), (3, 3)})
+
+
+def test_the_cache_can_be_filled_ahead(make, pictures, tmp_path, monkeypatch, capsys):
+    config = make(before_data_dir=None, after_data_dir=None, resolution=64).config
+    monkeypatch.setitem(sys.modules, "train_dreambooth_pairs", script)  # and back afterwards
+    settings = config.model_dump(mode="json", exclude_unset=True, exclude={"cache_dir"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    sides = [str(pictures / "before"), str(pictures / "after")]
+
+    def command(*flags):
+        argv = ["cache_embeddings.py", "--script", script.__file__]
+        argv += ["--config", str(tmp_path / "config.yaml"), "--sequence_dirs", *sides, *flags]
+        monkeypatch.setattr(sys, "argv", [*argv, "--cache_dir", str(tmp_path / "other")])
+        cache_embeddings.main()
+        return capsys.readouterr().out
+
+    assert "process 0: 7 entries encoded" in command()  # six pictures, a prompt
+    assert "process 0: 0 entries encoded" in command()
+    assert "missing: 0 of 7" in command("--stats")
+    entry = cache_embeddings.entry_files(tmp_path / "other")[3]
+    entry.write_bytes(entry.read_bytes()[:-8])
+    out = command("--verify")
+    assert "verified: 1 damaged" in out and "1 entries encoded" in out
+    assert "missing: 6 of 13" in command("--stats", "--random_flip")
 
 
 def test_class_pictures_are_drawn_and_keep_the_class(make, pictures, tmp_path):
@@ -618,6 +714,42 @@ def test_mistakes_are_named_before_a_model_loads(make, pictures, tmp_path):
         assert part in text
     with pytest.raises(UserError, match="unknown setting, did you mean 'before_data_dir'"):
         make(before_data_dirs="x")
+
+
+def write_video(path, frames):
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 4_000_000
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def test_frames_of_a_video_are_pairs_but_not_over_a_cut_or_when_nothing_moves(make, tmp_path):
+    """12 frames that grow brighter from left to right, a cut, 12 that stand still."""
+    ramp = np.linspace(0, 60, 64)[None, :, None].repeat(64, 0).repeat(3, 2)
+    frames = [(ramp + 8 * n).astype(np.uint8) for n in range(12)]
+    frames += [np.full((64, 64, 3), 250, np.uint8)] * 12
+    write_video(tmp_path / "clip.mp4", frames)
+    missing = {"before_data_dir": None, "after_data_dir": None, "frame_gap": 4}
+    trainer = make(**missing, video=tmp_path / "clip.mp4", max_train_steps=2)
+    scenes, left_out, problems = script.find_scenes(trainer.config)
+    names = [scene.name for scene in scenes]
+    assert not problems and names == [f"{n:05d}-{n + 4:05d}" for n in (0, 2, 4, 6)]
+    assert sum("a cut" in text for text in left_out) == 2
+    assert sum("nothing changes" in text for text in left_out) == 4
+    low, high = (np.asarray(Image.open(f), float).mean() for f in scenes[0].files)
+    assert high - low == pytest.approx(32, abs=3)
+    trainer.fit()
+    assert (trainer.config.output_dir / script.LORA_FILE).exists()
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    text = problems_of(make, **missing, video=tmp_path / "broken.mp4")
+    assert "broken.mp4 cannot be read" in text and "\n" not in text
+    (folder,) = (trainer.config.cache_dir / "video").glob("[!.]*")
+    assert len(list(folder.glob("*.png"))) == 12  # every other frame
 
 
 def test_a_video_that_is_not_there_is_named(make, tmp_path):
