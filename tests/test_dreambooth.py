@@ -1,5 +1,6 @@
 """train_dreambooth_pairs.py: what pairs teach, the commands of the user's document, mistakes."""
 
+import itertools
 import json
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import yaml
 from conftest import LAUNCH, PAIRS, ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
+from test_presets import unexplained
 
 import cache_embeddings
 import train_dreambooth_pairs as script
@@ -637,6 +639,43 @@ def test_the_cache_can_be_filled_ahead(make, pictures, tmp_path, monkeypatch, ca
     out = command("--verify")
     assert "verified: 1 damaged" in out and "1 entries encoded" in out
     assert "missing: 6 of 13" in command("--stats", "--random_flip")
+
+
+SCENARIOS = sorted((ROOT / "configs").glob("dreambooth_*.yaml"))
+
+
+@pytest.mark.parametrize("file", SCENARIOS, ids=lambda p: p.stem)
+def test_a_scenario_trains_as_it_stands_and_says_why(file, checkpoints, tmp_path, monkeypatch):
+    """Only the model, the size and the number of steps are replaced."""
+    text = file.read_text()
+    assert not list(unexplained(yaml.compose(text), text.splitlines()))
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", str(file), f"--pretrained_model_name_or_path={checkpoints['sd']}"]
+    argv += ["--resolution=64", "--max_train_steps=2", "--validation_inference_steps=2"]
+    config = load_config(script.Config, argv)
+    for number, (_, folder) in enumerate(config.stages):
+        for name in NAMES:
+            photo = next(
+                f for f in PAIRS.glob(f"{name}_{'RT'[number % 2]}.*") if f.suffix != ".txt"
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.open(photo).convert("RGB").rotate(90 * (number // 2)).save(folder / f"{name}.png")
+    config = load_config(script.Config, argv, script.audit)
+    script.DreamBoothPairsTrainer(config).fit()
+    assert (config.output_dir / "samples/step-000002.png").exists()
+    assert any(
+        tensor.abs().max() > 0
+        for tensor in load_file(config.output_dir / script.LORA_FILE).values()
+    )
+
+
+def test_the_scenarios_differ_for_a_reason():
+    chosen = [yaml.safe_load(file.read_text()) for file in SCENARIOS]
+    assert len(SCENARIOS) == 4 and len({config["instance_prompt"] for config in chosen}) == 4
+    for one, other in itertools.combinations(chosen, 2):
+        keys = {"timestep_min", "timestep_max", "region_weight", "random_flip", "noise_offset"}
+        keys |= {"pair_objective", "target_modules", "loss_type", "sequence_dirs"}
+        assert sum(one.get(key) != other.get(key) for key in keys) >= 3
 
 
 def test_class_pictures_are_drawn_and_keep_the_class(make, pictures, tmp_path):
