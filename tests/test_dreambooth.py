@@ -581,6 +581,34 @@ def test_killed_and_resumed_it_ends_bit_equal(make, tmp_path):
     assert same_files(trainer.config.output_dir / script.LORA_FILE, out / script.LORA_FILE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pairs", "copier", "subject"])
+def test_two_processes_learn_what_one_learns_with_twice_the_batches(kind, make, pictures, tmp_path):
+    settings = {
+        "pairs": {"region_weight": 0.5, "train_text_encoder": True},
+        "copier": {"pair_objective": "copier"},
+        "subject": {
+            "use_image_pairs": False, "before_data_dir": None, "after_data_dir": None,
+            "instance_data_dir": pictures / "single", "class_data_dir": pictures / "before",
+            "class_prompt": "a thing", "with_prior_preservation": True, "num_class_images": 3,
+        },
+    }[kind]  # fmt: skip
+    settings |= {"learning_rate": 1e-3, "random_flip": True}
+    single = make(tmp_path / "one", **settings, gradient_accumulation_steps=2)
+    single.fit()
+    given = single.config.model_dump(mode="json", exclude_unset=True)
+    given |= {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
+    launch = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
+    config = ["--config", tmp_path / "config.yaml"]
+    run(script.__file__, *config, launch=launch, env={"CUDA_VISIBLE_DEVICES": ""})
+    folders = single.config.output_dir, tmp_path / "two"
+    ours, theirs = (load_file(folder / script.LORA_FILE) for folder in folders)
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in ours.items() if "lora_B" in name)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5)
+
+
 def test_a_compiled_unet_learns_the_same_and_is_compiled_once(make, monkeypatch):
     compiled = diffusers.UNet2DConditionModel.compile
     monkeypatch.setattr(
