@@ -99,12 +99,32 @@ log = logging.getLogger("train_dreambooth_pairs")
 
 # --- 1. config ------------------------------------------------------------------------------------
 
+NOT_HERE = {  # flags of diffusers' script, and why there is none of the name here
+    "revision": "download it (hf download NAME --revision R) and give the folder",
+    "variant": "the full weights are read and held in mixed_precision",
+    "tokenizer_name": "the checkpoint's own tokenizer is used",
+    "pre_compute_text_embeddings": "prompts are encoded once and cached, always",
+    "dataloader_num_workers": "latents are cached; nothing is decoded during training",
+    "enable_xformers_memory_efficient_attention": "torch's own fused attention is used",
+    "image_interpolation_mode": "pictures are resized with Lanczos",
+    "prior_generation_precision": "class pictures are drawn in mixed_precision",
+    "logging_dir": "everything lies in output_dir",
+    "push_to_hub": "upload it afterwards: hf upload NAME output_dir",
+    "local_rank": "accelerate launch knows it",
+    **dict.fromkeys(
+        ("tokenizer_max_length", "text_encoder_use_attention_mask", "class_labels_conditioning"),
+        "for DeepFloyd IF, not for Stable Diffusion",
+    ),
+}
+
 
 class Config(Section):
     """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs.
 
     Names and defaults are those of diffusers' DreamBooth LoRA script, where it has them.
     """
+
+    not_here = NOT_HERE
 
     pretrained_model_name_or_path: str
     """Folder in diffusers layout, or a Hub id."""
@@ -234,6 +254,8 @@ class Config(Section):
     """Saves memory, costs about a third more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Of the frozen base; LoRA, loss and optimizer are fp32."""
+    allow_tf32: bool = False
+    """Faster fp32 products on Ampere and newer; they round more."""
     compile: bool = False
     """torch.compile the UNet: slower to start, faster steps on a GPU."""
     seed: int = 0
@@ -250,6 +272,8 @@ class Config(Section):
     """Seeds of it."""
     validation_steps: int | None = Field(None, ge=1)
     """Steps between two such sheets; null: with the checkpoints."""
+    validation_epochs: int | None = Field(None, ge=1)
+    """The same in passes over the data, instead."""
     validation_scales: list[float] = [-1.0, -0.5, 0.0, 0.5, 1.0]
     """Strengths of it."""
     validation_inference_steps: int = Field(25, ge=1)
@@ -596,6 +620,8 @@ def check_flags(config: Config) -> list[str]:
         "region_weight: only pairs have a region of change": config.region_weight and not pairs,
         "calibrate goes with pair_objective: difference": config.calibrate
         and config.objective != "difference",
+        "validation_steps and validation_epochs: give one": config.validation_steps
+        and config.validation_epochs,
         "timestep_min is above timestep_max": config.timestep_min > config.timestep_max,
         "pair_objective copier: needs before and after, not a sequence": config.sequence_dirs
         and config.objective == "copier",
@@ -1211,10 +1237,10 @@ def contact_sheet(
 MAY_DIFFER = {  # settings that may differ between a checkpoint and the run that continues it
     "output_dir", "cache_dir", "before_data_dir", "after_data_dir", "sequence_dirs", "video",
     "on_missing", "instance_data_dir", "class_data_dir", "sample_batch_size",
-    "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "allow_tf32",
     "resume_from_checkpoint", "gradient_checkpointing", "compile", "logging_steps", "report_to",
     "validation_prompt", "num_validation_images", "validation_steps", "validation_scales",
-    "validation_inference_steps", "validation_guidance_scale", "export",
+    "validation_epochs", "validation_inference_steps", "validation_guidance_scale", "export",
 }  # fmt: skip
 
 
@@ -1425,6 +1451,8 @@ class DreamBoothPairsTrainer:
                 ),
             ],
         )
+        if config.allow_tf32:
+            torch.set_float32_matmul_precision("high")
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
 
     @property
@@ -1673,12 +1701,21 @@ class DreamBoothPairsTrainer:
         )
         self.optimizer = self.accelerator.prepare(self.optimizer)
 
+    def epoch_steps(self) -> int:
+        """Steps of a pass over the data."""
+        each = self.config.train_batch_size * self.config.gradient_accumulation_steps
+        return math.ceil(len(self.scenes) / (each * self.accelerator.num_processes))
+
     def total_steps(self) -> int:
         """max_train_steps, or what num_train_epochs come to."""
+        return self.config.max_train_steps or self.epoch_steps() * self.config.num_train_epochs
+
+    def validation_interval(self) -> int:
+        """Steps between two validation sheets."""
         config = self.config
-        each = config.train_batch_size * config.gradient_accumulation_steps
-        epoch = math.ceil(len(self.scenes) / (each * self.accelerator.num_processes))
-        return config.max_train_steps or epoch * config.num_train_epochs
+        if config.validation_epochs:
+            return config.validation_epochs * self.epoch_steps()
+        return config.validation_steps or config.checkpointing_steps
 
     # -- objective
 
@@ -1827,6 +1864,7 @@ class DreamBoothPairsTrainer:
     def _loop(self, stop: StopSignal, metrics: MetricLog | None) -> bool:
         config, accelerator, steps = self.config, self.accelerator, self.total_steps()
         each, processes = config.gradient_accumulation_steps, accelerator.num_processes
+        validating = self.validation_interval()
         window: list[
             tuple[list[str], torch.Tensor]
         ] = []  # (scenes, losses) since the last log line
@@ -1862,8 +1900,7 @@ class DreamBoothPairsTrainer:
             pause = time.monotonic()
             if saving:
                 self.save_checkpoint()
-            every = config.validation_steps or config.checkpointing_steps
-            if not stopped and (self.step == steps or self.step % every == 0):
+            if not stopped and (self.step == steps or self.step % validating == 0):
                 self.validate()
             clock += time.monotonic() - pause
         bar.close()

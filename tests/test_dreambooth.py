@@ -856,6 +856,24 @@ def test_a_mistake_ends_with_exit_code_2(checkpoints, tmp_path):
     assert "Before/After images root doesn't exist" in done.stderr
 
 
+def test_flags_of_the_diffusers_script_that_are_not_needed_are_explained(make):
+    with pytest.raises(UserError) as caught:
+        make(dataloader_num_workers=4, push_to_hub=True, lora_dropouts=0.1)
+    text = str(caught.value)
+    assert "dataloader_num_workers: no setting: latents are cached" in text
+    assert "push_to_hub: no setting: upload it afterwards" in text
+    assert not script.NOT_HERE.keys() & script.Config.model_fields.keys()
+
+
+def test_validation_comes_every_so_many_epochs(make, monkeypatch):
+    trainer = make(validation_epochs=2, max_train_steps=9, checkpointing_steps=100)
+    seen = []
+    monkeypatch.setattr(trainer, "validate", lambda: seen.append(trainer.step))
+    trainer.fit()
+    assert seen == [4, 8, 9]  # three pairs in batches of two: an epoch is two steps
+    assert "give one" in problems_of(make, validation_epochs=2, validation_steps=3)
+
+
 @pytest.mark.parametrize("multiplier", [1.0, 0.25])
 def test_calibration_finds_the_strength_of_one_full_change(multiplier, make):
     """A base of known score, and an adapter that is one full change at strength 1.7 of training."""
