@@ -26,6 +26,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -412,6 +413,27 @@ def index_content(paths: Sequence[Path], index: FileIndex) -> None:
     index.commit()
 
 
+def index_pixels(paths: Sequence[Path], index: FileIndex) -> None:
+    """Add a hash of the pixels, for VERIFY_SECONDS: one picture may lie in two formats."""
+    deadline = time.monotonic() + VERIFY_SECONDS
+
+    def look(path: Path) -> str | None:
+        if time.monotonic() > deadline:
+            return None
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # named when it is encoded
+            image = open_rgb(path)
+            return hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
+        return None
+
+    new = [p for p in paths if "pixels" not in (index.get(p, p.stat()) or {})]
+    with ThreadPoolExecutor() as pool:
+        for path, pixels in zip(new, pool.map(look, new), strict=True):
+            if pixels:
+                stat = path.stat()
+                index.put(path, stat, {**(index.get(path, stat) or {}), "pixels": pixels})
+    index.commit()
+
+
 def group_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
     """Files of the same stem in the folders of `stages` -> (scenes, left out, problems)."""
     stages = config.stages
@@ -534,10 +556,12 @@ def check_scenes(scenes: Sequence[Scene], index: FileIndex) -> tuple[list[str], 
     problems = check_pictures(files, index)
     readable = {file for file in files if file.exists() and index.get(file, file.stat())}
     index_content(sorted(readable), index)
+    index_pixels(sorted({f for s in scenes if len(s.files) > 1 for f in s.files} & readable), index)
     odd = []
     for scene in (scene for scene in scenes if readable.issuperset(scene.files)):
         for first, other in itertools.pairwise(scene.files):
-            if index.content(first) == index.content(other):
+            pixels = [index.known(file).get("pixels", file) for file in (first, other)]
+            if index.content(first) == index.content(other) or pixels[0] == pixels[1]:
                 problems.append(f"{first} and {other} are the same picture: no change to learn")
             elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
                 odd.append(f"{other} has another shape than {first}; both are cropped to one size")
@@ -1086,14 +1110,20 @@ def difference(n: Noised) -> list[Term]:
 
 
 def copier(n: Noised) -> list[Term]:
-    """First an adapter that copies the before; then, with it frozen, one that makes the after."""
+    """First an adapter that copies the before; then, with it frozen, one that makes the after.
+
+    Only the second one is kept (the copier of TrainTrain, the differential LoRA of DiffSynth).
+    """
     if n.progress < 0.5:
         return [Term("copy", n.low, n.noise, (On("copied"),))]
     return [Term("change", n.high, n.noise, (On("copied", frozen=True), On("change")))]
 
 
 def joint(n: Noised) -> list[Term]:
-    """Both sides under the prompt, with the adapter on: it learns the scene, not the change."""
+    """Both sides under the prompt, with the adapter on: DreamBooth (Ruiz et al. 2022) on both.
+
+    It learns the scenes, not the change: the yardstick for the others.
+    """
     sides = (("after", n.high), ("before", n.low))
     return [Term(name, noisy, n.noise, (On("change"),)) for name, noisy in sides]
 
