@@ -1205,7 +1205,8 @@ def draw_sd(
     """
     import diffusers
 
-    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+    # KEEP: latents are no pixels; where a config says nothing, DDIM would clip them
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config, clip_sample=False)
     scheduler.set_timesteps(steps, device=noise.device)
     drawn: dict[float, torch.Tensor] = {}
     moved = sorted({scale for scale in scales if scale})
