@@ -72,8 +72,10 @@ from utils import (
     save_atomic,
     save_folder_atomic,
     shuffled,
+    track_picture,
     uniform,
     write_entry,
+    write_report,
 )
 
 # KEEP: diffusers, transformers and accelerate are imported where they are used, so that a mistake
@@ -1866,13 +1868,18 @@ class DreamBoothPairsTrainer:
             metrics = MetricLog(config.output_dir / "metrics.jsonl", self.step)
             self._draw_first()
         if config.report_to != "none":
-            self.accelerator.init_trackers("dreambooth", {"config": config.model_dump_json()})
+            self.accelerator.init_trackers(
+                "dreambooth",
+                {"config": config.model_dump_json()},
+                {"wandb": {"dir": str(config.output_dir)}},
+            )
         with StopSignal() as stop:
             stopped = self._loop(stop, metrics)
         if metrics:
             metrics.close()
         if main:
             self.save_result(calibrated=not stopped)
+            write_report(config.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         word = "stopped" if stopped else "done"
@@ -2153,6 +2160,7 @@ class DreamBoothPairsTrainer:
             sheet = contact_sheet(rows, heads, captions)
             path = config.output_dir / f"samples/step-{self.step:06d}.png"
             save_atomic(path, lambda file: sheet.save(file, format="PNG"))
+            track_picture(self.accelerator, "validation", sheet, self.step)
         self.accelerator.wait_for_everyone()
 
     def guided(self, prompts: Sequence[str]) -> Predict:

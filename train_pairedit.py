@@ -75,8 +75,10 @@ from utils import (
     run_script,
     save_atomic,
     save_folder_atomic,
+    track_picture,
     uniform,
     write_entry,
+    write_report,
 )
 
 # KEEP: diffusers, transformers and accelerate are imported where they are used, so that a mistake
@@ -1980,7 +1982,9 @@ class PairEditTrainer:
             self._draw_pairs(folder)
         if config.report_to != "none":
             self.accelerator.init_trackers(
-                folder.name, {"config": config.model_dump_json(), "noise_scale": run.noise_scale}
+                folder.name,
+                {"config": config.model_dump_json(), "noise_scale": run.noise_scale},
+                {"wandb": {"dir": str(folder)}},
             )
         stopped = self._loop(run, stop, metrics)
         for tracker in self.accelerator.trackers:
@@ -1989,6 +1993,7 @@ class PairEditTrainer:
         if metrics:
             metrics.close()
             self._write_card(run)
+            write_report(folder)
         return stopped
 
     def _loop(self, run: Run, stop: StopSignal, metrics: MetricLog | None) -> bool:
@@ -2184,6 +2189,7 @@ class PairEditTrainer:
             sheet = contact_sheet([row], heads, [caption + prompt])
             path = run_folder(config, run) / f"samples/step-{self.step:06d}.png"
             save_atomic(path, lambda file: sheet.save(file, format="PNG"))
+            track_picture(self.accelerator, "validation", sheet, self.step)
         self.accelerator.wait_for_everyone()
 
     def _write_card(self, run: Run) -> None:

@@ -80,8 +80,10 @@ from utils import (
     save_atomic,
     save_folder_atomic,
     shuffled,
+    track_picture,
     uniform,
     write_entry,
+    write_report,
     write_tensors,
 )
 
@@ -4685,7 +4687,11 @@ class QwenImageEditTrainer:
         )
         if self.config.logging.report_to != "none":
             name = self.config.logging.tracker_project_name
-            self.accelerator.init_trackers(name, {"config": self.config.model_dump_json()})
+            self.accelerator.init_trackers(
+                name,
+                {"config": self.config.model_dump_json()},
+                {"wandb": {"dir": str(self.config.logging.output_dir)}},
+            )
         steps = self.total_steps()
         loader: Iterable[Any]
         if train_dataloader is None:
@@ -4705,6 +4711,7 @@ class QwenImageEditTrainer:
         self.optimizer.eval()  # what predict() and save_lora() meet is what was saved
         if metrics:
             metrics.close()
+            write_report(self.config.logging.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         word = "stopped" if stopped else "done"
@@ -5045,7 +5052,9 @@ class QwenImageEditTrainer:
         transformer.train()
         if self.accelerator.is_main_process:
             if rows:
-                self._save_sheet(f"step_{self.global_step:06d}", self._validation_sheet(rows))
+                sheet = self._validation_sheet(rows)
+                self._save_sheet(f"step_{self.global_step:06d}", sheet)
+                track_picture(self.accelerator, "validation", sheet, self.global_step)
             if values:
                 tqdm.write(
                     f"step {self.global_step} validation loss {values['validation_loss']:.4f}"

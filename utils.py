@@ -7,30 +7,38 @@ with only this file beside it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import difflib
 import hashlib
+import html
 import itertools
 import json
+import math
+import mimetypes
 import os
 import platform
 import re
 import shutil
 import signal
 import sqlite3
+import string
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
+from urllib.parse import quote
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -599,6 +607,13 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _read_record(output_dir: Path) -> dict[str, Any]:
+    """run.json of a run; {} if there is none yet or it is damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+    return {}
+
+
 def run_record(output_dir: Path, config: Section, script: Path) -> None:
     """Write run.json (argv, config, versions, git, hashes), config.yaml, the script and utils.py.
 
@@ -607,10 +622,7 @@ def run_record(output_dir: Path, config: Section, script: Path) -> None:
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     code = {path.name: path for path in (script.resolve(), Path(__file__).resolve())}
-    target = output_dir / "run.json"
-    earlier = None
-    with contextlib.suppress(FileNotFoundError, ValueError):  # none yet, or damaged
-        earlier = json.loads(target.read_text(encoding="utf-8"))
+    earlier = _read_record(output_dir)
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
@@ -628,9 +640,8 @@ def run_record(output_dir: Path, config: Section, script: Path) -> None:
         "code_blake2b": {name: hash_file(path) for name, path in code.items()},
         "earlier": [*earlier.pop("earlier", []), earlier] if earlier else [],
     }
-    save_atomic(
-        target, lambda file: file.write_text(json.dumps(record, indent=2), encoding="utf-8")
-    )
+    text = json.dumps(record, indent=2)
+    save_atomic(output_dir / "run.json", lambda file: file.write_text(text, encoding="utf-8"))
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     save_atomic(output_dir / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
     for name, path in code.items():
@@ -661,3 +672,390 @@ class MetricLog:
     def close(self) -> None:
         """Close the file; `write` must not follow."""
         self._file.close()
+
+
+# --- 7. pages: pictures side by side, the report of a run -----------------------------------------
+
+
+class PageRow(NamedTuple):
+    """One view of a page: pictures of one scene, and what is known of them."""
+
+    name: str
+    columns: Mapping[str, Path]  # label: picture; the divider starts between the first and the last
+    prompt: str = ""
+    seed: int | None = None
+    figures: Mapping[str, float] = {}
+
+
+def write_page(path: Path, title: str, rows: Sequence[PageRow], embed: bool = False) -> None:
+    """Write a page that compares the pictures of each row, to be opened from disk.
+
+    Pictures stay where they are and are linked relative to `path`; with `embed` they are copied
+    into the page, which can then be sent as one file. Nothing is loaded from elsewhere.
+
+    Raises:
+        UserError: a picture cannot be read.
+    """
+    _save_page(path, title, "".join(_row_html(row, path.parent, embed) for row in rows))
+
+
+def write_report(output_dir: Path) -> Path:
+    """Write report.html of a run: curves, sheets over time, settings; returns where.
+
+    Draws what metrics.jsonl, samples/ and run.json hold, also while the run goes on; what is
+    missing is left out.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    series, about = _read_series(output_dir / "metrics.jsonl"), _read_record(output_dir)
+    if not (series or about):
+        raise UserError(f"{output_dir}: no run here (no metrics.jsonl, no run.json)")
+    sheets = sorted(output_dir.glob("samples/*.png"))
+    steps = {int(m[1]): s for s in sheets if (m := re.fullmatch(r"step[_-](\d+)", s.stem))}
+    views = {
+        "What the model sees": {s.stem: s for s in sheets if s.stem in ("first_batch", "pairs")},
+        "Validation over time": {f"step {step}": steps[step] for step in sorted(steps)},
+    }
+    reached = [f"step {max(points[-1][0] for points in series.values())}"] if series else []
+    facts = [*reached, *(str(about[key]) for key in ("device", "started") if key in about)]
+    body = f"<p>{html.escape(' · '.join(facts))}</p>\n{_charts_html(series)}"
+    body += "".join(_row_html(PageRow(n, c), output_dir, False) for n, c in views.items() if c)
+    rest = {key: value for key, value in about.items() if key not in ("config", "earlier")}
+    for name, part in {"Settings": about.get("config"), "Command, code, versions": rest}.items():
+        if part:
+            text = html.escape(yaml.safe_dump(part, sort_keys=False, allow_unicode=True))
+            body += f"<details><summary>{name}</summary><pre>{text}</pre></details>\n"
+    path = output_dir / "report.html"
+    _save_page(path, f"Run {output_dir.resolve().name}", body)
+    return path
+
+
+def track_picture(accelerator: Any, name: str, picture: Any, step: int) -> None:
+    """Send a PIL picture to the trackers that take pictures (TensorBoard, Weights & Biases)."""
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
+
+
+def _save_page(path: Path, title: str, body: str) -> None:
+    text = string.Template(PAGE).substitute(title=html.escape(title), body=body)
+    save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
+    """A section of the page: all pictures in one place, two of them shown."""
+    labels, last = [html.escape(label) for label in row.columns], len(row.columns) - 1
+    try:
+        with Image.open(next(iter(row.columns.values()))) as first:
+            width, height = ImageOps.exif_transpose(first).size
+        links = [_link(file, folder, embed) for file in row.columns.values()]
+    except OSError as error:  # missing, no picture
+        raise UserError(f"page row '{row.name}': {error}") from error
+    pictures = ""
+    for number, (label, link) in enumerate(zip(labels, links, strict=True)):
+        shown = " ".join(["left"] * (number == 0) + ["right"] * (number == last))
+        pictures += f'<img class="{shown}" src="{link}" alt="{label}" loading="lazy">\n'
+    seed = "" if row.seed is None else f" <span>seed {row.seed}</span>"
+    about = (
+        f"<figcaption>{html.escape(row.prompt)}{seed}</figcaption>" if row.prompt or seed else ""
+    )
+    figures = " · ".join(f"{html.escape(name)} {value:.4g}" for name, value in row.figures.items())
+    slider = (
+        f'<input type="range" max="{last}" value="{last}" aria-label="right picture" '
+        f'aria-valuetext="{labels[-1]}">\n<ol>{"".join(f"<li>{label}" for label in labels)}</ol>\n'
+    )
+    return (
+        f'<section class="{"" if last else "single"}" '
+        f'style="--x: 50%; --w: {width}; --h: {height}; --n: {last + 1}">\n'
+        f"<h2>{html.escape(row.name)} <small>{figures}</small></h2>\n"
+        f"<p><b>{labels[0]}</b> <b>{labels[-1]}</b></p>\n<figure>\n{pictures}"
+        '<i role="slider" tabindex="0" aria-label="divider, percent" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-valuenow="50"></i>\n{about}</figure>\n'
+        f"{slider if last else ''}</section>\n"
+    )
+
+
+def _link(file: Path, folder: Path, embed: bool) -> str:
+    """What an <img> takes: the way from `folder` to the file, or the file itself."""
+    if not embed:
+        file.stat()  # a page without its pictures helps nobody
+        return quote(Path(os.path.relpath(file, folder)).as_posix())
+    kind = mimetypes.guess_type(file.name)[0]
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+CHARTS = {  # values of metrics.jsonl whose names begin so share a chart of this title
+    "loss": "loss",
+    "validation_loss": "validation loss (q1 to q4: quartiles of sigma, q1 the least noise)",
+    "validation_loss_ema": "validation loss of the moving average",
+    "last_": "loss of the last step, by term",
+    "lr": "learning rate",
+    "seconds_per_step": "seconds per step",
+    "memory_gb": "memory, GB",
+}
+
+
+def _read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """{name: [(step, value)]} of metrics.jsonl; what is no finite number is left out."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
+            values = json.loads(line)
+            step = values.pop("step")
+            for name, value in values.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    series.setdefault(name, []).append((step, value))
+    return series
+
+
+def _charts_html(series: Mapping[str, list[tuple[int, float]]]) -> str:
+    """One chart per title of CHARTS, then one for each other value."""
+    charts: dict[str, dict[str, list[tuple[int, float]]]] = {title: {} for title in CHARTS.values()}
+    for name, points in series.items():
+        start = max((start for start in CHARTS if name.startswith(start)), key=len, default="")
+        charts.setdefault(CHARTS.get(start, name.replace("_", " ")), {})[name] = points
+    drawn = "".join(_chart_svg(title, lines) for title, lines in charts.items() if lines)
+    return f'<div class="charts">\n{drawn}</div>\n'
+
+
+def _chart_svg(title: str, lines: Mapping[str, list[tuple[int, float]]]) -> str:
+    """Curves over steps as inline SVG, with a legend that names their last values."""
+    every = [point for points in lines.values() for point in points]
+    first, last = min(x for x, _ in every), max(x for x, _ in every)
+    low, high = min(y for _, y in every), max(y for _, y in every)
+    if "loss" not in title:
+        low = min(low, 0.0)  # a level, not a descent: show it from zero
+    if low == high:
+        low, high = low - 1, high + 1
+    span, step_span = high - low, max(last - first, 1)
+
+    def place(x: float, y: float) -> str:
+        return f"{56 + 570 * (x - first) / step_span:.1f},{206 - 190 * (y - low) / span:.1f}"
+
+    drawing = ""
+    for tick in _ticks(low, high):
+        height = place(first, tick).partition(",")[2]
+        drawing += f'<path d="M56 {height}H626"/><text x="50" y="{height}">{tick:.4g}</text>\n'
+    for tick in _ticks(first, first + step_span, 6):
+        if tick == int(tick):
+            across = place(tick, low).partition(",")[0]
+            drawing += f'<text class="x" x="{across}" y="224">{tick:g}</text>\n'
+    legend = ""
+    for number, (name, points) in enumerate(lines.items()):
+        few = thinned(points, 400)
+        drawing += (
+            f'<polyline class="c{number % 6}" points="{" ".join(place(*p) for p in few)}"/>\n'
+        )
+        for x, y in few if len(few) <= 60 else []:
+            cx, cy = place(x, y).split(",")
+            dot = f'<circle class="c{number % 6}" cx="{cx}" cy="{cy}" r="2.5">'
+            drawing += f"{dot}<title>step {x:g}: {y:.5g}</title></circle>\n"
+        legend += f'<span class="c{number % 6}">{html.escape(name)} {points[-1][1]:.4g}</span> '
+    title = html.escape(title)
+    return (
+        f'<div><h2>{title}</h2><svg viewBox="0 0 640 232" role="img" aria-label="{title}, steps '
+        f'{first} to {last}">\n{drawing}</svg>\n<p>{legend}</p></div>\n'
+    )
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most `most` points: each the mean of as many neighbours as that takes."""
+    size = math.ceil(len(points) / most)
+    groups = (points[at : at + size] for at in range(0, len(points), size))
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round numbers from low to high."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / count))
+    unit *= next(factor for factor in (1, 2, 5, 10) if unit * factor * count >= high - low)
+    return [n * unit for n in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file: data:;
+ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --back: #fbfbfa; --ink: #222; --quiet: #6b6b6b; --rule: #e2e2df;
+  --c0: #2563a8; --c1: #c2611f; --c2: #2f855a; --c3: #8b4fa8; --c4: #a8842c; --c5: #777;
+  --room: min(100vw - 3rem, 1400px); }
+@media (prefers-color-scheme: dark) { :root { --back: #191a1b; --ink: #e4e4e2; --quiet: #9b9b98;
+  --rule: #35373a; --c0: #74aef0; --c1: #f0a06a; --c2: #77c79b; --c3: #c79be0; --c4: #d9bd6e;
+  --c5: #a5a5a5; } }
+body { margin: 0 auto; width: var(--room); background: var(--back); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+header { position: sticky; top: 0; z-index: 3; display: flex; flex-wrap: wrap; gap: 0 1.5rem;
+  align-items: baseline; padding: .6rem 0; background: var(--back);
+  border-bottom: 1px solid var(--rule); }
+h1, h2 { margin: 0; font-size: 1rem; font-weight: 600; }
+nav, small { margin: 0; color: var(--quiet); font-size: .85rem; font-weight: 400; }
+section { --ratio: calc(var(--w) / var(--h)); margin: 0 auto; padding: 1rem 0;
+  width: var(--width); scroll-margin-top: 3rem;
+  --width: min(var(--room), 76vh * var(--ratio), max(480px, var(--w) * 1px));
+  content-visibility: auto;
+  contain-intrinsic-size: auto calc(var(--width) / var(--ratio) + 8.5rem); }
+figure { position: relative; margin: 0; aspect-ratio: var(--ratio);
+  overflow: hidden; background: var(--rule); cursor: ew-resize; touch-action: pan-y;
+  user-select: none; -webkit-user-select: none; }
+.same figure { cursor: default; }
+img { display: none; position: absolute; width: 100%; height: 100%; object-fit: contain; }
+.left, .right { display: block; }
+.left { clip-path: inset(0 calc(100% - var(--x)) 0 0); }
+.right { clip-path: inset(0 0 0 var(--x)); }
+.left.right { clip-path: none; }
+section p { display: flex; justify-content: space-between; margin: .3rem 0; font-size: .85rem; }
+section b { max-width: 48%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  font-weight: 500; }
+i { position: absolute; inset: 0 auto 0 var(--x); width: 2px; margin-left: -1px; background: #fff;
+  box-shadow: 0 0 2px #000; }
+i::after { content: "\\2194"; position: absolute; top: 50%; left: 50%; width: 1.7rem; color: #222;
+  font: 1rem/1.7rem system-ui; text-align: center; background: #fff; border-radius: 50%;
+  translate: -50% -50%; box-shadow: 0 0 3px #000; }
+.same i, .same b + b, .single p { display: none; }
+:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
+figcaption { position: absolute; inset: auto 0 0 0; padding: .4rem .6rem; color: #fff;
+  background: #000b; white-space: pre-wrap; opacity: 0; transition: opacity .15s;
+  pointer-events: none; }
+figcaption span, small { margin-left: .6rem; opacity: .75; }
+label { margin-right: 1.2rem; color: var(--ink); }
+figure:hover figcaption, i:focus-visible ~ figcaption { opacity: 1; }
+figure:active figcaption { opacity: 0; }
+input { display: block; accent-color: var(--c0); margin: .2rem 0 0;
+  width: calc(100% * (1 - 1 / var(--n)) + 1rem);
+  margin-left: calc(50% / var(--n) - .5rem); }
+ol { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); margin: 0; padding: 0;
+  list-style: none; font-size: .8rem; color: var(--quiet); }
+li { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: center;
+  cursor: pointer; }
+li:nth-child(1):nth-last-child(n + 16) ~ li:not(.on):not(:last-child) { visibility: hidden; }
+li.on { color: var(--ink); font-weight: 600; overflow: visible; }
+.charts { display: grid; gap: 1rem 2rem; padding-top: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+svg { width: 100%; overflow: visible; }
+svg text { fill: var(--quiet); font-size: 12px; text-anchor: end; dominant-baseline: middle; }
+svg .x { text-anchor: middle; }
+path { stroke: var(--rule); }
+polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; }
+circle { fill: var(--c); }
+.c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) }
+.c3 { --c: var(--c3) } .c4 { --c: var(--c4) } .c5 { --c: var(--c5) }
+.charts p { margin: 0; font-size: .8rem; color: var(--quiet); }
+.charts span { margin-right: .8rem; white-space: nowrap; }
+.charts span::before { content: ""; display: inline-block; width: .7rem; height: .2rem;
+  margin-right: .35rem; vertical-align: middle; background: var(--c); }
+details { padding: .4rem 0; } summary { cursor: pointer; }
+pre { overflow: auto; padding: .8rem; border: 1px solid var(--rule); font-size: .8rem; }
+</style>
+<header><h1>$title</h1>
+<nav><label>left <select></select></label>
+drag the divider &nbsp; ← → picture &nbsp; ↑ ↓ row &nbsp; shift ← → divider</nav></header>
+<main>
+$body</main>
+<script>
+"use strict";
+const rows = [...document.querySelectorAll("section")], left = document.querySelector("select");
+let current, dragged;
+
+function show(row) { // one picture on each side of the divider
+  const pictures = [...row.querySelectorAll("img")], slider = row.querySelector("input");
+  const right = pictures[slider ? slider.value : 0];
+  const before = pictures.find(picture => picture.alt === left.value) || pictures[0];
+  for (const picture of pictures) {
+    picture.classList.toggle("left", picture === before);
+    picture.classList.toggle("right", picture === right);
+  }
+  row.classList.toggle("same", before === right);
+  const [leftLabel, rightLabel] = row.querySelectorAll("b");
+  leftLabel.textContent = before.alt;
+  rightLabel.textContent = right.alt;
+  if (slider) slider.setAttribute("aria-valuetext", right.alt);
+  row.querySelectorAll("li").forEach((label, n) => label.classList.toggle("on", n == slider.value));
+}
+function choose(row, number) {
+  const slider = row.querySelector("input");
+  if (slider) slider.value = number;
+  show(use(row));
+}
+function divide(row, percent) {
+  percent = Math.min(100, Math.max(0, percent));
+  row.style.setProperty("--x", percent + "%");
+  row.querySelector("i").setAttribute("aria-valuenow", Math.round(percent));
+}
+function drag(event) {
+  const box = dragged.querySelector("figure").getBoundingClientRect();
+  divide(dragged, 100 * (event.clientX - box.left) / box.width);
+}
+function use(row) { // all its pictures are fetched: the next one shows at once
+  for (const picture of row.querySelectorAll("img")) picture.loading = "eager";
+  return current = row;
+}
+function visible() { // the row that keys act on
+  const box = current && current.getBoundingClientRect();
+  if (box && box.bottom > 0 && box.top < innerHeight) return current;
+  return document.elementFromPoint(innerWidth / 2, innerHeight / 2)?.closest("section");
+}
+addEventListener("pointerdown", event => {
+  const figure = event.target.closest("figure");
+  if (!figure || event.button) return;
+  figure.setPointerCapture(event.pointerId);
+  dragged = use(figure.parentNode);
+  drag(event);
+});
+addEventListener("pointermove", event => dragged && drag(event));
+addEventListener("pointerup", () => dragged = null);
+addEventListener("pointercancel", () => dragged = null);
+addEventListener("dragstart", event => event.preventDefault());
+addEventListener("click", event => {
+  const label = event.target.closest("li");
+  if (label) choose(label.closest("section"), [...label.parentNode.children].indexOf(label));
+});
+addEventListener("focusin", event => {
+  const row = event.target.closest("section");
+  if (row) use(row);
+});
+addEventListener("input", event => {
+  if (event.target === left) rows.forEach(show);
+  else choose(event.target.closest("section"), event.target.value);
+});
+addEventListener("keydown", event => {
+  const way = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1}[event.key];
+  const row = way && visible();
+  if (!row || event.target === left || event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.key === "ArrowUp" || event.key === "ArrowDown") {
+    const next = rows[rows.indexOf(row) + way];
+    if (!next) return;
+    (next.querySelector("input") || next.querySelector("i")).focus({preventScroll: true});
+    use(next).scrollIntoView();
+  } else if (event.shiftKey || event.target.matches("i")) {
+    divide(row, parseFloat(row.style.getPropertyValue("--x")) + 2 * way);
+  } else if (row.querySelector("input")) {
+    choose(row, +row.querySelector("input").value + way);
+  }
+  event.preventDefault();
+});
+const divided = document.querySelectorAll("section:not(.single) img");
+for (const label of new Set([...divided].map(picture => picture.alt))) left.add(new Option(label));
+document.querySelector("nav").hidden = !divided.length;
+rows.forEach(show);
+</script>
+</html>
+"""
+
+
+def main() -> None:
+    """`python utils.py report DIR`: draw report.html of a run again, also while it goes on."""
+    match sys.argv[1:]:
+        case ["report", folder]:
+            print(write_report(Path(folder)))
+        case _:
+            raise UserError("usage: python utils.py report OUTPUT_DIR")
+
+
+if __name__ == "__main__":
+    run_script(main)
