@@ -822,7 +822,8 @@ def _charts_html(series: Mapping[str, list[tuple[int, float]]]) -> str:
 
 def _chart_svg(title: str, lines: Mapping[str, list[tuple[int, float]]]) -> str:
     """Curves over steps as inline SVG, with a legend that names their last values."""
-    every = [point for points in lines.values() for point in points]
+    drawn = {name: thinned(points, 400) for name, points in lines.items()}
+    every = [point for points in drawn.values() for point in points]
     first, last = min(x for x, _ in every), max(x for x, _ in every)
     low, high = min(y for _, y in every), max(y for _, y in every)
     if "loss" not in title:
@@ -843,8 +844,7 @@ def _chart_svg(title: str, lines: Mapping[str, list[tuple[int, float]]]) -> str:
             across = place(tick, low).partition(",")[0]
             drawing += f'<text class="x" x="{across}" y="224">{tick:g}</text>\n'
     legend = ""
-    for number, (name, points) in enumerate(lines.items()):
-        few = thinned(points, 400)
+    for number, (name, few) in enumerate(drawn.items()):
         drawing += (
             f'<polyline class="c{number % 6}" points="{" ".join(place(*p) for p in few)}"/>\n'
         )
@@ -852,7 +852,9 @@ def _chart_svg(title: str, lines: Mapping[str, list[tuple[int, float]]]) -> str:
             cx, cy = place(x, y).split(",")
             dot = f'<circle class="c{number % 6}" cx="{cx}" cy="{cy}" r="2.5">'
             drawing += f"{dot}<title>step {x:g}: {y:.5g}</title></circle>\n"
-        legend += f'<span class="c{number % 6}">{html.escape(name)} {points[-1][1]:.4g}</span> '
+        legend += (
+            f'<span class="c{number % 6}">{html.escape(name)} {lines[name][-1][1]:.4g}</span> '
+        )
     title = html.escape(title)
     return (
         f'<div><h2>{title}</h2><svg viewBox="0 0 640 232" role="img" aria-label="{title}, steps '
@@ -890,11 +892,14 @@ PAGE = """<!doctype html>
   --c5: #a5a5a5; } }
 body { margin: 0 auto; width: var(--room); background: var(--back); color: var(--ink);
   font: 15px/1.45 system-ui, sans-serif; }
-header { position: sticky; top: 0; z-index: 3; display: flex; flex-wrap: wrap; gap: 0 1.5rem;
-  align-items: baseline; padding: .6rem 0; background: var(--back);
-  border-bottom: 1px solid var(--rule); }
+header { position: sticky; top: 0; z-index: 3; display: flex; gap: 1.5rem; align-items: baseline;
+  padding: .6rem 0; background: var(--back); border-bottom: 1px solid var(--rule);
+  white-space: nowrap; }
+header > * { overflow: hidden; text-overflow: ellipsis; }
+header small { flex: 1 999 0; }
+select { max-width: 9rem; }
 h1, h2 { margin: 0; font-size: 1rem; font-weight: 600; }
-nav, small { margin: 0; color: var(--quiet); font-size: .85rem; font-weight: 400; }
+small { margin: 0; color: var(--quiet); font-size: .85rem; font-weight: 400; }
 section { --ratio: calc(var(--w) / var(--h)); margin: 0 auto; padding: 1rem 0;
   width: var(--width); scroll-margin-top: 3rem;
   --width: min(var(--room), 76vh * var(--ratio), max(480px, var(--w) * 1px));
@@ -922,8 +927,7 @@ i::after { content: "\\2194"; position: absolute; top: 50%; left: 50%; width: 1.
 figcaption { position: absolute; inset: auto 0 0 0; padding: .4rem .6rem; color: #fff;
   background: #000b; white-space: pre-wrap; opacity: 0; transition: opacity .15s;
   pointer-events: none; }
-figcaption span, small { margin-left: .6rem; opacity: .75; }
-label { margin-right: 1.2rem; color: var(--ink); }
+figcaption span, h2 small { margin-left: .6rem; opacity: .75; }
 figure:hover figcaption, i:focus-visible ~ figcaption { opacity: 1; }
 figure:active figcaption { opacity: 0; }
 input { display: block; accent-color: var(--c0); margin: .2rem 0 0;
@@ -953,8 +957,8 @@ details { padding: .4rem 0; } summary { cursor: pointer; }
 pre { overflow: auto; padding: .8rem; border: 1px solid var(--rule); font-size: .8rem; }
 </style>
 <header><h1>$title</h1>
-<nav><label>left <select></select></label>
-drag the divider &nbsp; ← → picture &nbsp; ↑ ↓ row &nbsp; shift ← → divider</nav></header>
+<label>left <select></select></label>
+<small>drag the divider &nbsp; ← → picture &nbsp; ↑ ↓ row &nbsp; shift ← → divider</small></header>
 <main>
 $body</main>
 <script>
@@ -1020,9 +1024,10 @@ addEventListener("focusin", event => {
   if (row) use(row);
 });
 addEventListener("input", event => {
-  if (event.target === left) rows.forEach(show);
-  else choose(event.target.closest("section"), event.target.value);
+  const row = event.target.closest("section");
+  if (row) choose(row, event.target.value);
 });
+left.addEventListener("change", () => rows.forEach(show));
 addEventListener("keydown", event => {
   const way = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1}[event.key];
   const row = way && visible();
@@ -1041,7 +1046,7 @@ addEventListener("keydown", event => {
 });
 const divided = document.querySelectorAll("section:not(.single) img");
 for (const label of new Set([...divided].map(picture => picture.alt))) left.add(new Option(label));
-document.querySelector("nav").hidden = !divided.length;
+for (const part of document.querySelectorAll("h1 ~ *")) part.hidden = !divided.length;
 rows.forEach(show);
 </script>
 </html>
