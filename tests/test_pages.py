@@ -576,6 +576,11 @@ def read_wandb(folder):
     return scalars, images
 
 
+def offline(monkeypatch):
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("ERROR_REPORTING", "false")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+
+
 def assert_same_as_the_run_left(scalars, images, folder):
     for line in metrics_of(folder):
         step = line.pop("step")
@@ -593,7 +598,7 @@ def test_tensorboard_gets_scalars_and_sheets(edit_run):
 
 def test_wandb_offline_gets_scalars_and_sheets(make_dreambooth, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    offline(monkeypatch)
     monkeypatch.chdir(tmp_path)
     make_dreambooth(
         report_to="wandb",
@@ -610,7 +615,7 @@ def test_wandb_offline_gets_scalars_and_sheets(make_dreambooth, tmp_path, monkey
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_every_slider_run_has_its_own_trackers(tracker, make_slider, tmp_path, monkeypatch):
     pytest.importorskip(tracker)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    offline(monkeypatch)
     make_slider(
         report_to=tracker, log_every=1, preview=True, scales=[0, 1], noise_scales=[1, 2]
     ).fit()

@@ -765,7 +765,8 @@ def test_a_loader_that_runs_dry_is_an_error(make_trainer):
         make_trainer().cache_step({**batch, "image": [np.zeros((64, 64, 3))]})
 
 
-def test_what_needs_no_weights_is_checked_before_they_load(make_trainer):
+def test_what_needs_no_weights_is_checked_before_they_load(make_trainer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     trainer = make_trainer(
         **{
             "model.lora.target_modules": ["to_q", "to_kk"],
