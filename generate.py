@@ -1,4 +1,4 @@
-"""Apply LoRAs: edits with Qwen-Image-Edit, sliders with FLUX.1. Pictures, strips, folders, tables.
+"""Apply LoRAs: edits with Qwen-Image-Edit, sliders with FLUX.1, changes with Stable Diffusion 1.x.
 
 Page: docs/generate.md
 
@@ -20,8 +20,15 @@ FLUX.1:
     ... --lora A.safetensors:0.8 --lora B.safetensors:1:10   # FILE:scale:skip
     ... --image photo.png                     # edit a photo, without training on it
 
-Qwen runs through the diffusers pipelines and load_lora_weights; FLUX.1 through a few functions that
-share the steps before the slider acts and draw all its positions as one batch. A finished picture
+Stable Diffusion 1.x:
+
+    python generate.py --pretrained_model_name_or_path DIR --lora FILE --prompt "a person" \\
+        --scales=-1,0,1 --seed 0,1 --output strip.png
+    ... --image photo.png                     # change a photo; or --input_dir, --output_dir
+
+Qwen and Stable Diffusion run through the diffusers pipelines and load_lora_weights, FLUX.1 through
+a few functions that share the steps before the slider acts and draw all its positions as one batch;
+photos through functions of their own. A finished picture
 whose settings are the same is not made again, so a stopped run goes on where it was.
 
 Shapes (FLUX.1): B samples, H W pixels, h w latents (H/8 W/8, C = 16 channels), S = (h/2)(w/2) image
