@@ -113,6 +113,7 @@ def with_tiny_sd(command, checkpoint, folder):
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     if "generate.py" in command and base in command:
         command += " --num_inference_steps 5"
+        command += " --resolution 64 --fit_steps 2" if "--frames" in command else ""
     if "train_dreambooth_pairs.py" in command and "--help" not in command:
         command += f" --resolution 64 --max_train_steps 2 --output_dir {folder}"
     return command.replace(base, str(checkpoint))
