@@ -2803,7 +2803,9 @@ def load_sd(config: SDConfig) -> Any:
         dtype=pick_dtype(config.dtype, device),
         use_safetensors=True,
     )
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False
+    )
     diffusers.utils.logging.set_verbosity_error()  # a LoRA may well be of the UNet alone
     warnings.filterwarnings("ignore", "Already found a .peft_config")  # as there are several
     for number, text in enumerate(config.lora):
