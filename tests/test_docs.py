@@ -189,7 +189,8 @@ def test_every_script_names_its_page(script):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_loads_and_holds_only_what_differs(file):
-    script = train_pairedit if "pairedit" in file.stem else train_qwen_edit
+    kinds = {"pairedit": train_pairedit, "dreambooth": train_dreambooth_pairs}
+    script = next((kinds[kind] for kind in kinds if kind in file.stem), train_qwen_edit)
     config = load_config(script.Config, ["--config", str(file)])
     defaults = dict(settings(script.Config))
 
