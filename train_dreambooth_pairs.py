@@ -1175,7 +1175,8 @@ def draw_sd(
     """
     import diffusers
 
-    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+    # latents are no pictures in [-1, 1]: a config that does not say so would clip them
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config, clip_sample=False)
     scheduler.set_timesteps(steps, device=noise.device)
     drawn: dict[float, torch.Tensor] = {}
     moved = sorted({scale for scale in scales if scale})
