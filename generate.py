@@ -2463,7 +2463,7 @@ def with_lora_wishes(config: SDConfig) -> SDConfig:
         with contextlib.suppress(ValueError):  # which the check of the files will tell
             about |= read_lora_about(parse_lora(text)[0])
     photo = bool(config.image or config.input_dir)
-    prompt = about.get("instance_prompt") or ("" if photo else None)
+    prompt = about.get("instance_prompt", "" if photo else None)
     update = {
         "resolution": config.resolution or about.get("resolution", 512),
         "guidance_scale": config.guidance_scale or (1.0 if photo else 7.5),
@@ -2611,9 +2611,9 @@ def check_fit(path: Path, unet: Any) -> None:
         layer, _, end = name.rpartition(".lora_")
         wanted = getattr(layers.get(layer), "weight", None)
         axis = {"A.weight": 1, "B.weight": 0}.get(end)  # in, out
-        if wanted is None or axis is None:
+        if wanted is None:
             wrong.append(f"{name}: no such layer")
-        elif tensor.shape[axis] != wanted.shape[axis]:
+        elif axis is not None and tensor.shape[axis] != wanted.shape[axis]:
             wrong.append(f"{name}: {tensor.shape[axis]}, here it is {wanted.shape[axis]}")
     if wrong:
         raise UserError(
@@ -2931,14 +2931,15 @@ class SDPainter:
             white = to_pixels(fit_photo(self.config.mask, strips[0].size)).to(self.device)
             mask = (white.mean(1, keepdim=True) + 1) / 2
 
+        zero = self.edit(strips, photos, mask, 0.0)
+
         def draw(scale: float) -> list[Image.Image]:
-            found = self.edit(strips, photos, mask, scale)
+            found = self.edit(strips, photos, mask, scale) if scale else zero
             if self.config.restore_detail:
                 lost = [a - b for a, b in zip(photos.pixels, photos.kept, strict=True)]
                 found = [x + y for x, y in zip(found, lost, strict=True)]
             return [to_image(x[0]) for x in found]
 
-        zero = self.edit(strips, photos, mask, 0.0)
         return draw, [
             {"scale0_db": round(psnr(x, b), 1), "vae_db": round(psnr(a, b), 1)}
             for x, a, b in zip(zero, photos.pixels, photos.kept, strict=True)
