@@ -56,7 +56,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -73,6 +73,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from utils import (
+    PageRow,
     Section,
     UserError,
     cache_key,
@@ -88,6 +89,7 @@ from utils import (
     save_atomic,
     shuffled,
     uniform,
+    write_page,
 )
 
 SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does too
@@ -135,6 +137,8 @@ class Config(Section):
     """Many edits: every picture of this folder."""
     table: Path | None = None
     """Many edits: .csv or .jsonl with images (";" between several), prompt, name, seed."""
+    html: bool = False
+    """Also write page.html beside the sheet: a divider to drag, a slider over the scales."""
     device: str | None = None
     """cuda, cpu, mps ...; null: the fastest there is."""
     dtype: Literal["bf16", "fp32"] | None = None
@@ -173,6 +177,8 @@ class FluxConfig(Section):
     """N: sigma is one of the N values of an inference of N steps."""
     guidance_scale: float = 3.5
     """Embedded guidance of FLUX.1-dev, in training and in pictures."""
+    html: bool = False
+    """Also write page.html beside the sheet: a divider to drag, a slider over the scales."""
     allow_pickle: bool = False
     """Load LoRA files that are no .safetensors (tensors only, no code)."""
 
@@ -277,6 +283,8 @@ class SDConfig(Section):
     frames also an animation (GIF)."""
     output_dir: Path | None = None
     """input_dir: folder of the pictures and of contact_sheet.png."""
+    html: bool = False
+    """Also write page.html beside the sheet: a divider to drag, a slider over the scales."""
     device: str | None = None
     """cuda, cpu, mps ...; null: the fastest there is."""
     dtype: Literal["bf16", "fp32"] | None = None
@@ -1158,27 +1166,45 @@ def generate(config: Config) -> None:
         set_scales(pipeline, config, settings["times"])
         references = open_references(config, job, (settings["width"], settings["height"]), rule)
         save_picture(path, run_pipeline(pipeline, references, settings), settings)
+    rows = page_rows(config, jobs, plan)
     if total > 1:
-        write_sheet(config, jobs, plan)
+        write_sheet(config, rows)
+    if config.html:
+        write_pages({sheet_path(config).parent / "page.html": rows})
 
 
-def write_sheet(config: Config, jobs: Sequence[Job], plan: Sequence[Sequence[Any]]) -> None:
-    """References, then every scale side by side; a row per job and seed."""
-    columns = len(config.scales or [1.0])
-    most = max(len(job.images) for job in jobs)
-    rows, captions = [], []
+def page_rows(config: Config, jobs: Sequence[Job], plan: Sequence[Sequence[Any]]) -> list[PageRow]:
+    """A row per job and seed: its references, then the picture at every scale."""
+    heads = [f"scale {times:g}" for times in config.scales or [1.0]]
+    rows = []
     for job, pictures in zip(jobs, plan, strict=True):
-        references = [open_rgb(path) for path in job.images] + [None] * (most - len(job.images))
-        for start in range(0, len(pictures), columns):
-            part = pictures[start : start + columns]
-            rows.append([*references, *(open_rgb(path) for path, _ in part)])
-            captions.append(f"{job.name}, seed {part[0][1]['seed']}: {job.prompt}")
-    heads = [f"reference {i + 1}" for i in range(most)]
-    heads += [f"scale {times:g}" for times in config.scales or [1.0]]
-    sheet = contact_sheet(rows, heads, captions)
+        columns = {f"reference {i + 1}": path for i, path in enumerate(job.images)}
+        for start in range(0, len(pictures), len(heads)):
+            part = pictures[start : start + len(heads)]
+            drawn = dict(zip(heads, (path for path, _ in part), strict=True))
+            rows.append(PageRow(job.name, columns | drawn, job.prompt, part[0][1]["seed"]))
+    return rows
+
+
+def write_sheet(config: Config, rows: Sequence[PageRow]) -> None:
+    """References, then every scale side by side."""
+    heads = max((list(row.columns) for row in rows), key=len)  # of the row with most references
+    pictures = [
+        [open_rgb(row.columns[head]) if head in row.columns else None for head in heads]
+        for row in rows
+    ]
+    captions = [f"{row.name}, seed {row.seed}: {row.prompt}" for row in rows]
+    sheet = contact_sheet(pictures, heads, captions)
     path = sheet_path(config)
     save_atomic(path, lambda file: sheet.save(file, format="PNG"))
     print(f"sheet: {path}")
+
+
+def write_pages(pages: Mapping[Path, Sequence[PageRow]]) -> None:
+    """Each page of its rows, titled by its folder."""
+    for path, rows in pages.items():
+        write_page(path, path.resolve().parent.name, rows)
+        print(f"page: {path}")
 
 
 # --- 6. FLUX.1 and LoRA files ---------------------------------------------------------------------
@@ -2430,6 +2456,25 @@ def draw_sliders(config: FluxConfig) -> None:
             rows.setdefault(strip.sheet, []).append(number)
     for sheet, numbers in rows.items():
         write_strip_sheet(sheet, [strips[n] for n in numbers], [plan[n] for n in numbers])
+    if config.html:
+        write_pages(strip_pages(strips))
+
+
+def strip_columns(strip: Strip, heads: Sequence[str] = ()) -> dict[str, Path]:
+    """{head: picture}: the photo, if there is one, then every position."""
+    photo = {"photo": strip.photo} if strip.photo else {}
+    heads = heads or [f"scale {position:g}" for position in strip.positions]
+    return photo | dict(zip(heads, strip.files, strict=True))
+
+
+def strip_pages(strips: Sequence[Strip], heads: Sequence[str] = ()) -> dict[Path, list[PageRow]]:
+    """{page.html beside the sheets: a row per strip}."""
+    pages: dict[Path, list[PageRow]] = {}
+    for strip in strips:
+        name = strip.caption.replace(f": {strip.prompt}", "")  # the prompt has its own place
+        row = PageRow(name, strip_columns(strip, heads), strip.prompt, strip.seed)
+        pages.setdefault((strip.sheet or strip.files[0]).parent / "page.html", []).append(row)
+    return pages
 
 
 def write_strip_sheet(
@@ -2439,10 +2484,10 @@ def write_strip_sheet(
     about = {"pictures": f"{draw_key(json.dumps(settings)):016x}"}
     if read_settings(sheet) == about:
         return
-    rows = [[open_rgb(f) for f in ([s.photo] if s.photo else []) + list(s.files)] for s in strips]
-    scales = [f"scale {position:g}" for position in strips[0].positions]
-    heads = heads or ["photo"] * bool(strips[0].photo) + scales
-    save_picture(sheet, contact_sheet(rows, heads, [s.caption for s in strips]), about)
+    columns = [strip_columns(strip, heads) for strip in strips]
+    rows = [[open_rgb(file) for file in row.values()] for row in columns]
+    captions = [strip.caption for strip in strips]
+    save_picture(sheet, contact_sheet(rows, list(columns[0]), captions), about)
     print(f"sheet: {sheet}")
 
 
@@ -3011,6 +3056,8 @@ def draw_sd_strips(config: SDConfig) -> None:
                     draw_batch(painter, [strips[n] for n in batch], [plan[n] for n in batch], bar)
     if strips[0].sheet:
         write_strip_sheet(strips[0].sheet, strips, plan)
+    if config.html:
+        write_pages(strip_pages(strips))
 
 
 def draw_batch(painter: SDPainter, strips: Sequence[Strip], plan: Any, bar: Any) -> None:
@@ -3273,7 +3320,10 @@ def draw_between(config: SDConfig) -> None:
             about = {"share": round(shares[n], 6), "ends_db": decibels}
             save_picture(strip.files[n], to_image(x[0]), settings[n] | about)
     assert strip.sheet
-    write_strip_sheet(strip.sheet, [strip], [settings], [p.stem[-7:] for p in strip.files])
+    heads = [path.stem[-7:] for path in strip.files]
+    write_strip_sheet(strip.sheet, [strip], [settings], heads)
+    if config.html:
+        write_pages(strip_pages([strip], heads))
     if config.output and config.output.suffix == ".gif":
         frames = [open_rgb(file) for file in strip.files]
         frames += frames[-2:0:-1]  # and back

@@ -251,6 +251,8 @@ class Config(Section):
     """How many seeds."""
     use_random_seed: bool = False
     """Seeds drawn from 0..32768 (by `seed`) instead of counted up."""
+    html: bool = False
+    """generate.py also writes page.html beside its sheets."""
     output_folder_gen: Path = Path("output/eval/image/")
     """Where generate.py draws."""
     semantic_lora_path: str = ""
@@ -1485,7 +1487,7 @@ NOT_LEARNED_FROM = {  # settings that may differ between a checkpoint and the ru
     "resume_from_checkpoint", "checkpoints_total_limit", "output_folder", "config_name",
     "save_original_format", "log_every", "preview", "use_trained_lora_path", "trained_lora_path",
     "prompt", "use_prompts_file", "prompts_file", "scales", "skips", "start_seed_gen", "count_gen",
-    "use_random_seed", "output_folder_gen", "semantic_lora_path", "semantic_cfg_scale",
+    "use_random_seed", "output_folder_gen", "html", "semantic_lora_path", "semantic_cfg_scale",
 }  # fmt: skip
 
 
@@ -2322,11 +2324,12 @@ def plan_results(config: Config, transformer: Any) -> list[str]:
     lora = config.trained_lora_path if config.use_trained_lora_path else "the LoRA of each run"
     if config.semantic_lora_path:
         lora += f" with {config.semantic_lora_path} (gamma {config.semantic_cfg_scale:g})"
+    page = " and pages" if config.html else ""
     seeds = "random seeds" if config.use_random_seed else f"seeds from {config.start_seed_gen}"
     return [
         f"Disk         {4 * size * formats * saves:.2f} GB of LoRA files, "
         f"{12 * size:.2f} GB a checkpoint",
-        f"generate.py  {pictures} pictures in {config.output_folder_gen}, {seeds}: {lora}",
+        f"generate.py  {pictures} pictures{page} in {config.output_folder_gen}, {seeds}: {lora}",
     ]
 
 

@@ -38,7 +38,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 import yaml
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -747,16 +747,19 @@ def _save_page(path: Path, title: str, body: str) -> None:
 def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
     """A section of the page: all pictures in one place, two of them shown."""
     labels, last = [html.escape(label) for label in row.columns], len(row.columns) - 1
+    files = list(row.columns.values())
     try:
-        with Image.open(next(iter(row.columns.values()))) as first:
-            width, height = ImageOps.exif_transpose(first).size
-        links = [_link(file, folder, embed) for file in row.columns.values()]
+        sizes = [_picture_size(file) for file in files]
+        links = [_link(file, folder, embed) for file in files]
     except OSError as error:  # missing, no picture
         raise UserError(f"page row '{row.name}': {error}") from error
+    width, height = sizes[-1]
     pictures = ""
-    for number, (label, link) in enumerate(zip(labels, links, strict=True)):
-        shown = " ".join(["left"] * (number == 0) + ["right"] * (number == last))
-        pictures += f'<img class="{shown}" src="{link}" alt="{label}" loading="lazy">\n'
+    for number, (label, link, (w, h)) in enumerate(zip(labels, links, sizes, strict=True)):
+        # a photo that was cropped to its bucket lies on the result; another aspect is shown whole
+        fit = ["cover"] * (abs(math.log(w * height / (h * width))) < 0.15)
+        classes = " ".join(["left"] * (number == 0) + ["right"] * (number == last) + fit)
+        pictures += f'<img class="{classes}" src="{link}" alt="{label}" loading="lazy">\n'
     seed = "" if row.seed is None else f" <span>seed {row.seed}</span>"
     about = (
         f"<figcaption>{html.escape(row.prompt)}{seed}</figcaption>" if row.prompt or seed else ""
@@ -777,10 +780,16 @@ def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
     )
 
 
+def _picture_size(file: Path) -> tuple[int, int]:
+    """(W, H) px, upright."""
+    with Image.open(file) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: by 90 degrees
+        return image.size[::-1] if turned else image.size
+
+
 def _link(file: Path, folder: Path, embed: bool) -> str:
     """What an <img> takes: the way from `folder` to the file, or the file itself."""
     if not embed:
-        file.stat()  # a page without its pictures helps nobody
         return quote(Path(os.path.relpath(file, folder)).as_posix())
     kind = mimetypes.guess_type(file.name)[0]
     return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
@@ -910,6 +919,7 @@ figure { position: relative; margin: 0; aspect-ratio: var(--ratio);
   user-select: none; -webkit-user-select: none; }
 .same figure { cursor: default; }
 img { display: none; position: absolute; width: 100%; height: 100%; object-fit: contain; }
+.cover { object-fit: cover; }
 .left, .right { display: block; }
 .left { clip-path: inset(0 calc(100% - var(--x)) 0 0); }
 .right { clip-path: inset(0 0 0 var(--x)); }

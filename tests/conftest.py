@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -97,6 +100,18 @@ def copy_pairs(folder, names=("astronaut1", "chelsea0", "coffee0", "hubble0")):
         for file in PAIRS.glob(f"{name}_*"):
             (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+def read_page(path):
+    """[(name, {label: file})] of the rows of a page that utils.write_page wrote."""
+    rows = []
+    for section in path.read_text(encoding="utf-8").split("<section ")[1:]:
+        name = re.search("<h2>(.*?) <small>", section)[1]
+        pictures = re.findall('<img .*? src="(.*?)" alt="(.*?)"', section)
+        files = {unescape(label): path.parent / unquote(link) for link, label in pictures}
+        assert all(file.is_file() for file in files.values())
+        rows.append((unescape(name), {label: file.resolve() for label, file in files.items()}))
+    return rows
 
 
 def with_lora_noise(transformer, seed=0):

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, run, with_lora_noise
+from conftest import PAIRS, read_page, run, with_lora_noise
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -126,6 +126,11 @@ def test_many_rows_skip_what_is_done_and_end_in_a_contact_sheet(kind, checkpoint
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"coffee0.png", "hubble0.png", "contact_sheet.png"}
     assert "2 picture(s), 0 already there" in done.stdout
+    make(checkpoints["2509"], *command, "--html")
+    rows = read_page(out / "page.html")
+    assert [name for name, _ in rows] == ["coffee0", "hubble0"]
+    for name, files in rows:
+        assert files == {"reference 1": photos / f"{name}.png", "scale 1": out / f"{name}.png"}
     kept = (out / "hubble0.png").stat().st_mtime_ns
     (out / "coffee0.png").unlink()
     assert "2 picture(s), 1 already there" in make(checkpoints["2509"], *command).stdout

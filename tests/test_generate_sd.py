@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS
+from conftest import PAIRS, read_page
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
@@ -382,7 +382,10 @@ def test_photos_of_a_folder(call, loras, photos, tmp_path):
     assert Image.open(out / "contact_sheet.png").width == 3 * 264 + 8  # photo, 0, 1
     settings = generate.read_settings(out / "wide_scale1.png")
     assert settings["scale0_db"] > 60 and settings["prompt"] == "a photo of a person"
-    again = call(*command, "--scales", "0,1", "--inversion", "ddim", "--skip", 0.25)
+    again = call(*command, "--scales", "0,1", "--inversion", "ddim", "--skip", 0.25, "--html")
+    pages = dict(read_page(out / "page.html"))
+    assert list(pages["wide, seed 0"]) == ["photo", "scale 0", "scale 1"]
+    assert pages["wide, seed 0"]["scale 1"] == out / "wide_scale1.png"
     assert "6 picture(s), 6 already there" in again and "scale 0 is" not in again
     assert "6 picture(s), 0 already there" in call(*command, "--scales", "0,1")
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from conftest import PAIRS, ROOT, run
+from conftest import PAIRS, ROOT, read_page, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -538,6 +538,16 @@ def test_drawn_seeds_and_prompts_belong_to_the_seed(flux, tmp_path):
     assert {s.prompt for s in strips} <= set(lines)
 
 
+def test_the_sheets_of_a_folder_share_a_page(flux, tmp_path):
+    strips, _ = generate.plan_runs(slider_config(flux, tmp_path, datasets=["age", "elf"]))
+    pages = generate.strip_pages(strips)
+    assert len({strip.sheet for strip in strips}) == 6 and len(pages) == 2
+    assert [row.seed for rows in pages.values() for row in rows] == [6666, 6667, 6668] * 2
+    row = pages[strips[0].sheet.parent / "page.html"][0]
+    assert row.prompt == strips[0].prompt and row.prompt not in row.name
+    assert list(row.columns.values()) == list(strips[0].files)
+
+
 @pytest.mark.parametrize("prompt", ["a/b ../c", "x" * 5000, "线条 画" * 300, " \n two\tlines "])
 def test_every_prompt_fits_a_file_name(prompt, flux, tmp_path):
     config = slider_config(flux, tmp_path, prompt=[prompt])
@@ -569,7 +579,14 @@ def test_a_strip_by_flags_is_made_once_and_a_new_scale_adds_one_picture(make, lo
     assert "4 picture(s), 0 already there" in make(*command, "--scales", "0,1")
     names = {f"strip_seed{seed}_scale{scale}.png" for seed in (0, 1) for scale in (0, 1)}
     assert {p.name for p in output.parent.iterdir()} == names | {"strip.png"}
-    assert "4 picture(s), 4 already there" in make(*command, "--scales", "0,1")
+    assert "4 picture(s), 4 already there" in make(*command, "--scales", "0,1", "--html")
+    assert read_page(output.parent / "page.html") == [
+        (
+            f"strip, seed {seed}",
+            {f"scale {k}": output.parent / f"strip_seed{seed}_scale{k}.png" for k in (0, 1)},
+        )
+        for seed in (0, 1)
+    ]
     done = make(*command, "--scales", "0,0.5,1")
     assert "6 picture(s), 4 already there" in done and "sheet" in done
     sheet = Image.open(output)

@@ -73,6 +73,7 @@ def page(browser, scene, tmp_path):
 
 
 def show(browser, path):
+    browser.get_log("browser")  # what pages before it said
     browser.get(path.as_uri())
     settle(browser)
 
@@ -180,6 +181,21 @@ def test_two_divider_positions_differ_only_between_them(page, scene):
     for seen, at in ((left, 150), (right, 450)):  # each side is its picture, pixel by pixel
         assert (seen[:, : at - 20] == before[:, : at - 20]).all()
         assert (seen[:, at + 20 :] == after[:, at + 20 :]).all()
+
+
+def test_a_photo_that_was_cropped_lies_on_its_result(browser, scene, tmp_path):
+    result = Image.open(scene["after"])
+    photo = Image.new("RGB", (660, 400))  # a little wider than its bucket
+    photo.paste(result, (30, 0))
+    photo.save(tmp_path / "photo.png")
+    Image.new("RGB", (100, 400)).save(tmp_path / "tall.png")
+    columns = {"photo": tmp_path / "photo.png", "tall": tmp_path / "tall.png"}
+    write_page(tmp_path / "p.html", "t", [PageRow("x", columns | {"result": scene["after"]})])
+    show(browser, tmp_path / "p.html")
+    seen, wanted = pixels(browser), inner(result)
+    assert (seen[:, :270] == wanted[:, :270]).all() and (seen[:, 330:] == wanted[:, 330:]).all()
+    press(browser, "ARROW_LEFT")  # another aspect is shown whole, in the middle
+    assert not pixels(browser)[:, 330:345].any() and pixels(browser)[2:-2, 355:-2].all()
 
 
 def test_a_finger_drags_the_divider(page):
