@@ -797,7 +797,7 @@ def _link(file: Path, folder: Path, embed: bool) -> str:
 
 CHARTS = {  # values of metrics.jsonl whose names begin so share a chart of this title
     "loss": "loss",
-    "validation_loss": "validation loss (q1 to q4: quartiles of sigma, q1 the least noise)",
+    "validation_loss": "validation loss (q1: the least noise)",
     "validation_loss_ema": "validation loss of the moving average",
     "last_": "loss of the last step, by term",
     "lr": "learning rate",
@@ -833,41 +833,38 @@ def _chart_svg(title: str, lines: Mapping[str, list[tuple[int, float]]]) -> str:
     """Curves over steps as inline SVG, with a legend that names their last values."""
     drawn = {name: thinned(points, 400) for name, points in lines.items()}
     every = [point for points in drawn.values() for point in points]
-    first, last = min(x for x, _ in every), max(x for x, _ in every)
+    left, right = min(x for x, _ in every), max(x for x, _ in every)
     low, high = min(y for _, y in every), max(y for _, y in every)
-    if "loss" not in title:
-        low = min(low, 0.0)  # a level, not a descent: show it from zero
-    if low == high:
-        low, high = low - 1, high + 1
-    span, step_span = high - low, max(last - first, 1)
+    is_loss = "loss" in title
+    scale: Callable[[float], float] = math.log10 if is_loss and 0 < 10 * low < high else float
+    low = low if is_loss else min(low, 0.0)  # a level is shown from zero
+    low, high = (low - 1, high + 1) if low == high else (low, high)
+    ticks = _ticks(low, high) if scale is float else _log_ticks(low, high)
+    width, height = max(right - left, 1), scale(high) - scale(low)
 
-    def place(x: float, y: float) -> str:
-        return f"{56 + 570 * (x - first) / step_span:.1f},{206 - 190 * (y - low) / span:.1f}"
+    def place(x: float, y: float) -> tuple[float, float]:
+        y = (scale(y) - scale(low)) / height
+        return round(56 + 570 * (x - left) / width, 1), round(206 - 190 * y, 1)
 
-    drawing = ""
-    for tick in _ticks(low, high):
-        height = place(first, tick).partition(",")[2]
-        drawing += f'<path d="M56 {height}H626"/><text x="50" y="{height}">{tick:.4g}</text>\n'
-    for tick in _ticks(first, first + step_span, 6):
-        if tick == int(tick):
-            across = place(tick, low).partition(",")[0]
-            drawing += f'<text class="x" x="{across}" y="224">{tick:g}</text>\n'
-    legend = ""
-    for number, (name, few) in enumerate(drawn.items()):
-        drawing += (
-            f'<polyline class="c{number % 6}" points="{" ".join(place(*p) for p in few)}"/>\n'
-        )
-        for x, y in few if len(few) <= 60 else []:
-            cx, cy = place(x, y).split(",")
-            dot = f'<circle class="c{number % 6}" cx="{cx}" cy="{cy}" r="2.5">'
-            drawing += f"{dot}<title>step {x:g}: {y:.5g}</title></circle>\n"
-        legend += (
-            f'<span class="c{number % 6}">{html.escape(name)} {lines[name][-1][1]:.4g}</span> '
-        )
+    drawing, legend = "", ""
+    for tick in ticks:
+        y = place(left, tick)[1]
+        drawing += f'<path d="M56 {y}H626"/><text x="50" y="{y}">{tick:.4g}</text>\n'
+    for tick in _ticks(left, left + width, 6):
+        if tick == int(tick):  # a step
+            drawing += f'<text class="x" x="{place(tick, low)[0]}" y="224">{tick:g}</text>\n'
+    for number, (name, points) in enumerate(drawn.items()):
+        colour, places = f'class="c{number % 6}"', [place(*point) for point in points]
+        line = " ".join(f"{x},{y}" for x, y in places)
+        drawing += f'<polyline {colour} points="{line}"/>\n'
+        for (x, y), (step, value) in zip(places, points, strict=True) if len(points) <= 60 else ():
+            drawing += f'<circle {colour} cx="{x}" cy="{y}" r="2.5">'
+            drawing += f"<title>step {step:g}: {value:.5g}</title></circle>\n"
+        legend += f"<span {colour}>{html.escape(name)} {lines[name][-1][1]:.4g}</span> "
     title = html.escape(title)
     return (
         f'<div><h2>{title}</h2><svg viewBox="0 0 640 232" role="img" aria-label="{title}, steps '
-        f'{first} to {last}">\n{drawing}</svg>\n<p>{legend}</p></div>\n'
+        f'{left:g} to {right:g}">\n{drawing}</svg>\n<p>{legend}</p></div>\n'
     )
 
 
@@ -883,6 +880,14 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     unit = 10.0 ** math.floor(math.log10((high - low) / count))
     unit *= next(factor for factor in (1, 2, 5, 10) if unit * factor * count >= high - low)
     return [n * unit for n in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from low to high; where they are few also twice and five times these."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    factors = (1, 2, 5) if len(decades) < 4 else (1,)
+    found = [factor * 10.0**decade for decade in decades for factor in factors]
+    return [value for value in found if low <= value <= high]
 
 
 PAGE = """<!doctype html>

@@ -478,13 +478,17 @@ def test_a_run_ends_with_its_report(edit_run):
 
 def test_curves_have_the_heights_and_places_of_their_values(tmp_path):
     log = MetricLog(tmp_path / "metrics.jsonl", 0)
-    for step, loss in ((10, 4.0), (20, 2.0), (40, 1.0), (50, float("nan"))):
-        log.write(step, loss=loss, lr=1e-4)
+    for step, value in ((10, 4.0), (20, 2.0), (40, 1.0), (50, float("nan"))):
+        log.write(step, loss=value, validation_loss=value**4, memory_gb=value)
     log.close()
-    [points] = of_title(Report(write_report(tmp_path)), "loss")
-    (x1, y1), (x2, y2), (x3, y3) = points  # what is no number is left out, not drawn as 0
-    assert y1 < y2 < y3 and (y2 - y1) / (y3 - y1) == pytest.approx(2 / 3, abs=0.01)
-    assert (x2 - x1) / (x3 - x1) == pytest.approx(1 / 3, abs=0.01)
+    report = Report(write_report(tmp_path))
+    # no number: left out, not drawn as 0; losses of more than a decade on a logarithmic scale
+    falls = {"loss": 2 / 3, "validation loss": 1 / 2, "memory, GB": 2 / 3}
+    for title, fall in falls.items():
+        [((x1, y1), (x2, y2), (x3, y3))] = of_title(report, title)
+        assert (y2 - y1) / (y3 - y1) == pytest.approx(fall, abs=0.01) and y3 > y1
+        assert (x2 - x1) / (x3 - x1) == pytest.approx(1 / 3, abs=0.01)
+    assert (y1, y3) == (16, pytest.approx(16 + 190 * 3 / 4, abs=0.1))  # levels start at zero
 
 
 def test_a_long_curve_is_thinned_to_means(tmp_path):
