@@ -90,7 +90,7 @@ def test_every_run_leaves_what_the_house_promises(straight):
         dataset, beta = folder.parent.name, "3.0" if "3.0ns" in folder.name else "1.0"
         files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
         expected = {"run.json", "config.yaml", "README.md", "metrics.jsonl", "samples/pairs.png"}
-        expected |= {"train_pairedit.py", "utils.py"}
+        expected |= {"train_pairedit.py", "utils.py", "report.html"}
         for step in (2, 4):
             expected |= {f"samples/step-{step:06d}.png"}
             expected |= {f"checkpoint-{step}/{n}" for n in ("state.json", "training_state.pt")}
