@@ -1299,9 +1299,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def set_run_aside(output_dir: Path) -> None:
     """Move what an earlier run left into earlier-<n>/."""
     old = [*list_checkpoints(output_dir), *output_dir.glob("*.safetensors")]
-    old += [
-        path for path in (output_dir / "samples", output_dir / "metrics.jsonl") if path.exists()
-    ]
+    names = ("samples", "metrics.jsonl", "report.html")
+    old += [output_dir / name for name in names if (output_dir / name).exists()]
     if not old:
         return
     place = output_dir / f"earlier-{len(list(output_dir.glob('earlier-*'))) + 1}"

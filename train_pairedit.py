@@ -1513,7 +1513,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def set_earlier_aside(folder: Path) -> None:
     """Move what an earlier run left into earlier-<n>/."""
     old = [*list_checkpoints(folder), *folder.glob("*epoch*.safetensors"), *folder.glob("*.pt")]
-    old += [path for path in (folder / "samples", folder / "metrics.jsonl") if path.exists()]
+    names = ("samples", "metrics.jsonl", "report.html")
+    old += [folder / name for name in names if (folder / name).exists()]
     if not old:
         return
     numbers = (n for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())

@@ -3190,6 +3190,7 @@ def set_aside(output_dir: Path) -> None:
         *list_checkpoints(output_dir),
         output_dir / "samples",
         output_dir / "metrics.jsonl",
+        output_dir / "report.html",
     ):
         if old.exists():
             old.rename(place / old.name)

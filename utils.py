@@ -783,7 +783,8 @@ def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
 def _picture_size(file: Path) -> tuple[int, int]:
     """(W, H) px, upright."""
     with Image.open(file) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: by 90 degrees
+        exif = Image.Image.getexif(image)  # KEEP: a PNG's own getexif() decodes the picture
+        turned = exif.get(0x0112, 1) >= 5  # orientation: by 90 degrees
         return image.size[::-1] if turned else image.size
 
 

@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import test_dreambooth
-from conftest import PAIRS, ROOT, run, small_config, suffix_dataset, write_config
+from conftest import PAIRS, ROOT, read_page, run, small_config, suffix_dataset, write_config
 from PIL import Image
 
 from utils import MetricLog, PageRow, UserError, thinned, write_page, write_report
@@ -386,6 +386,27 @@ def test_500_rows_open_and_scroll_smoothly(browser, many):
     press(browser, "ARROW_LEFT")  # keys act on a row in view
     moved = "return rows.flatMap((r, n) => r.querySelector('input').value < 2 ? [n] : [])"
     assert browser.execute_script(moved)[0] >= 498
+
+
+def test_a_photo_turned_by_exif_is_upright(browser, tmp_path):
+    photo = Image.new("RGB", (300, 200), "navy")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "a.jpg", exif=exif)
+    write_page(tmp_path / "page.html", "x", [PageRow("x", {"a": tmp_path / "a.jpg"})])
+    show(browser, tmp_path / "page.html")
+    height, width, _ = pixels(browser).shape
+    assert height / width == pytest.approx(1.5, abs=0.01)
+
+
+def test_the_example_of_the_page_about_pages_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a_05", "a_1"):
+        Image.new("RGB", (8, 8)).save(f"{name}.png")
+    text = (ROOT / "docs/pages.md").read_text()
+    exec(re.search("```python\n(.*?)```", text, re.DOTALL)[1], {})
+    [(name, files)] = read_page(tmp_path / "page.html")
+    assert name == "a" and list(files) == ["before", "scale 0.5", "scale 1"]
 
 
 def test_pictures_that_are_missing_are_named(scene, tmp_path):

@@ -21,6 +21,7 @@ from conftest import (
     PAIRS,
     ROOT,
     copy_pairs,
+    read_page,
     run,
     small_config,
     suffix_dataset,
@@ -279,6 +280,7 @@ def test_a_new_run_in_the_folder_of_an_earlier_one_sets_that_aside(straight_run,
     earlier = tmp_path / "out" / "earlier-1"
     assert len(script.list_checkpoints(earlier)) == 6 and (earlier / "metrics.jsonl").exists()
     assert all(script.valid_checkpoint(f) for f in script.list_checkpoints(earlier))
+    assert read_page(earlier / "report.html")  # with its pictures
 
 
 def test_resume_refuses_what_would_be_another_run(straight_run, tmp_path):
