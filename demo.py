@@ -737,7 +737,7 @@ def run_demo() -> None:
     run_command(
         f"python generate.py --pretrained_model_name_or_path {BASE_DIR}"
         f" --lora {OUTPUT_DIR}/pytorch_lora_weights.safetensors --table {table}"
-        f" --output_dir {OUTPUT_DIR}/generated --scales 0,1 --seed 0"
+        f" --output_dir {OUTPUT_DIR}/generated --scales 0,1 --seed 0 --html"
         f" --num_inference_steps {NUM_INFERENCE_STEPS} --true_cfg_scale 1"
     )
     photos = {name: open_results(name) for name in HELD_OUT}
@@ -753,7 +753,8 @@ def run_demo() -> None:
         f"  skill {figures['skill']:.3f} (1: perfect, 0: no better than the best of the others),"
         f" luminance correlation {figures['luminance_correlation']:.3f}\n"
         f"  PSNR {figures['psnr_db']:.1f} dB (autoencoder alone: {figures['vae_psnr_db']:.1f} dB)\n"
-        f"picture: {OUTPUT_DIR / 'demo.png'}, figures: {OUTPUT_DIR / 'demo.json'}"
+        f"picture: {OUTPUT_DIR / 'demo.png'}, figures: {OUTPUT_DIR / 'demo.json'}\n"
+        f"to compare: {OUTPUT_DIR}/generated/page.html, the run: {OUTPUT_DIR}/report.html"
     )
 
 
@@ -1089,7 +1090,7 @@ def run_pairedit() -> None:
         shutil.rmtree(ROOT / FACE_OUTPUT_DIR)
     accelerate = "accelerate.commands.accelerate_cli"
     run_command(f"accelerate launch train_pairedit.py --config {FACE_CONFIG}", accelerate)
-    run_command(f"python generate.py --config {FACE_CONFIG} --image_format png")
+    run_command(f"python generate.py --config {FACE_CONFIG} --image_format png --html")
     photo = FACE_OUTPUT_DIR / "photo.png"
     write_picture(draw_face(random_face(np.random.RandomState(7))), ROOT / photo)
     lora = next((ROOT / FACE_OUTPUT_DIR).glob("models/age/*/*_500epoch.safetensors"))
@@ -1117,6 +1118,9 @@ def run_pairedit() -> None:
         share = age / result["pair_change"]
         print(f"  scale {scale:3g}: hair {share:5.2f} of the pairs' change, the rest {content:.4f}")
     print(f"picture: {FACE_OUTPUT_DIR / 'demo.png'}, figures: {FACE_OUTPUT_DIR / 'demo.json'}")
+    pages = sorted((ROOT / FACE_OUTPUT_DIR).glob("*/age/*/*.html"), key=lambda page: page.name)
+    compare, report = (page.relative_to(ROOT) for page in pages)
+    print(f"to compare: {compare}, the run: {report}")
 
 
 def open_strips() -> list[dict[float, np.ndarray]]:
