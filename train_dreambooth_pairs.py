@@ -48,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pydantic import Field, field_validator, model_validator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -274,7 +275,7 @@ class Config(Section):
     """Steps between two such sheets; null: with the checkpoints."""
     validation_epochs: int | None = Field(None, ge=1)
     """The same in passes over the data, instead."""
-    validation_scales: list[float] = [-1.0, -0.5, 0.0, 0.5, 1.0]
+    validation_scales: list[float] = Field([-1.0, -0.5, 0.0, 0.5, 1.0], min_length=1)
     """Strengths of it."""
     validation_inference_steps: int = Field(25, ge=1)
     """DDIM steps of it."""
@@ -306,7 +307,8 @@ class Config(Section):
             folders = [self.before_data_dir, self.after_data_dir]
         last = max(1, len(folders) - 1)
         even = [2 * i / last - 1 for i in range(len(folders))]
-        return sorted(zip(self.sequence_scales or even, folders, strict=False))
+        fits = len(self.sequence_scales) == len(folders)  # else check_flags names it
+        return sorted(zip(self.sequence_scales if fits else even, folders, strict=True))
 
     @property
     def objective(self) -> str:
@@ -314,7 +316,7 @@ class Config(Section):
         return self.pair_objective if self.use_image_pairs else "instance"
 
 
-LISTS = ("--sequence_dirs",)
+LISTS = ("--sequence_dirs", "--sequence_scales", "--validation_scales")
 
 
 def repeat_flags(argv: Sequence[str]) -> list[str]:
@@ -416,9 +418,12 @@ def group_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
     """Files of the same stem in the folders of `stages` -> (scenes, left out, problems)."""
     stages = config.stages
     if lacking := [folder for _, folder in stages if not folder.is_dir()]:
-        return [], [], [f"Before/After images root doesn't exist: {f}" for f in lacking]
+        return [], [], [f"Before/After images root doesn't exist: {not_there(f)}" for f in lacking]
     if len({folder.resolve() for _, folder in stages}) < len(stages):
         return [], [], [f"{stages[0][1]} is named twice: before and after must differ"]
+    pairs = itertools.permutations([folder for _, folder in stages], 2)
+    if nested := [f"{a} lies in {b}: move one of them" for a, b in pairs if lies_in(a, b)]:
+        return [], [], nested
     found = [list_images(folder) for _, folder in stages]
     scenes: list[Scene] = []
     left_out: list[str] = []
@@ -442,6 +447,20 @@ def group_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
         )
         problems.insert(0, f"No matching image pairs found: {counts}")
     return scenes, left_out, problems
+
+
+def not_there(folder: Path) -> str:
+    """`folder`, and what is in its place."""
+    if folder.exists():
+        return f"{folder} is a file, no folder"
+    parent = next(place for place in folder.absolute().parents if place.is_dir())
+    names = (path.name for path in parent.iterdir())
+    return f"{folder}; in {parent} there is{_first_names(names) or ' nothing'}"
+
+
+def lies_in(inner: Path, outer: Path) -> bool:
+    """Whether a scan of `outer` goes through `inner`; also where they are the same."""
+    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def _first_names(stems: Iterable[str]) -> str:
@@ -522,7 +541,7 @@ def find_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
         return group_scenes(config)
     folder = config.instance_data_dir
     if not folder or not folder.is_dir():
-        return [], [], [f"Instance images root doesn't exist: {folder}"]
+        return [], [], [f"Instance images root doesn't exist: {folder and not_there(folder)}"]
     entries = [entry for found in list_images(folder).values() for entry in found]
     scenes = [Scene(Path(e.path).stem, (Path(e.path),), (1.0,)) for e in entries]
     return scenes, [], [] if scenes else [f"instance_data_dir: no picture in {folder}"]
@@ -535,6 +554,9 @@ def check_scenes(scenes: Sequence[Scene], index: FileIndex) -> tuple[list[str], 
     readable = {file for file in files if file.exists() and index.get(file, file.stat())}
     index_content(sorted(readable), index)
     odd = []
+    for file in sorted(readable):
+        if not 1 / 3 <= index.aspect(file) <= 3:
+            odd.append(f"{file} is longer than 3:1; its ends are cut off")
     for scene in (scene for scene in scenes if readable.issuperset(scene.files)):
         for first, other in itertools.pairwise(scene.files):
             if index.content(first) == index.content(other):
@@ -628,7 +650,28 @@ def check_flags(config: Config) -> list[str]:
         f"train_text_encoder: not with pair_objective {config.objective}": config.train_text_encoder
         and config.objective in ("difference", "copier"),
     }
-    return [text for text, is_wrong in wrong.items() if is_wrong]
+    return [text for text, is_wrong in wrong.items() if is_wrong] + check_unread(config)
+
+
+def check_unread(config: Config) -> list[str]:
+    """Settings that differ from their default and that nothing in this run reads."""
+    prior, strength = config.with_prior_preservation, config.objective in ("slider", "difference")
+    readers: dict[str, tuple[object, str]] = {
+        "pair_objective": (config.use_image_pairs, "use_image_pairs"),
+        "pair_multiplier": (strength, "use_image_pairs and pair_objective slider or difference"),
+        "frame_gap": (config.video, "video"),
+        "class_data_dir": (prior, "with_prior_preservation"),
+        "class_prompt": (prior, "with_prior_preservation"),
+        "huber_c": (config.loss_type == "huber", "loss_type huber"),
+        "validation_steps": (config.validation_prompt is not None, "validation_prompt"),
+        "validation_epochs": (config.validation_prompt is not None, "validation_prompt"),
+    }
+    default = {name: field.default for name, field in Config.model_fields.items()}
+    return [
+        f"{name}: nothing reads it without {partner}"
+        for name, (is_read, partner) in readers.items()
+        if not is_read and getattr(config, name) != default[name]
+    ]
 
 
 def check_base(name: str) -> list[str]:
@@ -647,7 +690,77 @@ def check_base(name: str) -> list[str]:
     lacking = [part for part in parts if not (Path(name) / part).is_dir()]
     if Path(name).is_dir() and lacking:
         return [f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder"]
-    return []
+    return check_parts(Path(name)) if Path(name).is_dir() else []
+
+
+def check_parts(folder: Path) -> list[str]:
+    """Problems of the parts of a checkpoint folder: files missing or cut off, another UNet."""
+    weights = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    problems = []
+    for part in ("unet", "vae", "text_encoder"):
+        file = folder / part / f"{weights.get(part, 'model')}.safetensors"
+        try:
+            settings = read_model_json(str(folder), f"{part}/config.json")
+            with safe_open(file, framework="pt"):  # its length must be what its header says
+                pass
+        except (OSError, SafetensorError, UserError) as error:
+            problems.append(f"{file} cannot be read: {error}; fetch it again")
+            continue
+        if part == "unet" and (channels := settings.get("in_channels")) != 4:
+            problems.append(f"{folder / part} takes {channels} channels (inpainting?); wanted 4")
+    tokenizer = folder / "tokenizer"
+    if not any((tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        problems.append(f"{tokenizer} holds no vocab.json and no tokenizer.json")
+    return [f"pretrained_model_name_or_path: {problem}" for problem in problems]
+
+
+def check_class(config: Config, index: FileIndex) -> list[str]:
+    """Problems of class_data_dir: no folder, mixed up with the instances, unreadable pictures."""
+    folder, single = config.class_data_dir, config.instance_data_dir
+    if not (config.with_prior_preservation and folder):
+        return []
+    if single and (lies_in(folder, single) or lies_in(single, folder)):
+        return [f"class_data_dir: {folder} and instance_data_dir {single} must lie apart"]
+    if folder.exists() and not folder.is_dir():
+        return [f"class_data_dir: {folder} is a file, no folder"]
+    found = list_images(folder).values() if folder.exists() else []
+    files = sorted(Path(entry.path) for entries in found for entry in entries)
+    few = len(files) < config.num_class_images
+    return check_pictures(files, index) + (check_writable("class_data_dir", folder) if few else [])
+
+
+def check_writable(name: str, folder: Path) -> list[str]:
+    """Make the folder; a problem where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        return [f"{name}: cannot write there: {error}"]
+
+
+def check_results(config: Config) -> list[str]:
+    """Problems of what a run writes and goes on from."""
+    problems = []
+    for name, folder in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
+        problems += check_writable(name, folder)
+    read = [folder for _, folder in config.stages]
+    read += [f for f in (config.instance_data_dir, config.class_data_dir) if f]
+    for folder in (folder for folder in read if lies_in(config.output_dir, folder)):
+        problems.append(
+            f"output_dir: {config.output_dir} lies in {folder}, which is read with its folders: "
+            "samples would become training pictures"
+        )
+    wanted = config.resume_from_checkpoint
+    if wanted and wanted != "latest":
+        place = checkpoint_place(wanted, config.output_dir)
+        if not valid_checkpoint(place):
+            there = [folder.name for folder in list_checkpoints(config.output_dir)]
+            problems.append(
+                f"resume_from_checkpoint: {place} is missing or damaged; in {config.output_dir} "
+                f"there is{_first_names(there) or ' none'}"
+            )
+    return problems
 
 
 # differs: each script audits its own settings
@@ -662,13 +775,7 @@ def audit(config: Config) -> list[str]:
     wanted += ["bitsandbytes"] if config.use_8bit_adam else []
     for package in (name for name in wanted if not importlib.util.find_spec(name)):
         problems.append(f"{package} is not installed: pip install {package}")
-    for name, folder in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            problems.append(f"{name}: cannot write there: {error}")
+    problems += check_results(config)
     index = FileIndex(None)
     with contextlib.suppress(OSError):
         index = FileIndex(config.cache_dir)
@@ -678,7 +785,7 @@ def audit(config: Config) -> list[str]:
     if given and os.environ.get("RANK", "0") == "0":
         scenes, left_out, wrong = find_scenes(config)
         odd, bad = check_scenes(scenes, index)
-        problems += wrong + bad
+        problems += wrong + bad + check_class(config, index)
         if left_out or odd:
             log.warning("note\n%s", listed(left_out + odd))
         report = {
@@ -1239,6 +1346,7 @@ MAY_DIFFER = {  # settings that may differ between a checkpoint and the run that
     "on_missing", "instance_data_dir", "class_data_dir", "sample_batch_size",
     "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "allow_tf32",
     "resume_from_checkpoint", "gradient_checkpointing", "compile", "logging_steps", "report_to",
+    "num_train_epochs",
     "validation_prompt", "num_validation_images", "validation_steps", "validation_scales",
     "validation_epochs", "validation_inference_steps", "validation_guidance_scale", "export",
 }  # fmt: skip
@@ -1283,6 +1391,11 @@ def set_run_aside(output_dir: Path) -> None:
     )
 
 
+def checkpoint_place(wanted: str, output_dir: Path) -> Path:
+    """The folder that `wanted` names: a path, or a name in output_dir."""
+    return Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+
+
 def resume_point(
     wanted: str | None, output_dir: Path, now: dict[str, Any]
 ) -> tuple[Path, dict[str, Any]] | None:
@@ -1295,7 +1408,7 @@ def resume_point(
         return None
     folders = list(reversed(list_checkpoints(output_dir)))
     if wanted != "latest":
-        folders = [Path(wanted) if Path(wanted).is_dir() else output_dir / wanted]
+        folders = [checkpoint_place(wanted, output_dir)]
     for folder in folders:
         state = valid_checkpoint(folder)
         if not state:
@@ -1499,10 +1612,12 @@ class DreamBoothPairsTrainer:
             self.folder, dtype=self.dtype, safety_checker=None, requires_safety_checker=False
         ).to(self.device)
         pipeline.set_progress_bar_config(disable=True)
-        numbers = range(there, config.num_class_images)
-        side = config.resolution
-        for first in progress(numbers[:: config.sample_batch_size], "draw class pictures"):
-            batch = [n for n in numbers if first <= n < first + config.sample_batch_size]
+        # KEEP: only names that are free, or a deleted one would be drawn over one that is there
+        free = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
+        numbers = list(itertools.islice(free, config.num_class_images - there))
+        size, side = config.sample_batch_size, config.resolution
+        for first in progress(range(0, len(numbers), size), "draw class pictures"):
+            batch = numbers[first : first + size]
             seeds = [draw_key(config.seed, "class", number) for number in batch]
             images = pipeline(
                 [config.class_prompt or ""] * len(batch),
@@ -1542,8 +1657,8 @@ class DreamBoothPairsTrainer:
             (picture.content, picture.size, picture.box, picture.flip)
             for picture in (job if isinstance(job, Change) else [job])
         ]
-        if isinstance(job, Change):
-            return cache_key("sd change", pictures=places)
+        if isinstance(job, Change):  # the VAE says how many pixels a latent covers
+            return cache_key("sd change", vae=self._encoders[0], pictures=places)
         return cache_key("sd latent", vae=self._encoders[0], picture=places)
 
     def prompts(self) -> dict[str, str]:
@@ -1825,6 +1940,10 @@ class DreamBoothPairsTrainer:
         found = resume_point(config.resume_from_checkpoint, config.output_dir, self.trained_as())
         if main and not found:
             set_run_aside(config.output_dir)
+        if config.objective == "copier" and self.total_steps() < 2:
+            raise UserError(
+                "max_train_steps: pair_objective copier has two phases, needs 2 or more"
+            )
         self.cache_embeddings()
         self.load_models()
         if found:
@@ -1850,14 +1969,16 @@ class DreamBoothPairsTrainer:
     def trained_as(self) -> dict[str, Any]:
         """All that decides what a run learns."""
         config = self.config
-        settings = config.model_dump(mode="json", exclude=MAY_DIFFER)
+        settings = config.model_dump(mode="json", exclude={*MAY_DIFFER, "max_train_steps"})
+        # a schedule and the phases of copier hang on the length; other runs may go on for longer
+        fixed = not config.lr_scheduler.startswith("constant") or config.objective == "copier"
         files = [file for scene in self.scenes for file in scene.files] + self.class_pictures
         content = [self.index.content(file) for file in files]
         batches = config.gradient_accumulation_steps * self.accelerator.num_processes
         return {
             **settings,
             "pictures": draw_key(content),
-            "max_train_steps": self.total_steps(),  # schedule and copier's phases hang on it
+            **({"max_train_steps": self.total_steps()} if fixed else {}),
             "batches_per_step": batches,
         }
 
@@ -2054,13 +2175,14 @@ class DreamBoothPairsTrainer:
         Least squares over a grid of strengths and three noise levels, with a parabola through the
         best one and its neighbours; after few steps it lies above the trained strength.
         """
-        config, times = self.config, []
+        config = self.config
         embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
         shares = torch.logspace(-2, 2, 17, base=2.0)  # of the trained strength
         misses = torch.zeros(len(shares), dtype=torch.float64)
         span = config.timestep_max - config.timestep_min
         times = [torch.tensor([config.timestep_min + span * part // 6]) for part in (1, 3, 5)]
-        strength = 0.0
+        spans = [scene.scales[-1] - scene.scales[0] for scene in self.scenes]
+        strength = config.pair_multiplier * max(spans) / 2  # of first to last; holes make it less
         for number, scene in enumerate(self.scenes[:most]):
             turn = Turn(number, number, 0, len(scene.files) - 1, flip=False)
             for t in times:
@@ -2071,7 +2193,6 @@ class DreamBoothPairsTrainer:
                     both = t.to(self.device).repeat(len(terms))
                     error = self.predict(self.bare["unet"], noisy, both, embeds, lanes) - target
                     misses[i] += error.square().mean().item()
-                strength = float(terms[0].lane[0].scale)
         best = int(misses[1:-1].argmin()) + 1
         left, middle, right = misses[best - 1 : best + 2].tolist()
         bend = left - 2 * middle + right
@@ -2215,12 +2336,14 @@ def plan(config: Config) -> str:
     layers = adapted_layers(unet, "change")
     adapter = sum(x.down["change"].numel() + x.up["change"].numel() for x in layers.values())
     weights = sum(p.numel() for p in unet.parameters()) - adapter
-    rows = config.train_batch_size * (1 if config.objective == "instance" else 2)
+    sides = 1 if config.objective in ("instance", "copier") else 2
+    rows = config.train_batch_size * sides
     rows += config.train_batch_size if config.with_prior_preservation else 0
     area = max((w * h for w, h in sizes), default=config.resolution**2)
     size = 4 if config.mixed_precision == "no" else 2
     tflop, activations = forward_cost(unet, rows, area)
-    tflop *= 4 if config.gradient_checkpointing else 3
+    passes = 4 if config.gradient_checkpointing else 3
+    tflop *= passes + (config.objective == "difference")  # the base's own prediction
     total = weights * size / 1e9 + adapter * 16 / 1e9 + activations
     lines = [
         f"Scenes       {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",

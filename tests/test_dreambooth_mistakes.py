@@ -1,0 +1,231 @@
+"""train_dreambooth_pairs.py: mistakes of a new user are named at once, before a model loads."""
+
+# ruff: noqa: F811 (fixtures are imported, and named again as arguments)
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from test_dreambooth import loaded, make, pictures  # noqa: F401 (fixtures)
+
+import train_dreambooth_pairs as script
+from utils import UserError, load_config
+
+
+@pytest.fixture
+def problems_of(make):
+    """problems_of(**flags) -> what the audit says of them, lines joined."""
+
+    def audit(**changes):
+        return "\n".join(script.audit(make(**changes).config))
+
+    return audit
+
+
+@pytest.fixture
+def alone(pictures, tmp_path):
+    """Flags of DreamBooth with prior preservation instead of pairs."""
+    shutil.copytree(pictures / "single", tmp_path / "single")
+    return {
+        "use_image_pairs": False,
+        "before_data_dir": None,
+        "after_data_dir": None,
+        "instance_data_dir": tmp_path / "single",
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "class",
+        "class_prompt": "a dog",
+        "num_class_images": 3,
+    }
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_a_wrong_folder_comes_with_what_is_there(problems_of, pictures, tmp_path):
+    said = problems_of(before_data_dir=pictures / "befor")
+    assert (
+        f"images root doesn't exist: {pictures}/befor; in {pictures} there is (after, bef" in said
+    )
+    (tmp_path / "file").touch()
+    assert "file is a file, no folder" in problems_of(after_data_dir=tmp_path / "file")
+
+
+def test_folders_that_would_read_each_other_are_refused(problems_of, alone, pictures, tmp_path):
+    shutil.copytree(pictures / "before", tmp_path / "before")
+    shutil.copytree(pictures / "after", tmp_path / "before/after")
+    sides = {"before_data_dir": tmp_path / "before", "after_data_dir": tmp_path / "before/after"}
+    assert "before/after lies in" in problems_of(**sides)
+    single = tmp_path / "single"
+    assert "samples would become" in problems_of(**alone, output_dir=single / "out")
+    assert "must lie apart" in problems_of(**{**alone, "class_data_dir": single / "class"})
+    assert "must lie apart" in problems_of(**{**alone, "class_data_dir": single})
+    assert not problems_of(**alone)
+
+
+def test_class_pictures_are_looked_at_before_any_is_drawn(problems_of, alone, tmp_path):
+    (tmp_path / "class").touch()
+    assert "class is a file" in problems_of(**alone)
+    (tmp_path / "class").unlink()
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class/a.png").touch()
+    assert "class/a.png cannot be read" in problems_of(**alone)
+
+
+def test_a_deleted_class_picture_is_drawn_again_beside_the_others(make, alone):
+    trainer = make(**alone)
+    trainer.setup_accelerator()
+    trainer.find_data()
+    folder = alone["class_data_dir"]
+    kept = (folder / "class-00002.png").read_bytes()
+    (folder / "class-00000.png").unlink()
+    again = make(**alone)
+    again.setup_accelerator()
+    again.find_data()
+    assert len(again.class_pictures) == 3
+    assert (folder / "class-00002.png").read_bytes() == kept
+
+
+def test_very_long_pictures_are_named(make, tmp_path, caplog):
+    for side, color in (("before", "red"), ("after", "blue")):
+        (tmp_path / side).mkdir()
+        Image.new("RGB", (700, 100), color).save(tmp_path / side / "a.png")
+    sides = {f"{side}_data_dir": tmp_path / side for side in ("before", "after")}
+    assert not script.audit(make(**sides).config)
+    assert caplog.text.count("a.png is longer than 3:1; its ends are cut off") == 2
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "partner"),
+    [
+        ({"frame_gap": 3}, "video"),
+        ({"class_prompt": "a dog"}, "with_prior_preservation"),
+        ({"huber_c": 0.5}, "loss_type huber"),
+        ({"validation_epochs": 2}, "validation_prompt"),
+        ({"pair_multiplier": 0.25, "pair_objective": "copier"}, "slider or difference"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_nothing_would_read_is_named(setting, partner, problems_of):
+    said = problems_of(**setting)
+    assert f"{next(iter(setting))}: nothing reads it without" in said and partner in said
+
+
+def test_an_objective_of_pairs_without_pairs_is_named(problems_of, alone):
+    assert "pair_objective: nothing" in problems_of(**alone, pair_objective="difference")
+
+
+def test_wrong_scales_hide_no_problem_of_the_folders(problems_of, pictures, tmp_path):
+    shutil.copytree(pictures / "after", tmp_path / "after")
+    (tmp_path / "after/coffee0.png").unlink()
+    said = problems_of(after_data_dir=tmp_path / "after", sequence_scales="[1]")
+    assert "no picture coffee0.*" in said and "one for each of sequence_dirs" in said
+
+
+def test_lists_can_be_given_with_spaces_and_not_empty(make):
+    argv = ["--sequence_scales", "-1", "0", "1", "--validation_scales", "0,2"]
+    argv = script.repeat_flags([*argv, "--pretrained_model_name_or_path=x"])
+    config = load_config(script.Config, argv)
+    assert config.sequence_scales == [-1, 0, 1] and config.validation_scales == [0, 2]
+    with pytest.raises(UserError, match="validation_scales"):
+        make(validation_scales="[]")
+
+
+# --- the checkpoint of the base -------------------------------------------------------------------
+
+
+def cut_off(folder):
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def for_inpainting(folder):
+    file = folder / "unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 9}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_off, "unet/diffusion_pytorch_model.safetensors cannot be read"),
+        (for_inpainting, "takes 9 channels"),
+        (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "No such file"),
+        (lambda f: (f / "text_encoder/config.json").unlink(), "text_encoder/config.json"),
+        (lambda f: [x.unlink() for x in (f / "tokenizer").iterdir()], "holds no vocab.json"),
+    ],
+)
+def test_a_damaged_base_is_named_before_it_is_loaded(
+    damage, said, problems_of, checkpoints, tmp_path
+):
+    folder = shutil.copytree(checkpoints["sd"], tmp_path / "sd")
+    damage(folder)
+    assert said in problems_of(pretrained_model_name_or_path=folder)
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_checkpoint_is_named_with_those_there_are(problems_of, make):
+    make().fit()
+    said = problems_of(resume_from_checkpoint="checkpoint-9", learning_rate=1e-2)
+    assert "checkpoint-9 is missing or damaged" in said and "(checkpoint-2, checkpoint-4" in said
+    assert not problems_of(resume_from_checkpoint="checkpoint-4")
+
+
+def test_a_run_of_constant_rate_can_go_on_for_longer(make, tmp_path):
+    from safetensors.torch import load_file
+
+    make(folder=tmp_path / "once", max_train_steps=4).fit()
+    make(folder=tmp_path / "twice", max_train_steps=2).fit()
+    make(folder=tmp_path / "twice", max_train_steps=4, resume_from_checkpoint="latest").fit()
+    once, twice = (
+        load_file(tmp_path / place / "out" / script.LORA_FILE) for place in ("once", "twice")
+    )
+    assert all((once[name] == twice[name]).all() for name in once)
+    shrinking = {"folder": tmp_path / "cosine", "lr_scheduler": "cosine"}
+    make(**shrinking, max_train_steps=2).fit()
+    with pytest.raises(UserError, match="max_train_steps: was 2, is 4"):
+        make(**shrinking, max_train_steps=4, resume_from_checkpoint="latest").fit()
+
+
+def test_a_copier_of_one_step_is_refused(make):
+    with pytest.raises(UserError, match="two phases"):
+        make(pair_objective="copier", max_train_steps=1).fit()
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_change_maps_of_another_vae_are_other_entries(make, checkpoints, tmp_path):
+    other = shutil.copytree(checkpoints["sd"], tmp_path / "sd")
+    config = json.loads((other / "vae/config.json").read_text())
+    (other / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    keys = []
+    for folder in (checkpoints["sd"], other):
+        trainer = make(pretrained_model_name_or_path=folder, region_weight=0.5)
+        trainer.setup_accelerator()
+        trainer.find_data()
+        jobs = trainer.cache_jobs()
+        keys.append({key for key, job in jobs.items() if isinstance(job, script.Change)})
+    assert len(keys[0]) == 3 and keys[0].isdisjoint(keys[1])
+
+
+def test_a_whole_change_is_that_of_the_whole_sequence(make, pictures, tmp_path):
+    """A scene that lacks the last time shows half the change: it must not halve the strength."""
+    for name in ("first", "second", "third"):
+        shutil.copytree(pictures / "before", tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            angle = 90 * ("first", "second", "third").index(name)
+            Image.open(file).rotate(angle).save(file)
+    folders = [str(tmp_path / name) for name in ("first", "second", "third")]
+    flags = {
+        "before_data_dir": None,
+        "after_data_dir": None,
+        "sequence_dirs": json.dumps(folders),
+        "pair_objective": "difference",
+    }
+    whole = loaded(make(**flags)).full_change()
+    (tmp_path / "third/hubble0.png").unlink()  # of the scene that is looked at last
+    assert loaded(make(**flags)).full_change() == pytest.approx(whole)
