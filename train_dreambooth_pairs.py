@@ -690,10 +690,10 @@ def check_base(name: str) -> list[str]:
     lacking = [part for part in parts if not (Path(name) / part).is_dir()]
     if Path(name).is_dir() and lacking:
         return [f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder"]
-    return check_parts(Path(name)) if Path(name).is_dir() else []
+    return check_weight_files(Path(name)) if Path(name).is_dir() else []
 
 
-def check_parts(folder: Path) -> list[str]:
+def check_weight_files(folder: Path) -> list[str]:
     """Problems of the parts of a checkpoint folder: files missing or cut off, another UNet."""
     weights = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
     problems = []
@@ -726,10 +726,10 @@ def check_class(config: Config, index: FileIndex) -> list[str]:
     found = list_images(folder).values() if folder.exists() else []
     files = sorted(Path(entry.path) for entries in found for entry in entries)
     few = len(files) < config.num_class_images
-    return check_pictures(files, index) + (check_writable("class_data_dir", folder) if few else [])
+    return check_pictures(files, index) + (try_folder("class_data_dir", folder) if few else [])
 
 
-def check_writable(name: str, folder: Path) -> list[str]:
+def try_folder(name: str, folder: Path) -> list[str]:
     """Make the folder; a problem where nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -739,11 +739,11 @@ def check_writable(name: str, folder: Path) -> list[str]:
         return [f"{name}: cannot write there: {error}"]
 
 
-def check_results(config: Config) -> list[str]:
+def check_places(config: Config) -> list[str]:
     """Problems of what a run writes and goes on from."""
     problems = []
     for name, folder in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
-        problems += check_writable(name, folder)
+        problems += try_folder(name, folder)
     read = [folder for _, folder in config.stages]
     read += [f for f in (config.instance_data_dir, config.class_data_dir) if f]
     for folder in (folder for folder in read if lies_in(config.output_dir, folder)):
@@ -775,7 +775,7 @@ def audit(config: Config) -> list[str]:
     wanted += ["bitsandbytes"] if config.use_8bit_adam else []
     for package in (name for name in wanted if not importlib.util.find_spec(name)):
         problems.append(f"{package} is not installed: pip install {package}")
-    problems += check_results(config)
+    problems += check_places(config)
     index = FileIndex(None)
     with contextlib.suppress(OSError):
         index = FileIndex(config.cache_dir)
@@ -1834,16 +1834,22 @@ class DreamBoothPairsTrainer:
 
     # -- objective
 
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device. KEEP pinned: the loop must not wait for the GPU here."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def embeds(
         self, prompts: Sequence[str], lanes: Sequence[Lane], models: dict[str, Any]
     ) -> torch.Tensor:
         """(B, 77, 768) of each prompt; through the adapted text encoder if `models` has one."""
         if "text_encoder" not in models:
             found = torch.stack([self.entry(prompt)["embed"] for prompt in prompts])
-            return found.to(self.device)
+            return self.put(found)
         self.board.lanes = lanes
         ids = torch.stack([self.entry(prompt)["ids"] for prompt in prompts])
-        return models["text_encoder"](ids.to(self.device))[0].to(self.dtype)
+        return models["text_encoder"](self.put(ids))[0].to(self.dtype)
 
     def predict(
         self, unet: Any, noisy: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, lanes: Any
@@ -1872,13 +1878,13 @@ class DreamBoothPairsTrainer:
                 pair = Change(pictures[turn.low], pictures[turn.high])
                 changes.append(self.entry(pair)["change"])
         stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
-        low, high, low_scale, high_scale, noise = (x.to(self.device) for x in stacked)
-        alphas = self.alphas[t].to(self.device)
-        embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
+        low, high, low_scale, high_scale, noise = (self.put(x) for x in stacked)
+        alphas = self.put(self.alphas[t])
+        embeds = self.put(self.entry(config.instance_prompt)["embed"])[None]
 
         @torch.no_grad()
         def base(noisy: torch.Tensor) -> torch.Tensor:
-            times = t.to(self.device).repeat(len(noisy) // len(t))
+            times = self.put(t).repeat(len(noisy) // len(t))
             return self.predict(self.bare["unet"], noisy, times, embeds, [()])
 
         noised = Noised(
@@ -1890,7 +1896,7 @@ class DreamBoothPairsTrainer:
             base,
             self.step / self.total_steps(),
         )
-        return noised, torch.stack(changes).to(self.device) if changes else None
+        return noised, self.put(torch.stack(changes)) if changes else None
 
     def class_term(self, turns: Sequence[Turn], t: torch.Tensor) -> Term:
         """Prior preservation: the class keeps its look."""
@@ -1901,8 +1907,8 @@ class DreamBoothPairsTrainer:
             picture = self.class_picture(self.class_pictures[number], size)
             latent = self.entry(picture)["latent"]
             rows.append((latent, normal(latent.shape, config.seed, "class noise", turn.visit)))
-        latents, noise = (torch.stack(x).to(self.device) for x in zip(*rows, strict=True))
-        noisy = add_noise_sd(latents, noise, self.alphas[t].to(self.device))
+        latents, noise = (self.put(torch.stack(x)) for x in zip(*rows, strict=True))
+        noisy = add_noise_sd(latents, noise, self.put(self.alphas[t]))
         weight = config.prior_loss_weight
         return Term("class", noisy, noise, (On("change"),), weight, "class")
 
@@ -1919,9 +1925,9 @@ class DreamBoothPairsTrainer:
         asked = [prompts[term.prompt] for term in terms for _ in turns]
         embeds = self.embeds(asked, lanes, self.models)
         noisy = torch.cat([term.noisy for term in terms])
-        times = t.to(self.device).repeat(len(terms))
+        times = self.put(t).repeat(len(terms))
         predicted = self.predict(self.models["unet"], noisy, times, embeds, lanes)
-        weights = snr_weight(self.alphas[t], config.snr_gamma).to(self.device)
+        weights = self.put(snr_weight(self.alphas[t], config.snr_gamma))
         losses = {}
         for term, noise in zip(terms, predicted.chunk(len(terms)), strict=True):
             error = ERRORS[config.loss_type](noise - term.target, config.huber_c)
