@@ -524,12 +524,14 @@ def extract_frames(video: Path | None, gap: int, folder: Path) -> None:
             total = container.streams.video[0].frames or None
             frames = progress(container.decode(video=0), "decode video", total=total)
             for number, frame in enumerate(frames):
-                image = frame.to_image()
+                image = frame.to_image().rotate(frame.rotation, expand=True)  # telephones turn
                 small.append(np.asarray(image.resize((32, 32))))
                 if number % stride == 0 or (number >= gap and (number - gap) % stride == 0):
                     image.save(folder / f"{number:05d}.png")
     except (av.error.FFmpegError, IndexError) as error:
         raise UserError(f"video: {video} cannot be read: {error}") from error
+    if not small:
+        raise UserError(f"video: {video} holds no frame")
     np.save(folder / "small.npy", np.stack(small))
 
 

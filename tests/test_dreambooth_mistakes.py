@@ -3,13 +3,19 @@
 # ruff: noqa: F811 (fixtures are imported, and named again as arguments)
 import json
 import shutil
+import struct
+import wave
 
+import numpy as np
 import pytest
 from PIL import Image
-from test_dreambooth import loaded, make, pictures  # noqa: F401 (fixtures)
+from test_dreambooth import loaded, make, pictures, write_video  # noqa: F401 (fixtures)
 
 import train_dreambooth_pairs as script
 from utils import UserError, load_config
+
+UPRIGHT = (2**16, 0, 0, 0, 2**16, 0)  # the matrix of an mp4 track, 16.16 fixed point
+TURNED = (0, 2**16, 0, -(2**16), 0, 0)  # by 90 degrees, clockwise
 
 
 @pytest.fixture
@@ -92,6 +98,38 @@ def test_very_long_pictures_are_named(make, tmp_path, caplog):
     sides = {f"{side}_data_dir": tmp_path / side for side in ("before", "after")}
     assert not script.audit(make(**sides).config)
     assert caplog.text.count("a.png is longer than 3:1; its ends are cut off") == 2
+
+
+def test_a_turned_video_is_trained_upright(make, tmp_path):
+    """A telephone stores lying frames and says in the file by how much to turn them."""
+    pytest.importorskip("av")
+    frames = []
+    for number in range(3):
+        frame = np.zeros((64, 64, 3), np.uint8)
+        frame[:, :32] = 90 * number + 60  # left half
+        frames.append(frame)
+    write_video(tmp_path / "clip.mp4", frames)
+    data = (tmp_path / "clip.mp4").read_bytes()
+    upright, turned = (struct.pack(">9i", *m, 0, 0, 2**30) for m in (UPRIGHT, TURNED))
+    track = data.index(b"tkhd")
+    (tmp_path / "clip.mp4").write_bytes(data[:track] + data[track:].replace(upright, turned, 1))
+    sides = {"before_data_dir": None, "after_data_dir": None}
+    config = make(**sides, video=tmp_path / "clip.mp4", frame_gap=2).config
+    (scene,), _, problems = script.find_scenes(config)
+    shown = np.asarray(Image.open(scene.files[1]).convert("L")).astype(int)
+    assert not problems
+    assert shown[:28].mean() > shown[36:].mean() + 100  # turned clockwise, left is above
+
+
+def test_what_is_no_video_is_named(problems_of, tmp_path):
+    pytest.importorskip("av")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(8000))
+    (tmp_path / "text.mp4").write_text("no video")
+    sides = {"before_data_dir": None, "after_data_dir": None}
+    for name in ("sound.wav", "text.mp4"):
+        assert f"{name} cannot be read" in problems_of(**sides, video=tmp_path / name)
 
 
 # --- settings -------------------------------------------------------------------------------------
