@@ -1381,16 +1381,14 @@ def set_run_aside(output_dir: Path) -> None:
     ]
     if not old:
         return
-    place = output_dir / f"earlier-{len(list(output_dir.glob('earlier-*'))) + 1}"
+    numbered = (output_dir / f"earlier-{number}" for number in itertools.count(1))
+    place = next(folder for folder in numbered if not folder.exists())
     place.mkdir()
     for path in old:
         path.rename(place / path.name)
-    log.warning(
-        "%s holds an earlier run: it is now in %s (to go on with it: "
-        "--resume_from_checkpoint latest)",
-        output_dir,
-        place.name,
-    )
+    last = "".join(f"/{folder.name}" for folder in list_checkpoints(place)[-1:])
+    advice = f"; to go on with it: --resume_from_checkpoint {place.name}{last}" if last else ""
+    log.warning("%s holds an earlier run: it is now in %s%s", output_dir, place.name, advice)
 
 
 def checkpoint_place(wanted: str, output_dir: Path) -> Path:
@@ -1421,7 +1419,12 @@ def resume_point(
         before = state["trained_as"]
         changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
         if changed:
-            lines = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in changed]
+            lines = [
+                "pictures: some came, went or have changed"
+                if key == "pictures"
+                else f"{key}: was {before.get(key)}, is {now.get(key)}"
+                for key in changed
+            ]
             raise UserError(
                 f"{folder} was trained with other settings; set them back, or start anew without "
                 f"resume_from_checkpoint\n{listed(lines)}"

@@ -228,6 +228,29 @@ def test_a_run_of_constant_rate_can_go_on_for_longer(make, tmp_path):
         make(**shrinking, max_train_steps=4, resume_from_checkpoint="latest").fit()
 
 
+def test_an_earlier_run_is_kept_and_can_go_on_where_it_lies(make, tmp_path, caplog):
+    make(max_train_steps=2).fit()
+    out = tmp_path / "out"
+    (out / "earlier-2").mkdir()  # the user has deleted the first one
+    make(max_train_steps=2, learning_rate=1e-3).fit()
+    advice = "--resume_from_checkpoint earlier-1/checkpoint-2"
+    assert advice in caplog.text and (out / "earlier-1/checkpoint-2").is_dir()
+    flags = {"resume_from_checkpoint": "earlier-1/checkpoint-2", "max_train_steps": 4}
+    assert not script.audit(make(**flags).config)
+    trainer = make(**flags)
+    trainer.fit()
+    assert trainer.step == 4
+
+
+def test_changed_pictures_are_named_in_words(make, pictures, tmp_path):
+    shutil.copytree(pictures / "after", tmp_path / "after")
+    make(after_data_dir=tmp_path / "after", max_train_steps=2).fit()
+    file = tmp_path / "after/coffee0.png"
+    Image.open(file).rotate(180).save(file)
+    with pytest.raises(UserError, match="pictures: some came, went or have changed"):
+        make(after_data_dir=tmp_path / "after", resume_from_checkpoint="latest").fit()
+
+
 def test_a_copier_of_one_step_is_refused(make):
     with pytest.raises(UserError, match="two phases"):
         make(pair_objective="copier", max_train_steps=1).fit()
