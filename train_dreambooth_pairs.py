@@ -24,6 +24,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import datetime
+import fcntl
 import functools
 import gc
 import importlib.util
@@ -38,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -1391,6 +1392,21 @@ def set_run_aside(output_dir: Path) -> None:
     log.warning("%s holds an earlier run: it is now in %s%s", output_dir, place.name, advice)
 
 
+@contextlib.contextmanager
+def only_run(output_dir: Path) -> Iterator[None]:
+    """No other run trains into output_dir meanwhile. Raises UserError where one does."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            text = f"output_dir: another run writes into {output_dir}; wait for it or name another"
+            raise UserError(text) from error
+        except OSError:  # a network disk without locks
+            log.warning("%s cannot be locked: start no second run there", output_dir)
+        yield
+
+
 def checkpoint_place(wanted: str, output_dir: Path) -> Path:
     """The folder that `wanted` names: a path, or a name in output_dir."""
     return Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
@@ -1946,15 +1962,18 @@ class DreamBoothPairsTrainer:
     def fit(self) -> None:
         """Cache, load, train, calibrate, save."""
         self.setup_accelerator()
+        alone = self.accelerator.is_main_process
+        with only_run(self.config.output_dir) if alone else contextlib.nullcontext():
+            self._fit()
+
+    def _fit(self) -> None:
         self.find_data()
         config, main = self.config, self.accelerator.is_main_process
+        if config.objective == "copier" and self.total_steps() < 2:
+            raise UserError("max_train_steps: pair_objective copier has two phases: 2 or more")
         found = resume_point(config.resume_from_checkpoint, config.output_dir, self.trained_as())
         if main and not found:
             set_run_aside(config.output_dir)
-        if config.objective == "copier" and self.total_steps() < 2:
-            raise UserError(
-                "max_train_steps: pair_objective copier has two phases, needs 2 or more"
-            )
         self.cache_embeddings()
         self.load_models()
         if found:
@@ -2126,7 +2145,13 @@ class DreamBoothPairsTrainer:
                 (place / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
             place = self.config.output_dir / f"checkpoint-{self.step}"
-            save_folder_atomic(place, write)
+            try:
+                save_folder_atomic(place, write)
+            except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
+                raise UserError(
+                    f"{place} cannot be written: {error}. What was saved before is complete; make "
+                    "room, then --resume_from_checkpoint latest"
+                ) from error
             if limit := self.config.checkpoints_total_limit:
                 kept = list_checkpoints(self.config.output_dir)
                 kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts nothing

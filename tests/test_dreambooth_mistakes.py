@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 (fixtures are imported, and named again as arguments)
 import json
+import resource
 import shutil
 import struct
 import wave
@@ -240,6 +241,27 @@ def test_an_earlier_run_is_kept_and_can_go_on_where_it_lies(make, tmp_path, capl
     trainer = make(**flags)
     trainer.fit()
     assert trainer.step == 4
+
+
+def test_a_second_run_in_the_same_folder_is_refused(make, tmp_path):
+    with script.only_run(tmp_path / "out"), pytest.raises(UserError, match="another run writes"):
+        make(max_train_steps=2).fit()
+    make(max_train_steps=2).fit()
+
+
+def test_a_full_disk_keeps_what_was_saved(make, tmp_path):
+    trainer = loaded(make())
+    trainer.save_checkpoint()
+    trainer.step = 2
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(UserError, match="checkpoint-2 cannot be written"):
+            trainer.save_checkpoint()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-0"]
+    assert script.valid_checkpoint(tmp_path / "out/checkpoint-0")
 
 
 def test_changed_pictures_are_named_in_words(make, pictures, tmp_path):
