@@ -27,6 +27,7 @@ import datetime
 import fcntl
 import functools
 import gc
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -415,6 +416,27 @@ def index_content(paths: Sequence[Path], index: FileIndex) -> None:
     index.commit()
 
 
+def index_pixels(paths: Sequence[Path], index: FileIndex) -> None:
+    """Add a hash of the pixels, for VERIFY_SECONDS: one picture may lie in two formats."""
+    deadline = time.monotonic() + VERIFY_SECONDS
+
+    def look(path: Path) -> str | None:
+        if time.monotonic() > deadline:
+            return None
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # named when it is encoded
+            image = open_rgb(path)
+            return hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
+        return None
+
+    new = [p for p in paths if "pixels" not in (index.get(p, p.stat()) or {})]
+    with ThreadPoolExecutor() as pool:
+        for path, pixels in zip(new, pool.map(look, new), strict=True):
+            if pixels:
+                stat = path.stat()
+                index.put(path, stat, {**(index.get(path, stat) or {}), "pixels": pixels})
+    index.commit()
+
+
 def group_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
     """Files of the same stem in the folders of `stages` -> (scenes, left out, problems)."""
     stages = config.stages
@@ -556,13 +578,15 @@ def check_scenes(scenes: Sequence[Scene], index: FileIndex) -> tuple[list[str], 
     problems = check_pictures(files, index)
     readable = {file for file in files if file.exists() and index.get(file, file.stat())}
     index_content(sorted(readable), index)
+    index_pixels(sorted({f for s in scenes if len(s.files) > 1 for f in s.files} & readable), index)
     odd = []
     for file in sorted(readable):
         if not 1 / 3 <= index.aspect(file) <= 3:
             odd.append(f"{file} is longer than 3:1; its ends are cut off")
     for scene in (scene for scene in scenes if readable.issuperset(scene.files)):
         for first, other in itertools.pairwise(scene.files):
-            if index.content(first) == index.content(other):
+            pixels = [index.known(file).get("pixels", file) for file in (first, other)]
+            if index.content(first) == index.content(other) or pixels[0] == pixels[1]:
                 problems.append(f"{first} and {other} are the same picture: no change to learn")
             elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
                 odd.append(f"{other} has another shape than {first}; both are cropped to one size")
@@ -1196,14 +1220,20 @@ def difference(n: Noised) -> list[Term]:
 
 
 def copier(n: Noised) -> list[Term]:
-    """First an adapter that copies the before; then, with it frozen, one that makes the after."""
+    """First an adapter that copies the before; then, with it frozen, one that makes the after.
+
+    Only the second one is kept (the copier of TrainTrain, the differential LoRA of DiffSynth).
+    """
     if n.progress < 0.5:
         return [Term("copy", n.low, n.noise, (On("copied"),))]
     return [Term("change", n.high, n.noise, (On("copied", frozen=True), On("change")))]
 
 
 def joint(n: Noised) -> list[Term]:
-    """Both sides under the prompt, with the adapter on: it learns the scene, not the change."""
+    """Both sides under the prompt, with the adapter on: DreamBooth (Ruiz et al. 2022) on both.
+
+    It learns the scenes, not the change: the yardstick for the others.
+    """
     sides = (("after", n.high), ("before", n.low))
     return [Term(name, noisy, n.noise, (On("change"),)) for name, noisy in sides]
 
@@ -1285,7 +1315,8 @@ def draw_sd(
     """
     import diffusers
 
-    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+    # KEEP: latents are no pixels; where a config says nothing, DDIM would clip them
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config, clip_sample=False)
     scheduler.set_timesteps(steps, device=noise.device)
     drawn: dict[float, torch.Tensor] = {}
     moved = sorted({scale for scale in scales if scale})
@@ -2213,7 +2244,7 @@ class DreamBoothPairsTrainer:
         """
         config = self.config
         embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
-        shares = torch.logspace(-2, 2, 17, base=2.0)  # of the trained strength
+        shares = torch.logspace(-2, 2, 9, base=2.0)  # of the trained strength
         misses = torch.zeros(len(shares), dtype=torch.float64)
         span = config.timestep_max - config.timestep_min
         times = [torch.tensor([config.timestep_min + span * part // 6]) for part in (1, 3, 5)]
@@ -2232,7 +2263,7 @@ class DreamBoothPairsTrainer:
         best = int(misses[1:-1].argmin()) + 1
         left, middle, right = misses[best - 1 : best + 2].tolist()
         bend = left - 2 * middle + right
-        place = (best - 8 + (0.5 * (left - right) / bend if bend > 0 else 0.0)) / 4
+        place = (best - 4 + (0.5 * (left - right) / bend if bend > 0 else 0.0)) / 2
         if abs(place) > 1.75:
             log.warning("one whole change is far from the trained strength: train longer")
         return strength * 2.0 ** min(2.0, max(-2.0, place))
