@@ -1116,6 +1116,8 @@ def adapter_tensors(models: dict[str, Any], name: str, factor: float) -> dict[st
     for part, model in models.items():
         for path, layer in adapted_layers(model, name).items():
             strength = layer.strength[name] * factor
+            if part == "text_encoder":  # KEEP: transformers 5 left it out, WebUIs wait for it
+                path = f"text_model.{path.removeprefix('text_model.')}"
             tensors[f"{part}.{path}.lora_A.weight"] = layer.down[name].detach().cpu().clone()
             tensors[f"{part}.{path}.lora_B.weight"] = (layer.up[name].detach() * strength).cpu()
     return tensors
@@ -1131,6 +1133,7 @@ def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any
         downs = {n: t for n, t in tensors.items() if n.startswith(part) and ".lora_A." in n}
         layers = sorted(name.removesuffix(".lora_A.weight")[len(part) + 1 :] for name in downs)
         rank = next(iter(downs.values())).shape[0]
+        layers = [name.removeprefix("text_model.") for name in layers]  # PEFT compares the ends
         settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers).to_dict()
         settings["target_modules"] = layers
         adapter |= {f"{part}.{k}": v for k, v in settings.items() if isinstance(v, plain)}

@@ -10,6 +10,7 @@ import wave
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from test_dreambooth import loaded, make, pictures, write_video  # noqa: F401 (fixtures)
 
 import train_dreambooth_pairs as script
@@ -214,8 +215,6 @@ def test_a_missing_checkpoint_is_named_with_those_there_are(problems_of, make):
 
 
 def test_a_run_of_constant_rate_can_go_on_for_longer(make, tmp_path):
-    from safetensors.torch import load_file
-
     make(folder=tmp_path / "once", max_train_steps=4).fit()
     make(folder=tmp_path / "twice", max_train_steps=2).fit()
     make(folder=tmp_path / "twice", max_train_steps=4, resume_from_checkpoint="latest").fit()
@@ -279,6 +278,20 @@ def test_a_copier_of_one_step_is_refused(make):
 
 
 # --- numbers --------------------------------------------------------------------------------------
+
+
+def test_layers_of_the_text_encoder_have_the_names_that_webuis_know(make):
+    """Whatever transformers calls them: its fifth version dropped `text_model`."""
+    trainer = loaded(make(train_text_encoder=True, export="kohya"))
+    trainer.save_result(calibrated=False)
+    for file, start in (
+        (script.LORA_FILE, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A"),
+        (script.KOHYA_FILE, "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down"),
+    ):
+        names = set(load_file(trainer.config.output_dir / file))
+        assert f"{start}.weight" in names
+        text = [name for name in names if name.startswith(("text", "lora_te"))]
+        assert all(name.startswith(start.partition("layers")[0]) for name in text)
 
 
 def test_change_maps_of_another_vae_are_other_entries(make, checkpoints, tmp_path):
