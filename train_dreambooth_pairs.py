@@ -659,6 +659,9 @@ def check_flags(config: Config) -> list[str]:
         "give --instance_data_dir, or --use_image_pairs with two folders": not pairs
         and not given
         and not config.instance_data_dir,
+        "instance_prompt: single pictures need the words that shall mean them": not pairs
+        and config.instance_data_dir
+        and not config.instance_prompt.strip(),
         "sequence_dirs: two folders or more": len(config.sequence_dirs) == 1,
         "sequence_scales: one for each of sequence_dirs": scales
         and scales != len(config.sequence_dirs),
@@ -683,15 +686,25 @@ def check_flags(config: Config) -> list[str]:
 def check_unread(config: Config) -> list[str]:
     """Settings that differ from their default and that nothing in this run reads."""
     prior, strength = config.with_prior_preservation, config.objective in ("slider", "difference")
+    cycles, drawn = config.lr_scheduler == "cosine_with_restarts", config.validation_prompt
     readers: dict[str, tuple[object, str]] = {
         "pair_objective": (config.use_image_pairs, "use_image_pairs"),
         "pair_multiplier": (strength, "use_image_pairs and pair_objective slider or difference"),
         "frame_gap": (config.video, "video"),
         "class_data_dir": (prior, "with_prior_preservation"),
         "class_prompt": (prior, "with_prior_preservation"),
+        "prior_loss_weight": (prior, "with_prior_preservation"),
+        "num_class_images": (prior, "with_prior_preservation"),
+        "lr_warmup_steps": (config.lr_scheduler != "constant", "another lr_scheduler"),
+        "lr_num_cycles": (cycles, "lr_scheduler cosine_with_restarts"),
+        "lr_power": (config.lr_scheduler == "polynomial", "lr_scheduler polynomial"),
         "huber_c": (config.loss_type == "huber", "loss_type huber"),
-        "validation_steps": (config.validation_prompt is not None, "validation_prompt"),
-        "validation_epochs": (config.validation_prompt is not None, "validation_prompt"),
+        "num_validation_images": (drawn is not None, "validation_prompt"),
+        **{
+            name: (drawn is not None, "validation_prompt")
+            for name in Config.model_fields
+            if name.startswith("validation_") and name != "validation_prompt"
+        },
     }
     default = {name: field.default for name, field in Config.model_fields.items()}
     return [
@@ -1664,7 +1677,11 @@ class DreamBoothPairsTrainer:
 
         config = self.config
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            self.folder, dtype=self.dtype, safety_checker=None, requires_safety_checker=False
+            self.folder,
+            dtype=self.dtype,
+            feature_extractor=None,  # KEEP: only the parts that train are fetched from the Hub
+            safety_checker=None,
+            requires_safety_checker=False,
         ).to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         # KEEP: only names that are free, or a deleted one would be drawn over one that is there
@@ -1783,6 +1800,8 @@ class DreamBoothPairsTrainer:
             tokenizer, encoder = load_clip(self.folder, self.dtype, self.device)
             for key, prompt in progress(prompts.items(), "encode prompts"):
                 ids = tokenize(tokenizer, [prompt])
+                if len(tokenizer.tokenize(prompt)) > ids.shape[1] - 2:  # start and end
+                    log.warning("cut off after %d tokens: %s", ids.shape[1] - 2, prompt)
                 with torch.no_grad():
                     embed = encoder(ids.to(self.device))[0]
                 write_entry(self.cache_dir, key, {"embed": embed[0], "ids": ids[0]})

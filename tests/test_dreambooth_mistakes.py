@@ -93,6 +93,18 @@ def test_a_deleted_class_picture_is_drawn_again_beside_the_others(make, alone):
     assert (folder / "class-00002.png").read_bytes() == kept
 
 
+def test_class_pictures_need_only_the_parts_that_are_fetched(make, alone, checkpoints, tmp_path):
+    """The index of Stable Diffusion 1.5 names a feature extractor; nothing here reads it."""
+    folder = shutil.copytree(checkpoints["sd"], tmp_path / "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    trainer = make(**alone, pretrained_model_name_or_path=folder)
+    trainer.setup_accelerator()
+    trainer.find_data()
+    assert len(trainer.class_pictures) == 3
+
+
 def test_very_long_pictures_are_named(make, tmp_path, caplog):
     for side, color in (("before", "red"), ("after", "blue")):
         (tmp_path / side).mkdir()
@@ -144,6 +156,10 @@ def test_what_is_no_video_is_named(problems_of, tmp_path):
         ({"class_prompt": "a dog"}, "with_prior_preservation"),
         ({"huber_c": 0.5}, "loss_type huber"),
         ({"validation_epochs": 2}, "validation_prompt"),
+        ({"num_validation_images": 2}, "validation_prompt"),
+        ({"num_class_images": 3}, "with_prior_preservation"),
+        ({"lr_warmup_steps": 5}, "another lr_scheduler"),
+        ({"lr_power": 2.0, "lr_scheduler": "cosine"}, "lr_scheduler polynomial"),
         ({"pair_multiplier": 0.25, "pair_objective": "copier"}, "slider or difference"),
     ],
     ids=str,
@@ -155,6 +171,15 @@ def test_a_setting_that_nothing_would_read_is_named(setting, partner, problems_o
 
 def test_an_objective_of_pairs_without_pairs_is_named(problems_of, alone):
     assert "pair_objective: nothing" in problems_of(**alone, pair_objective="difference")
+
+
+def test_a_subject_needs_words(problems_of, alone):
+    assert "instance_prompt: single pictures need" in problems_of(**alone, instance_prompt="")
+
+
+def test_a_prompt_that_is_cut_off_is_named(make, caplog):
+    make(instance_prompt="a red thing " * 40).cache_embeddings()
+    assert "cut off after 75 tokens: a red thing" in caplog.text
 
 
 def test_wrong_scales_hide_no_problem_of_the_folders(problems_of, pictures, tmp_path):
