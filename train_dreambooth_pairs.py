@@ -730,11 +730,13 @@ def check_base(name: str) -> list[str]:
     lacking = [part for part in parts if not (Path(name) / part).is_dir()]
     if Path(name).is_dir() and lacking:
         return [f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder"]
-    return check_weight_files(Path(name)) if Path(name).is_dir() else []
+    return []
 
 
 def check_weight_files(folder: Path) -> list[str]:
     """Problems of the parts of a checkpoint folder: files missing or cut off, another UNet."""
+    if not folder.is_dir():  # on the Hub
+        return []
     weights = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
     problems = []
     for part in ("unet", "vae", "text_encoder"):
@@ -810,7 +812,8 @@ def audit(config: Config) -> list[str]:
     What was found, left out or is odd is printed and lies in output_dir/audit.json.
     """
     problems = check_flags(config)
-    problems += check_base(config.pretrained_model_name_or_path)
+    name = config.pretrained_model_name_or_path
+    problems += check_base(name) or check_weight_files(Path(name))
     wanted: list[str] = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     wanted += ["bitsandbytes"] if config.use_8bit_adam else []
     for package in (name for name in wanted if not importlib.util.find_spec(name)):
