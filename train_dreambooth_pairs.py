@@ -2025,8 +2025,7 @@ class DreamBoothPairsTrainer:
     def _fit(self) -> None:
         self.find_data()
         config, main = self.config, self.accelerator.is_main_process
-        if config.objective == "copier" and self.total_steps() < 2:
-            raise UserError("max_train_steps: pair_objective copier has two phases: 2 or more")
+        self._check_length()
         found = resume_point(config.resume_from_checkpoint, config.output_dir, self.trained_as())
         if main and not found:
             set_run_aside(config.output_dir)
@@ -2051,6 +2050,18 @@ class DreamBoothPairsTrainer:
         self.accelerator.end_training()
         word = "stopped" if stopped else "done"
         log.info("%s at step %d: %s", word, self.step, config.output_dir / LORA_FILE)
+
+    def _check_length(self) -> None:
+        """Raises UserError where the run is too short for its settings."""
+        config, steps = self.config, self.total_steps()
+        falls = not config.lr_scheduler.startswith("constant")
+        if falls and config.lr_warmup_steps >= steps:
+            raise UserError(
+                f"lr_warmup_steps: {config.lr_warmup_steps}, but the run has {steps} steps; "
+                f"lr_scheduler {config.lr_scheduler} needs some after the warm-up"
+            )
+        if config.objective == "copier" and steps < 2:
+            raise UserError("max_train_steps: pair_objective copier has two phases: 2 or more")
 
     def trained_as(self) -> dict[str, Any]:
         """All that decides what a run learns."""

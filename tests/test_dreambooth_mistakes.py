@@ -297,9 +297,17 @@ def test_changed_pictures_are_named_in_words(make, pictures, tmp_path):
         make(after_data_dir=tmp_path / "after", resume_from_checkpoint="latest").fit()
 
 
-def test_a_copier_of_one_step_is_refused(make):
-    with pytest.raises(UserError, match="two phases"):
-        make(pair_objective="copier", max_train_steps=1).fit()
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"pair_objective": "copier", "max_train_steps": 1}, "two phases"),
+        ({"lr_scheduler": "polynomial", "lr_warmup_steps": 4}, "needs some after the warm-up"),
+    ],
+    ids=["copier", "warm-up"],
+)
+def test_a_run_too_short_for_its_settings_is_refused(flags, said, make):
+    with pytest.raises(UserError, match=said):
+        make(**flags).fit()
 
 
 # --- numbers --------------------------------------------------------------------------------------
