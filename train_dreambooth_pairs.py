@@ -1405,6 +1405,12 @@ MAY_DIFFER = {  # settings that may differ between a checkpoint and the run that
 }  # fmt: skip
 
 
+HASHED = {  # of what a checkpoint knows only a hash
+    "pictures": "pictures: some came, went or have changed",
+    "base": "pretrained_model_name_or_path: another model lies there now",
+}
+
+
 def valid_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Its state.json, if every file it lists is there and unharmed."""
     try:
@@ -1486,9 +1492,7 @@ def resume_point(
         changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
         if changed:
             lines = [
-                "pictures: some came, went or have changed"
-                if key == "pictures"
-                else f"{key}: was {before.get(key)}, is {now.get(key)}"
+                HASHED.get(key, f"{key}: was {before.get(key)}, is {now.get(key)}")
                 for key in changed
             ]
             raise UserError(
@@ -1723,6 +1727,10 @@ class DreamBoothPairsTrainer:
     def _encoders(self) -> tuple[str, str]:
         text = [self.folder / part for part in ("text_encoder", "tokenizer")]
         return fingerprint([self.folder / "vae"]), fingerprint(text, str(self.dtype))
+
+    @functools.cached_property
+    def _base(self) -> str:
+        return fingerprint([self.folder / "unet", self.folder / "scheduler"])
 
     def key_of(self, job: Picture | Change | str) -> str:
         """Name of the entry of a picture's latents, a change map or a prompt."""
@@ -2075,6 +2083,7 @@ class DreamBoothPairsTrainer:
         return {
             **settings,
             "pictures": draw_key(content),
+            "base": self._base,
             **({"max_train_steps": self.total_steps()} if fixed else {}),
             "batches_per_step": batches,
         }
@@ -2296,13 +2305,16 @@ class DreamBoothPairsTrainer:
                     both = t.to(self.device).repeat(len(terms))
                     error = self.predict(self.bare["unet"], noisy, both, embeds, lanes) - target
                     misses[i] += error.square().mean().item()
-        best = int(misses[1:-1].argmin()) + 1
+        best = int(misses.argmin())
+        if best == 0:
+            log.warning("not calibrated: the adapter does not show the change yet; train longer")
+            return 1.0
+        if best == len(shares) - 1:
+            log.warning("one whole change is far above the trained strength; train longer")
+            return 4 * strength
         left, middle, right = misses[best - 1 : best + 2].tolist()
-        bend = left - 2 * middle + right
-        place = (best - 4 + (0.5 * (left - right) / bend if bend > 0 else 0.0)) / 2
-        if abs(place) > 1.75:
-            log.warning("one whole change is far from the trained strength: train longer")
-        return strength * 2.0 ** min(2.0, max(-2.0, place))
+        octave = (best - 4 + 0.5 * (left - right) / (left - 2 * middle + right)) / 2
+        return strength * 2**octave
 
     def _draw_first(self) -> None:
         """samples/pairs.png: what the model sees."""
