@@ -24,7 +24,6 @@ import functools
 import importlib.util
 import json
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pydantic import Field, field_validator
+from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm.auto import tqdm
 
 from utils import (
@@ -284,12 +284,16 @@ def find_edited(config: Config, series: str, folder: Path) -> list[Result]:
 
 
 def shorten_series(rows: Sequence[Result]) -> list[Result]:
-    """Leave out the words and folders with which the names of all series begin."""
-    names = {row.series for row in rows}
-    shared = os.path.commonprefix(sorted(names)) if len(names) > 1 else ""
-    cut = max(shared.rfind("/"), shared.rfind(" ")) + 1
-    cut = None if len(names) == 1 and "/" in min(names) else cut  # a tree with a single run
-    return [row._replace(series=row.series[cut:] if cut is not None else "") for row in rows]
+    """Leave out the folders with which the names of all series begin."""
+    names = sorted({row.series for row in rows})
+    first, last = names[0], names[-1]
+    if first == last:
+        return [row._replace(series="" if "/" in first else first) for row in rows]
+    shared = next(
+        (k for k, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), 0
+    )
+    cut = first.rfind("/", 0, shared) + 1
+    return [row._replace(series=row.series[cut:]) for row in rows]
 
 
 def match(config: Config, rows: Sequence[Result]) -> tuple[list[Result], list[str]]:
@@ -300,6 +304,7 @@ def match(config: Config, rows: Sequence[Result]) -> tuple[list[Result], list[st
         "mask": by_stem(config.mask_dir) if config.mask_dir else None,
     }
     base = {(row.series, row.name, row.seed): row.edited for row in rows if row.scale == 0}
+    references = {row.name: row.before for row in rows if row.before}
     lost: dict[str, list[str]] = {}
     matched = []
     for row in rows:
@@ -311,9 +316,9 @@ def match(config: Config, rows: Sequence[Result]) -> tuple[list[Result], list[st
         beside = row.after and row.after.with_suffix(".txt")
         if not row.prompt and beside and beside.is_file():
             row = row._replace(prompt=beside.read_text(encoding="utf-8-sig").strip())
-        matched.append(
-            row._replace(before=row.before or base.get((row.series, row.name, row.seed)))
-        )
+        before = row.before or references.get(row.name)
+        before = before or base.get((row.series, row.name, row.seed))
+        matched.append(row._replace(before=before))
     notes = []
     for kind, names in lost.items():
         some = ", ".join(sorted(set(names))[:5])
@@ -535,29 +540,35 @@ def to_both(
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Peak signal to noise ratio of two (3, H, W) in 0..1, dB; at most 100, which is equality.
-
-    skimage.metrics.peak_signal_noise_ratio(..., data_range=1).
-    """
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
+    """Peak signal to noise ratio of two (3, H, W) in 0..1, dB; at most 100, which is equality."""
     return min(peak_signal_noise_ratio(a, b, data_range=1.0).item(), 100.0)
+
+
+def windowed(values: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Weighted mean over windows that lie inside, (..., H, W) -> (..., H - n + 1, W - n + 1)."""
+    rows, columns = (values.shape[dim] - len(weights) + 1 for dim in (-2, -1))
+    values = sum(w * values[..., k : k + rows, :] for k, w in enumerate(weights))  # type: ignore
+    return sum(w * values[..., k : k + columns] for k, w in enumerate(weights))  # type: ignore
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
     """Structural similarity (Wang et al. 2004) of two (3, H, W) in 0..1; nan below 11 px.
 
-    Gaussian window of sigma 1.5 px cut at 11 px, population covariances, mean over channels and
-    over the pixels whose window lies inside: skimage.metrics.structural_similarity(...,
-    gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=0).
+    Gaussian window of sigma 1.5 px cut at 11 px, population covariances, mean over the channels:
+    skimage.metrics.structural_similarity(gaussian_weights=True, sigma=1.5, data_range=1,
+    use_sample_covariance=False, channel_axis=0). KEEP: in fp64, fp32 is 3e-4 off where a picture is
+    flat; over windows that lie inside, torchmetrics reflects the border and is 4e-3 off.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     if min(a.shape[1:]) < 11:
         return math.nan
-    with torch.backends.cudnn.flags(allow_tf32=False):  # KEEP: its 10 bits are too few
-        value = structural_similarity_index_measure(a[None], b[None], sigma=1.5, data_range=1.0)
-    return value.item()  # type: ignore[union-attr]
+    place = "cpu" if a.device.type == "mps" else a.device  # mps has no fp64
+    a, b = a.to(place).double(), b.to(place).double()
+    weights = torch.softmax(-torch.arange(-5.0, 6).double().square() / (2 * 1.5**2), 0).tolist()
+    mean_a, mean_b, aa, bb, ab = (windowed(x, weights) for x in (a, b, a * a, b * b, a * b))
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * (ab - mean_a * mean_b) + c2) / (aa - mean_a**2 + bb - mean_b**2 + c2)
+    return (luminance * structure).mean().item()
 
 
 def masked_mean(values: torch.Tensor, where: torch.Tensor) -> float:
@@ -633,7 +644,6 @@ def need(package: str) -> None:
 
 def load_lpips(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], float]:
     """LPIPS (Zhang et al. 2018) on AlexNet of two (3, H, W) in 0..1; nan below 32 px."""
-    need("torchmetrics")
     need("torchvision")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -785,8 +795,6 @@ def load_measure(tool: str, config: Config, device: torch.device) -> Measure:
             {"gain": gain(*(s.pixels[k] for k in kinds))} if len(s.images) == 3 else {}
             for s in shots
         ]
-    if tool != "lpips":
-        need("torchmetrics")
     pair = load_lpips(device) if tool == "lpips" else {"psnr": psnr, "ssim": ssim}[tool]
     return lambda shots: [to_both(tool, shot.pixels, pair) for shot in shots]
 
@@ -802,7 +810,7 @@ def load_measures(
             tools.setdefault(name.split("_")[0], []).append(name)
             continue
         wanted = " or ".join(" and ".join(sorted(inputs)) for inputs in INPUTS[name])
-        skipped[name] = f"no picture has {wanted}"
+        skipped[name] = f"no picture has {wanted} (--before_dir, --after_dir, --prompt)"
         print(f"skipped {name}: {skipped[name]}")
     measures = []
     for tool, names in tools.items():
