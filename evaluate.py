@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pydantic import Field, field_validator
-from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm.auto import tqdm
 
 from utils import (
@@ -541,7 +540,8 @@ def to_both(
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Peak signal to noise ratio of two (3, H, W) in 0..1, dB; at most 100, which is equality."""
-    return min(peak_signal_noise_ratio(a, b, data_range=1.0).item(), 100.0)
+    error = (a - b).square().mean().item()
+    return -10 * math.log10(max(error, 1e-10))
 
 
 def windowed(values: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
@@ -644,6 +644,7 @@ def need(package: str) -> None:
 
 def load_lpips(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], float]:
     """LPIPS (Zhang et al. 2018) on AlexNet of two (3, H, W) in 0..1; nan below 32 px."""
+    need("torchmetrics")
     need("torchvision")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 

@@ -45,6 +45,12 @@ def unit(array):
     return evaluate.unit_pixels(Image.fromarray(array))
 
 
+def measure(*flags):
+    """evaluate.py in this process."""
+    argv = [str(flag) for flag in flags]
+    evaluate.evaluate(evaluate.load_config(Config, argv, evaluate.check_comparison))
+
+
 def report_of(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
@@ -131,7 +137,7 @@ def test_a_mask_says_where_the_edit_belongs(tmp_path):
     flags = [f"--{k}_dir" for k in ("before", "edited", "mask")]
     paths = [tmp_path / k for k in ("before", "edited", "mask")]
     command = [part for pair in zip(flags, paths, strict=True) for part in pair]
-    run("evaluate.py", *command, "--metrics", "region", "--output_dir", tmp_path / "out")
+    measure(*command, "--metrics", "region", "--output_dir", tmp_path / "out")
     means = report_of(tmp_path / "out")["columns"]["edited"]["means"]
     assert means["region_share"] == 0.5 and means["change_outside"] == 0
     wanted = np.sqrt(np.mean(((before[:, :32] / 127.5) - 1) ** 2))
@@ -295,7 +301,7 @@ def test_the_demos_results_are_ranked_true_after_lora_base(kind, tmp_path):
     assert Image.open(tmp_path / "out/evaluation.png").width > 600
 
 
-def test_folders_side_by_side_are_compared_on_the_pictures_all_have(tmp_path):
+def test_folders_side_by_side_are_compared_on_the_pictures_all_have(tmp_path, capsys):
     for name in NAMES:
         made = mixtures(name, (0.2, 0.9))
         for model, array in zip(("base", "lora"), made.values(), strict=True):
@@ -304,15 +310,15 @@ def test_folders_side_by_side_are_compared_on_the_pictures_all_have(tmp_path):
         save(tmp_path / "before" / f"{name}.png", photo(f"{name}_R"))
         save(tmp_path / "after" / f"{name}.jpg.png", noise(0))  # no partner
         save(tmp_path / "after" / f"{name}.png", photo(f"{name}_T"))
-    done = run(
-        "evaluate.py", "--before_dir", tmp_path / "before", "--after_dir", tmp_path / "after",
+    measure(
+        "--before_dir", tmp_path / "before", "--after_dir", tmp_path / "after",
         "--edited_dir", f"base={tmp_path / 'base'}", "--edited_dir", tmp_path / "lora",
         "--metrics", OFFLINE, "--output_dir", tmp_path / "figures",
     )  # fmt: skip
     report = report_of(tmp_path / "figures")
     assert report["ranking"]["columns"] == ["lora", "base"]
     assert {c: d["pictures"] for c, d in report["columns"].items()} == {"base": 2, "lora": 2}
-    assert "1 picture(s) left out: their names are not in every column" in done.stdout
+    assert "1 picture(s) left out: their names are not in every column" in capsys.readouterr().out
     assert not (tmp_path / "base/evaluation.json").exists()
 
 
@@ -336,8 +342,8 @@ def test_the_tree_of_sliders_is_read_and_runs_are_columns(tmp_path):
     mask[:16] = 255
     for seed in (6666, 6667):
         save(tmp_path / "masks" / f"{seed}_image_of_a_person.png", mask)
-    run(
-        "evaluate.py", "--results", tmp_path / "age", "--mask_dir", tmp_path / "masks",
+    measure(
+        "--results", tmp_path / "age", "--mask_dir", tmp_path / "masks",
         "--metrics", OFFLINE,
     )  # fmt: skip
     report = report_of(tmp_path / "age")
