@@ -158,7 +158,7 @@ class Config(Section):
 # --- 2. pictures: find and match ------------------------------------------------------------------
 
 NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
-RESULT = re.compile(rf"(?P<name>.+?)(?:_seed(?P<seed>\d+))?(?P<at>_scale(?P<scale>{NUMBER}))?")
+RESULT = re.compile(rf"(?P<name>.+?)(?:_seed(?P<seed>\d+))?(?:_scale(?P<scale>{NUMBER}))?")
 TREE = re.compile(  # generate.py with the YAML of train_pairedit.py
     rf"(?P<run>.*?)/?origin/(?P<seed>\d+)/\d+_(?P<head>[^/]+)_scale(?P<scale>{NUMBER})_(?P<end>.+)"
 )
@@ -346,12 +346,13 @@ def find_comparisons(config: Config) -> tuple[list[Result], list[str], list[str]
     """What is going to be measured, notes on what is not, and everything wrong with the folders."""
     rows: list[Result] = []
     problems: list[str] = []
-    for flag, find in (("results", find_results), ("edited_dir", find_edited)):
-        for series, folder in named_folders(getattr(config, flag)):
-            try:
-                rows += find(config, series, folder)
-            except UserError as error:
-                problems.append(f"--{flag}: {error}")
+    finders = [find_results] * len(config.results) + [find_edited] * len(config.edited_dir)
+    given = named_folders([*config.results, *config.edited_dir])
+    for find, (series, folder) in zip(finders, given, strict=True):
+        try:
+            rows += find(config, series, folder)
+        except UserError as error:
+            problems.append(str(error))
     for name in ("before", "after", "mask"):
         folder, suffix = getattr(config, f"{name}_dir"), getattr(config, f"{name}_suffix", "")
         try:
