@@ -131,7 +131,7 @@ class Config(Section):
     metrics: list[str] = list(METRICS)
     """Which to compute; psnr,ssim,region,gain need no network."""
     region_threshold: float = Field(0.1, ge=0, lt=1)
-    """Edit region: |before - after|, mean over the channels, above this (0..1)."""
+    """Edit region: before and after differ by more than this (0..1, mean over the channels)."""
     strengths: list[float] | None = None
     """Edit strengths at which content is compared; null: 1 (gain), or the largest all reach."""
     clip_model: str = "openai/clip-vit-base-patch32"
@@ -901,7 +901,8 @@ def curve(columns: dict[str, dict[str, Any]], strengths: Sequence[float] | None)
     strength = first_shared(STRENGTHS, [c["means"] for c in scaled if c["scale"] != 0])
     content = first_shared(CONTENTS, [c["means"] for c in scaled])
     if not (strength and content):
-        return {"why": f"wanted scales with one of {STRENGTHS} and one of {CONTENTS}"}
+        lacking = CONTENTS if strength else STRENGTHS
+        return {"why": f"all scales need one of {', '.join(lacking)}"}
     series: dict[str, list[dict[str, float]]] = {}
     for column in scaled:
         point = {"scale": column["scale"], "strength": column["means"].get(strength, 0.0)}
@@ -980,6 +981,7 @@ def draw_curve(axes: Any, found: dict[str, Any]) -> None:
     axes.set_ylabel(
         f"content change ({found['content'].replace('dino_before', '1 - dino_before')})"
     )
+    axes.set_ylim(bottom=0)
     axes.set_title("what the edit costs (points: scales)", fontsize=10)
     if any(found["series"]):
         axes.legend(fontsize=8)
@@ -1042,6 +1044,8 @@ def evaluate(config: Config) -> None:
     save_atomic(folder / "evaluation.csv", lambda f: write_csv(f, records))
     save_atomic(folder / "evaluation.png", lambda f: draw_report(f, columns, report))
     print(f"\n{table(columns, ranking)}")
+    if "why" in report["curve"] and any(row.scale is not None for row in rows):
+        print(f"no curve: {report['curve']['why']}")
     if ranking["by"]:
         print(f"best first, by {ranking['by']}: {FIGURES[ranking['by']].text}")
     for point in report["curve"].get("matched", []):
