@@ -427,7 +427,7 @@ def check_request(config: Config) -> list[str]:
     problems = []
     if not config.results and not config.edited_dir:
         problems.append("nothing to compare: give --results FOLDER or --edited_dir FOLDER")
-    if config.edited_dir and not (config.before_dir or config.after_dir):
+    if config.edited_dir and not (config.before_dir or config.after_dir or config.results):
         problems.append("--edited_dir needs --after_dir or --before_dir to compare with")
     if config.after_suffix and not config.after_dir:
         problems.append("--after_suffix belongs to --after_dir, which is not given")
@@ -586,7 +586,7 @@ def region_figures(shot: Shot) -> Figures:
         figures["change"] = (edited - before).square().mean().sqrt().item()
     if shot.region is None:
         return figures
-    figures["region_share"] = shot.region.double().mean().item()
+    figures["region_share"] = shot.region.float().mean().item()
     for place, where in (("inside", shot.region), ("outside", ~shot.region)):
         if after is not None:
             figures[f"error_{place}"] = masked_mean((edited - after).square(), where)
@@ -666,8 +666,8 @@ def load_lpips(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], f
     return lpips
 
 
-def load_network(kind: str, flag: str, name: str, families: str) -> tuple[Any, Any]:
-    """(network, its image processor) of transformers; nothing is left at random.
+def load_network(kind: str, flag: str, name: str, families: str) -> tuple[Any, Any, Any]:
+    """(network, image processor, CLIP's tokenizer) of transformers; nothing is left at random.
 
     Raises:
         Skipped: not there, no network of these families, or weights missing.
@@ -681,25 +681,29 @@ def load_network(kind: str, flag: str, name: str, families: str) -> tuple[Any, A
             raise UserError(f"it is a network of type {family}, wanted {families}")
         transformers.utils.logging.disable_progress_bar()
         processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
+        tokenizer = None
+        if kind == "CLIPModel":
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         load = getattr(transformers, kind).from_pretrained
         network, info = load(name, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:
             raise UserError(f"weights are missing: {sorted(info['missing_keys'])[0]}, ...")
+        if tokenizer and len(tokenizer) < network.config.text_config.vocab_size // 2:
+            raise UserError("the words of its tokenizer are missing")  # transformers makes it empty
     except Exception as error:  # the libraries have many classes
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Skipped(f"{text} ({name}; a folder goes with --{flag})") from error
-    return network.eval(), processor
+    return network.eval(), processor, tokenizer
 
 
 class Clip:
     """CLIP (Radford et al. 2021): unit vectors of pictures and texts."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        from transformers import AutoTokenizer
-
-        network, self.processor = load_network("CLIPModel", "clip_model", name, "clip")
+        network, self.processor, self.tokenizer = load_network(
+            "CLIPModel", "clip_model", name, "clip"
+        )
         self.network, self.device = network.to(device), device
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.scale = network.logit_scale.exp().item()  # logits are this times the cosine
 
     @torch.inference_mode()
@@ -721,7 +725,7 @@ class Dino:
 
     def __init__(self, name: str, device: torch.device) -> None:
         families = "dinov2 dinov2_with_registers dinov3_vit vit"
-        network, self.processor = load_network("AutoModel", "dino_model", name, families)
+        network, self.processor, _ = load_network("AutoModel", "dino_model", name, families)
         self.network, self.device = network.to(device), device
 
     @torch.inference_mode()
@@ -734,7 +738,7 @@ class Dino:
 
 def by_shot(shots: Sequence[Shot], vectors: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """Rows of (all pictures of all shots, D) -> per shot {edited, before, after: (D,)}."""
-    rest = iter(vectors.double().cpu())
+    rest = iter(vectors.cpu().double())
     return [{kind: next(rest) for kind in shot.images} for shot in shots]
 
 
@@ -761,7 +765,7 @@ def clip_figures(shots: Sequence[Shot], clip: Clip) -> list[Figures]:
     images = [image for shot in shots for image in shot.images.values()]
     vectors, texts = clip.embed(images, [shot.row.prompt or "" for shot in shots])
     rows = []
-    pairs = zip(shots, by_shot(shots, vectors), texts.double().cpu(), strict=True)
+    pairs = zip(shots, by_shot(shots, vectors), texts.cpu().double(), strict=True)
     for shot, found, text in pairs:
         row = to_both("clip_image", found, cosine)
         if shot.row.prompt and "before" in found:

@@ -221,7 +221,9 @@ def test_dino_is_the_class_token(networks, tmp_path):
     assert got["dino_before"] == pytest.approx((e @ b).item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["other network", "weights missing", "no weights"])
+@pytest.mark.parametrize(
+    "damage", ["other network", "weights missing", "no weights", "no words", "no processor"]
+)
 def test_a_network_that_is_not_whole_is_skipped_not_faked(damage, networks, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -236,7 +238,16 @@ def test_a_network_that_is_not_whole_is_skipped_not_faked(damage, networks, tmp_
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     elif damage == "no weights":
         (folder / "model.safetensors").unlink()
-    wanted = {"other network": "dinov2", "weights missing": "visual_projection"}.get(damage, "")
+    elif damage == "no words":
+        for file in folder.glob("*token*"):
+            file.unlink()
+    elif damage == "no processor":
+        (folder / "preprocessor_config.json").unlink()
+    wanted = {
+        "other network": "dinov2",
+        "weights missing": "visual_projection",
+        "no words": "words",
+    }.get(damage, "")
     with pytest.raises(evaluate.Skipped, match=f"{wanted}.*--clip_model"):
         evaluate.Clip(str(folder), CPU)
 
