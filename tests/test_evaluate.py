@@ -252,6 +252,21 @@ def test_a_network_that_is_not_whole_is_skipped_not_faked(damage, networks, tmp_
         evaluate.Clip(str(folder), CPU)
 
 
+def test_lpips_orders_pictures_and_says_where_its_weights_go(tmp_path, monkeypatch):
+    """Where torchvision is: AlexNet of random weights, in the place of the trained ones."""
+    models = pytest.importorskip("torchvision.models")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    torch.manual_seed(0)
+    (tmp_path / "checkpoints").mkdir()
+    url = models.AlexNet_Weights.IMAGENET1K_V1.url
+    torch.save(models.alexnet().state_dict(), tmp_path / "checkpoints" / url.rsplit("/", 1)[1])
+    lpips = evaluate.load_lpips(CPU)
+    a, b = unit(noise(0)), unit(noise(1))
+    assert lpips(a, a) == 0 and lpips(a, b) == pytest.approx(lpips(b, a))
+    assert 0 < lpips(a, (a + b) / 2) < lpips(a, b)
+    assert np.isnan(lpips(a[:, :20], b[:, :20]))
+
+
 # --- folders --------------------------------------------------------------------------------------
 
 
@@ -461,7 +476,7 @@ def test_a_metric_without_weights_is_skipped_with_its_reason(networks, tmp_path)
     done = run(
         "evaluate.py", "--results", tmp_path / "out", "--after_dir", tmp_path / "after",
         "--clip_model", networks / "clip", "--dino_model", "nobody/nothing",
-        env={"HF_HUB_OFFLINE": "1", "TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"},
+        env={"HF_HUB_OFFLINE": "1", "TORCH_HOME": str(tmp_path)},
     )  # fmt: skip
     report = report_of(tmp_path / "out")
     assert report["skipped"].keys() <= {"dino", "lpips"} and "dino" in report["skipped"]
