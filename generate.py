@@ -1,4 +1,4 @@
-"""Apply LoRAs: edits with Qwen-Image-Edit, sliders with FLUX.1. Pictures, strips, folders, tables.
+"""Apply LoRAs: edits with Qwen-Image-Edit, sliders with FLUX.1, changes with Stable Diffusion 1.x.
 
 Page: docs/generate.md
 
@@ -20,8 +20,16 @@ FLUX.1:
     ... --lora A.safetensors:0.8 --lora B.safetensors:1:10   # FILE:scale:skip
     ... --image photo.png                     # edit a photo, without training on it
 
-Qwen runs through the diffusers pipelines and load_lora_weights; FLUX.1 through a few functions that
-share the steps before the slider acts and draw all its positions as one batch. A finished picture
+Stable Diffusion 1.x:
+
+    python generate.py --pretrained_model_name_or_path DIR --lora FILE --prompt "a person" \\
+        --scales=-1,0,1 --seed 0,1 --output strip.png
+    ... --image photo.png                     # change a photo; or --input_dir, --output_dir
+    ... --image a.png --image b.png --frames 9   # between two pictures, without --lora
+
+Qwen and Stable Diffusion run through the diffusers pipelines and load_lora_weights, FLUX.1 through
+a few functions that share the steps before the slider acts and draw all its positions as one batch;
+photos through functions of their own. A finished picture
 whose settings are the same is not made again, so a stopped run goes on where it was.
 
 Shapes (FLUX.1): B samples, H W pixels, h w latents (H/8 W/8, C = 16 channels), S = (h/2)(w/2) image
@@ -39,12 +47,14 @@ import difflib
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -59,11 +69,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from utils import (
     Section,
     UserError,
+    cache_key,
     draw_key,
     hash_file,
     help_text,
@@ -198,6 +210,77 @@ class StripConfig(FluxConfig):
     """The picture (PNG); with several scales or seeds: the strip, single pictures beside it."""
     output_dir: Path | None = None
     """input_dir: folder of the pictures and of contact_sheet.png."""
+
+    @field_validator("seed", "scales", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """ "0,1,2" -> ["0", "1", "2"], alone or in a list."""
+        parts = value if isinstance(value, list) else [value]
+        if value is None:
+            return None
+        return [p for part in parts for p in (part.split(",") if isinstance(part, str) else [part])]
+
+
+class SDConfig(Section):
+    """generate.py with a Stable Diffusion 1.x checkpoint: states of a change, also of photos."""
+
+    pretrained_model_name_or_path: str
+    """Folder in diffusers layout, or a Hub id."""
+    lora: list[str] = []
+    """LoRA file (diffusers, PEFT or kohya), or FILE:scale; repeat the flag for several."""
+    scales: list[float] | None = None
+    """Strip: every LoRA's scale times each of these, e.g. -1,0,1; 0 is the base model."""
+    prompt: list[str] = []
+    """Repeat the flag for several; of a photo: what it shows. []: what the LoRA was trained on."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    seed: list[int] = [0]
+    """Seed, or several: 0,1,2. Drawn on the CPU: the same picture on every device."""
+    num_inference_steps: int = Field(50, ge=1, le=500)
+    """DDIM steps."""
+    guidance_scale: float | None = Field(None, ge=1)
+    """Classifier-free guidance; 1 is none. null: 7.5, on photos 1."""
+    resolution: int | None = Field(None, ge=64, multiple_of=64)
+    """Side of the square whose area the pictures get, px; photos keep their aspect (buckets).
+    null: what the LoRA was trained with, else 512."""
+    height: int | None = Field(None, ge=32, multiple_of=8)
+    """px; null: by resolution and the photo's aspect."""
+    width: int | None = Field(None, ge=32, multiple_of=8)
+    """px; see height."""
+    batch_size: int = Field(4, ge=1)
+    """Seeds, prompts or photos of one size that are drawn at once."""
+    image: list[Path] = []
+    """Photo to change; with frames the two pictures."""
+    input_dir: Path | None = None
+    """Change every picture of this folder."""
+    inversion: Literal["ddpm", "ddim"] = "ddpm"
+    """How a photo becomes noise: ddpm (edit-friendly) gets more of the change, ddim is smoother
+    and draws nothing by chance."""
+    skip: float = Field(0.2, ge=0, lt=1)
+    """Photos: share of the steps left out at the noisy end; more keeps more of the photo."""
+    restore_detail: bool = False
+    """Photos: add what the VAE loses, photo - decode(encode(photo)), to every result."""
+    mask: Path | None = None
+    """Photo: what is white here may change, the rest stays (grey: partly)."""
+    frames: int | None = Field(None, ge=3)
+    """Draw the way from one --image to another, in this many pictures, the two included."""
+    even_frames: bool = True
+    """frames: equally far apart, which draws them twice."""
+    fit_steps: int = Field(200, ge=1)
+    """frames: steps of AdamW on the LoRA that is fitted to each of the two (kept beside output)."""
+    fit_rank: int = Field(16, ge=1)
+    """frames: its rank."""
+    fit_learning_rate: float = Field(2e-4, gt=0)
+    """frames: its rate."""
+    output: Path | None = None
+    """The picture (PNG); with several scales, seeds or prompts: the strip, pictures beside it; with
+    frames also an animation (GIF)."""
+    output_dir: Path | None = None
+    """input_dir: folder of the pictures and of contact_sheet.png."""
+    device: str | None = None
+    """cuda, cpu, mps ...; null: the fastest there is."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """null: bf16, on a CPU fp32. The VAE is always fp32."""
 
     @field_validator("seed", "scales", mode="before")
     @classmethod
@@ -896,7 +979,7 @@ def load_pipeline(config: Config) -> Any:
     return pipeline
 
 
-def set_scales(pipeline: Any, config: Config, times: float) -> None:
+def set_scales(pipeline: Any, config: Config | SDConfig, times: float) -> None:
     """Every LoRA at its own scale times `times`; 0 is the bare base model."""
     if not config.lora:
         return
@@ -1904,7 +1987,11 @@ def flux_buckets(resolution: int) -> list[tuple[int, int]]:
 
 
 @functools.cache  # asked for by the check and by the drawing; a photo is decoded once
-def photo_size(photo: Path | None, resolution: int) -> tuple[int, int]:
+def photo_size(
+    photo: Path | None,
+    resolution: int,
+    sizes: Callable[[int], list[tuple[int, int]]] = flux_buckets,
+) -> tuple[int, int]:
     """(W, H) px of what is drawn: a photo's bucket, else the square. Raises UserError."""
     if not photo:
         return resolution, resolution
@@ -1914,7 +2001,7 @@ def photo_size(photo: Path | None, resolution: int) -> tuple[int, int]:
         raise UserError(f"no picture {photo}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"picture {photo} cannot be read: {error}") from error
-    return nearest_bucket(image.width, image.height, resolution, flux_buckets)
+    return nearest_bucket(image.width, image.height, resolution, sizes)
 
 
 def parse_slider(text: str) -> tuple[Path, float, float | None]:
@@ -1933,12 +2020,12 @@ def attempt(problems: list[str], default: Any, function: Callable[..., Any], *ar
         return default
 
 
-def check_strip_ways(config: StripConfig) -> list[str]:
-    """Problems of settings that do not go together."""
-    output, folder, lora = config.output, config.input_dir, config.lora
-    blend = config.compose == "blend" or (config.compose is None and config.inversion_lora)
-    not_png = output and output.suffix.lower() != ".png"
-    wrong = {
+def wrong_places(config: StripConfig | SDConfig) -> dict[str, Any]:
+    """{problem: whether it is there} of what to draw and where results go."""
+    output, folder = config.output, config.input_dir
+    ends = (".png", ".gif") if getattr(config, "frames", None) else (".png",)
+    not_png = output and output.suffix.lower() not in ends
+    return {
         "give one of --image and --input_dir": config.image and folder,
         "--input_dir needs --output_dir": folder and not config.output_dir,
         "--output_dir goes with --input_dir": config.output_dir and not folder,
@@ -1948,7 +2035,15 @@ def check_strip_ways(config: StripConfig) -> list[str]:
         f"--input_dir: no folder {folder}": folder and not folder.is_dir(),
         "give both --height and --width, or none": bool(config.height) != bool(config.width),
         "--scales is empty": config.scales == [],
-        "--scales needs a --lora": config.scales and not lora,
+        "--scales needs a --lora": config.scales and not config.lora,
+    }
+
+
+def check_strip_ways(config: StripConfig) -> list[str]:
+    """Problems of settings that do not go together."""
+    folder, lora = config.input_dir, config.lora
+    blend = config.compose == "blend" or (config.compose is None and config.inversion_lora)
+    wrong = wrong_places(config) | {
         "--compose needs a --lora": config.compose and not lora,
         "a photo needs a --lora to be edited with": (
             (config.image or folder) and not lora and not config.inversion_lora
@@ -1974,7 +2069,7 @@ def parse_sliders(config: StripConfig) -> tuple[tuple[Slider, ...], list[str]]:
     return tuple(sliders), problems
 
 
-def find_photos(config: StripConfig) -> tuple[dict[str, Path | None], list[str]]:
+def find_photos(config: StripConfig | SDConfig) -> tuple[dict[str, Path | None], list[str]]:
     """{name of the results: photo or None}, and problems."""
     if config.input_dir and config.input_dir.is_dir():
         found = list_images(config.input_dir)
@@ -2168,10 +2263,15 @@ def check_sliders(config: FluxConfig) -> list[str]:
         if not 0 <= start < steps:
             text = f"skip: the slider would act from step {start}, but there are 0..{steps - 1}"
             problems.append(text)
+    return problems + check_strip_files(strips)
+
+
+def check_strip_files(strips: Sequence[Strip]) -> list[str]:
+    """Results must not meet each other or overwrite a photo; their folder must be writable."""
     seen = Counter(file.resolve() for strip in strips for file in strip.files)
     seen += Counter(strip.resolve() for strip in {strip.sheet for strip in strips if strip.sheet})
     photos = {strip.photo.resolve() for strip in strips if strip.photo}
-    problems += [f"two results are called {path}" for path, count in seen.items() if count > 1]
+    problems = [f"two results are called {path}" for path, count in seen.items() if count > 1]
     problems += [f"{path} would be overwritten: it is a photo" for path in photos & set(seen)]
     problems += [
         f"{path} is a folder; wanted the name of a picture" for path in seen if path.is_dir()
@@ -2332,25 +2432,864 @@ def draw_sliders(config: FluxConfig) -> None:
         write_strip_sheet(sheet, [strips[n] for n in numbers], [plan[n] for n in numbers])
 
 
-def write_strip_sheet(sheet: Path, strips: Sequence[Strip], settings: Any) -> None:
+def write_strip_sheet(
+    sheet: Path, strips: Sequence[Strip], settings: Any, heads: Sequence[str] = ()
+) -> None:
     """The photo, if there is one, then every position; a row per strip. Made anew if it changed."""
     about = {"pictures": f"{draw_key(json.dumps(settings)):016x}"}
     if read_settings(sheet) == about:
         return
     rows = [[open_rgb(f) for f in ([s.photo] if s.photo else []) + list(s.files)] for s in strips]
-    heads = ["photo"] if strips[0].photo else []
-    heads += [f"scale {position:g}" for position in strips[0].positions]
+    scales = [f"scale {position:g}" for position in strips[0].positions]
+    heads = heads or ["photo"] * bool(strips[0].photo) + scales
     save_picture(sheet, contact_sheet(rows, heads, [s.caption for s in strips]), about)
     print(f"sheet: {sheet}")
 
 
-# --- 10. main -------------------------------------------------------------------------------------
+# --- 10. Stable Diffusion: what to draw, checked before the model loads ---------------------------
 
 
-def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
-    """By the settings, else by the checkpoint: Qwen-Image-Edit, or one of two ways for FLUX.1."""
+def sd_buckets(resolution: int) -> list[tuple[int, int]]:
+    """Sizes (W, H) as in train_dreambooth_pairs.py: the UNet halves its latents three times."""
+    widths = range(64, 2 * resolution + 1, 64)
+    sizes = [(w, round(resolution**2 / w / 64) * 64) for w in widths]
+    return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
+
+
+def with_lora_wishes(config: SDConfig) -> SDConfig:
+    """What is not given is what the LoRA files say about their training, else the usual."""
+    about: dict[str, Any] = {}
+    for text in reversed(config.lora):
+        with contextlib.suppress(ValueError):  # which the check of the files will tell
+            about |= read_lora_about(parse_lora(text)[0])
+    photo = bool(config.image or config.input_dir)
+    prompt = about.get("instance_prompt", "" if photo else None)
+    update = {
+        "resolution": config.resolution or about.get("resolution", 512),
+        "guidance_scale": config.guidance_scale or (1.0 if photo else 7.5),
+        "prompt": config.prompt or ([prompt] if prompt is not None else []),
+    }
+    return config.model_copy(update=update)
+
+
+def plan_sd(config: SDConfig) -> tuple[list[Strip], list[str]]:
+    """A strip for each photo or prompt and seed, and what is wrong with the files."""
+    photos, problems = find_photos(config)
+    positions = tuple(config.scales or ([1.0] if config.lora else [0.0]))
+    prompts, seeds, side = config.prompt, config.seed, config.resolution or 512
+    several = len(photos) * len(prompts) * len(seeds) * len(positions) > 1
+    folder = config.output_dir or (config.output or Path()).parent
+    strips = []
+    for name, photo in photos.items():
+        size = attempt(problems, (side, side), photo_size, photo, side, sd_buckets)
+        size = (config.width, config.height) if config.width and config.height else size
+        for k, seed in itertools.product(range(len(prompts)), seeds):
+            stem = name + (f"_prompt{k}" if len(prompts) > 1 else "")
+            stem += f"_seed{seed}" if len(seeds) > 1 else ""
+            ends = [f"_scale{p:g}" if config.scales else "" for p in positions]
+            sheet = (config.output or folder / "contact_sheet.png") if several else None
+            strips.append(
+                Strip(
+                    caption=f"{name}, seed {seed}: {prompts[k]}",
+                    prompt=prompts[k],
+                    seed=seed,
+                    size=size,
+                    positions=positions,
+                    files=tuple(folder / f"{stem}{end}.png" for end in ends),
+                    sheet=sheet,
+                    sliders=(),
+                    photo=photo,
+                )
+            )
+    return strips, problems
+
+
+def check_frames(config: SDConfig, given: set[str]) -> list[str]:
+    """Problems of settings that do not go together where in-betweens are drawn."""
+    unread = given & {"lora", "scales", "mask", "inversion", "skip", "negative_prompt"}
+    unread |= given & {"input_dir", "output_dir", "batch_size", "guidance_scale"}
+    wrong = wrong_places(config) | {
+        f"--frames: takes two --image (given: {len(config.image)})": len(config.image) != 2,
+        f"--frames does not read {', '.join(sorted(unread))}": unread,
+        "--frames: one --prompt, or one for each picture": len(config.prompt) > 2,
+        "--frames: one --seed": len(config.seed) > 1,
+    }
+    return [text for text, applies in wrong.items() if applies]
+
+
+def check_sd_ways(config: SDConfig, given: set[str]) -> list[str]:
+    """Problems of settings that do not go together; of a config with its LoRA's wishes."""
+    if config.frames:
+        return check_frames(config, given)
+    photo = bool(config.image or config.input_dir)
+    steps, mask = config.num_inference_steps, config.mask
+    lone = sorted(given & {"inversion", "skip", "restore_detail"})
+    fitted = sorted(given & {"even_frames", "fit_steps", "fit_rank", "fit_learning_rate"})
+    wrong = wrong_places(config) | {
+        "--image: one photo, or two with --frames; --input_dir takes many": len(config.image) > 1,
+        f"{', '.join(fitted)}: read with --frames": fitted,
+        "a photo needs a --lora to be changed with": photo and not config.lora,
+        "no prompt: --prompt, or a LoRA that says its own": not config.prompt,
+        "--prompt: one for photos": photo and len(config.prompt) > 1,
+        f"{', '.join(lone)}: only photos are inverted": lone and not photo,
+        "--mask goes with --image": mask and not config.image,
+        f"--mask: no file {mask}": mask and not mask.is_file(),
+        "--seed: several, but ddim inversion draws nothing": (
+            photo and config.inversion == "ddim" and len(config.seed) > 1
+        ),
+        "--negative_prompt needs guidance: --guidance_scale above 1": (
+            config.negative_prompt and config.guidance_scale == 1
+        ),
+        f"--skip {config.skip}: leaves none of {steps} steps": round(config.skip * steps) == steps,
+    }
+    return [text for text, applies in wrong.items() if applies]
+
+
+def check_mask(config: SDConfig) -> list[str]:
+    """The mask must be readable and as large as the photo."""
+    if not (config.mask and config.mask.is_file() and config.image):
+        return []
+    try:
+        sizes = {path: open_rgb(path).size for path in (config.image[0], config.mask)}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return [f"--mask {config.mask}, or the photo, cannot be read: {error}"]
+    text = ", ".join(f"{path} is {w} x {h} px" for path, (w, h) in sizes.items())
+    return [f"--mask must have the photo's size: {text}"] if len(set(sizes.values())) > 1 else []
+
+
+def check_base(name: str) -> list[str]:
+    """Problems of the base model: no such folder, another kind, parts missing."""
+    try:
+        kind = read_model_json(name, "model_index.json").get("_class_name")
+        scheduler = read_model_json(name, "scheduler/scheduler_config.json")
+    except UserError as error:
+        return [f"pretrained_model_name_or_path: {error}"]
+    if kind != "StableDiffusionPipeline":
+        return [f"pretrained_model_name_or_path: {name} is a {kind}; wanted Stable Diffusion 1.x"]
+    if scheduler.get("prediction_type", "epsilon") != "epsilon":
+        kind = scheduler["prediction_type"]
+        return [f"pretrained_model_name_or_path: {name} predicts {kind}; wanted epsilon (SD 1.x)"]
+    parts = ("scheduler", "unet", "vae", "text_encoder", "tokenizer")
+    lacking = [part for part in parts if not (Path(name) / part).is_dir()]
+    if Path(name).is_dir() and lacking:
+        return [f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder"]
+    return []
+
+
+def empty_unet(name: str) -> Any:
+    """UNet2DConditionModel without weights."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return diffusers.UNet2DConditionModel.from_config(read_model_json(name, "unet/config.json"))
+
+
+def check_fit(path: Path, unet: Any) -> None:
+    """Every tensor must belong to a layer of the UNet (or the text encoder) and fit its shape.
+
+    Raises:
+        UserError: the first three that do not.
+    """
+    import diffusers
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    try:
+        tensors, _ = diffusers.StableDiffusionPipeline.lora_state_dict(
+            str(path), use_safetensors=True
+        )
+        tensors = {n: x for n, x in tensors.items() if not n.startswith("text_encoder.")}
+        found = {name.removeprefix("unet."): tensor for name, tensor in tensors.items()}
+        if found and not any(".lora_A." in name for name in found):
+            found = convert_unet_state_dict_to_peft(found)
+    except Exception as error:  # converters raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"LoRA {path} cannot be read: {reason}") from error
+    layers = dict(unet.named_modules())
+    wrong = []
+    for name, tensor in found.items():
+        layer, _, end = name.rpartition(".lora_")
+        wanted = getattr(layers.get(layer), "weight", None)
+        axis = {"A.weight": 1, "B.weight": 0}.get(end)  # in, out
+        if wanted is None:
+            wrong.append(f"{name}: no such layer")
+        elif axis is not None and tensor.shape[axis] != wanted.shape[axis]:
+            wrong.append(f"{name}: {tensor.shape[axis]}, here it is {wanted.shape[axis]}")
+    if wrong:
+        raise UserError(
+            f"LoRA {path}: {len(wrong)} tensors do not fit this UNet\n{listed(wrong, 3)}"
+        )
+
+
+def check_sd_loras(config: SDConfig, known: bool) -> list[str]:
+    """Problems of LoRA files: missing, damaged, (`known` model:) made for another model."""
+    problems: list[str] = []
+    unet = empty_unet(config.pretrained_model_name_or_path) if known else None
+    for text in config.lora:
+        path, scale = parse_lora(text)
+        if not math.isfinite(scale):
+            problems.append(f"--lora {text}: wanted a number after the colon")
+        if path.suffix == ".safetensors" and not path.exists():
+            there = sorted(file.name for file in path.parent.glob("*.safetensors"))
+            problems.append(f"no LoRA file {path}{nearest(path.name, there)}")
+            continue
+        try:
+            read_lora_about(path)
+            if unet is not None:
+                check_fit(path, unet)
+        except (UserError, ValueError) as error:
+            problems.append("; ".join(line.strip(" -") for line in str(error).splitlines()))
+    return problems
+
+
+def check_sd(config: SDConfig) -> list[str]:
+    """Problems that can be seen without a model's weights."""
+    given, config = config.model_fields_set, with_lora_wishes(config)
+    problems = check_sd_ways(config, given) + check_mask(config)
+    problems += check_device("--device", config.device)
+    unknown = check_base(config.pretrained_model_name_or_path)
+    problems += unknown + check_sd_loras(config, not unknown)
+    strips, unfound = plan_sd(config) if not config.frames else ([], [])
+    if config.frames and len(config.image) == 2:
+        [strip], unfound = plan_between(config)
+        strips = [strip] + [strip._replace(files=(), sheet=None, photo=p) for p in config.image]
+    return list(dict.fromkeys(problems + unfound + check_strip_files(strips)))
+
+
+# --- 11. Stable Diffusion: drawing ----------------------------------------------------------------
+
+
+SDPredict = Callable[[torch.Tensor, int], torch.Tensor]
+"""(latents (B, 4, h, w), timestep) -> noise (B, 4, h, w)"""
+
+
+class Levels(NamedTuple):
+    """Noise levels from noisy to clean: N timesteps, N + 1 alphas_cumprod, the last one t = 0's.
+
+    KEEP alphas_cumprod[0] at the end, not 1: the last step of DDPM needs a variance above 0.
+    """
+
+    timesteps: list[int]
+    alphas: list[float]
+
+
+def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
+    """Those of DDIM without the first `skip` (share) of them."""
+    import diffusers
+
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[round(skip * steps) :].tolist()
+    table = scheduler.alphas_cumprod.double()
+    return Levels(timesteps, [*table[timesteps].tolist(), table[0].item()])
+
+
+def step_mean(
+    x: torch.Tensor, noise: torch.Tensor, alpha: float, following: float, eta: float
+) -> torch.Tensor:
+    """Mean of the next latents; alpha, following: alphas_cumprod now (a) and after the step (a').
+
+    sqrt(a') x0 + sqrt(1 - a' - s^2) e with x0 = (x - sqrt(1 - a) e) / sqrt(a) and
+    s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); eta 0 is DDIM, 1 DDPM (Song et al. 2020, arXiv
+    2010.02502, eq. 12 and 16). With eta 0 also a step towards more noise.
+    """
+    clean = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
+    variance = eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
+    return math.sqrt(following) * clean + math.sqrt(1 - following - variance) * noise
+
+
+def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> list[torch.Tensor]:
+    """The photo at every level, sqrt(a) x + sqrt(1 - a) e, with noise of its own; then the photo.
+
+    photo (B, 4, h, w), noises (N, B, 4, h, w). Edit-friendly inversion (Huberman-Spiegelglas et
+    al. 2023, arXiv 2304.06140): independent noises make the steps' residuals large, so they carry
+    the photo's layout through an edit.
+    """
+    alphas = levels.alphas[:-1]
+    noisy = [
+        math.sqrt(a) * photo + math.sqrt(1 - a) * e for a, e in zip(alphas, noises, strict=True)
+    ]
+    return [*noisy, photo]
+
+
+def ddim_path(photo: torch.Tensor, levels: Levels, predict: SDPredict) -> list[torch.Tensor]:
+    """The photo at every level by DDIM's steps backwards, then the photo (B, 4, h, w).
+
+    KEEP: the noise is asked for at the timestep that the step leads to (Dhariwal & Nichol 2021).
+    """
+    path = [photo]
+    for k in reversed(range(len(levels.timesteps))):
+        noise = predict(path[0], levels.timesteps[k])
+        path.insert(0, step_mean(path[0], noise, levels.alphas[k + 1], levels.alphas[k], 0.0))
+    return path
+
+
+def path_means(
+    path: Sequence[torch.Tensor], levels: Levels, predict: SDPredict, eta: float
+) -> list[torch.Tensor]:
+    """Where every step from the path leads by itself; path[k + 1] - means[k] is its residual."""
+    return [
+        step_mean(path[k], predict(path[k], t), levels.alphas[k], levels.alphas[k + 1], eta)
+        for k, t in enumerate(levels.timesteps)
+    ]
+
+
+def follow_path(
+    path: Sequence[torch.Tensor],
+    means: Sequence[torch.Tensor],
+    levels: Levels,
+    predict: SDPredict,
+    eta: float,
+    mask: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """Edited latents: from the path's first ones with the path's own residuals.
+
+    x' = mean(x) + (path' - mean(path)). Of a DDPM path these residuals are s z of the edit-friendly
+    inversion; of a DDIM path they are its errors. With the predictor of the path the path itself
+    comes out, whatever the guidance. mask (1, 1, h, w): where it is 0 the path is kept.
+    """
+    x = path[0]
+    for k, t in enumerate(levels.timesteps):
+        mean = step_mean(x, predict(x, t), levels.alphas[k], levels.alphas[k + 1], eta)
+        x = path[k + 1] + mask * (mean - means[k])
+    return x
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """dB between two pictures in [-1, 1]; 200 at most."""
+    error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean().item()
+    return 200.0 if error < 4e-20 else 10 * math.log10(4 / error)
+
+
+def load_sd_vae(folder: Path, device: torch.device) -> Any:
+    """AutoencoderKL in fp32: in fp16 that of SD 1.5 overflows."""
+    import diffusers
+
+    vae_class = diffusers.AutoencoderKL
+    vae = vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_sd(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> latents (B, 4, h, w): posterior mode times the scaling factor."""
+    mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    return mode.float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_sd(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """(B, 4, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
+    return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+
+
+def load_sd(config: SDConfig) -> Any:
+    """StableDiffusionPipeline with DDIM and all LoRAs (named lora0, lora1 ...), on its device."""
+    import diffusers
+
+    folder = Path(config.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        parts = ("scheduler", "unet", "text_encoder", "vae", "tokenizer")
+        ends = ("config.json", "diffusion_pytorch_model.safetensors", "model.safetensors")
+        names = [f"{part}/{end}" for part in parts for end in ends]
+        folder = fetch_checkpoint(str(folder), *names, "tokenizer/*", "scheduler/*")
+    device = pick_device(config.device)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        folder,
+        vae=load_sd_vae(folder, device),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        dtype=pick_dtype(config.dtype, device),
+        use_safetensors=True,
+    )
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False
+    )
+    diffusers.utils.logging.set_verbosity_error()  # a LoRA may well be of the UNet alone
+    warnings.filterwarnings("ignore", "Already found a .peft_config")  # as there are several
+    for number, text in enumerate(config.lora):
+        load_lora(pipeline, parse_lora(text)[0], f"lora{number}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+class Inverted(NamedTuple):
+    """Photos of one size, and what gives them back."""
+
+    pixels: list[torch.Tensor]  # (1, 3, H, W) each
+    kept: list[torch.Tensor]  # the same of what the VAE keeps: decode(encode(photo))
+    path: list[torch.Tensor]  # N + 1 of (B, 4, h, w), the last one clean
+    means: list[torch.Tensor]  # N; see path_means
+    levels: Levels
+    eta: float
+
+
+class SDPainter:
+    """Stable Diffusion that draws strips, several of one size at once.
+
+    >>> draw, _ = SDPainter(config).open([strip])
+    >>> draw(0.5)[0]  # a PIL image: the first strip at scale 0.5
+    """
+
+    def __init__(self, config: SDConfig) -> None:
+        self.config = config
+        self.pipeline = load_sd(config)
+        self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
+        self.device, self.dtype = self.unet.device, self.unet.dtype
+
+    def open(self, strips: Sequence[Strip]) -> tuple[Callable[[float], list[Any]], list[Any]]:
+        """(scale -> a picture of each strip, what there is to say about each)."""
+        if strips[0].photo:
+            return self.open_photos(strips)
+        return functools.partial(self.draw_texts, strips), [{} for _ in strips]
+
+    @torch.no_grad()
+    def draw_texts(self, strips: Sequence[Strip], scale: float) -> list[Image.Image]:
+        """Pictures of prompts at a scale, by diffusers' pipeline."""
+        set_scales(self.pipeline, self.config, scale)
+        width, height = strips[0].size
+        factor = self.pipeline.vae_scale_factor
+        shape = 1, self.unet.config.in_channels, height // factor, width // factor
+        draws = (torch.Generator().manual_seed(strip.seed) for strip in strips)
+        noise = torch.cat([torch.randn(shape, generator=d, dtype=self.dtype) for d in draws])
+        latents = self.pipeline(
+            [strip.prompt for strip in strips],
+            negative_prompt=[self.config.negative_prompt] * len(strips),
+            latents=noise.to(self.device),
+            height=height,
+            width=width,
+            num_inference_steps=self.config.num_inference_steps,
+            guidance_scale=self.config.guidance_scale,
+            output_type="latent",
+        ).images
+        return [to_image(decode_sd(self.vae, x[None])[0]) for x in latents]
+
+    def predictor(self, prompts: Sequence[str]) -> SDPredict:
+        """Noise for a batch, a prompt each, under guidance, with the LoRAs as they are set now."""
+        scale = self.config.guidance_scale or 1.0
+        negative = [self.config.negative_prompt] * len(prompts)
+        text, empty = self.pipeline.encode_prompt(
+            list(prompts), self.device, 1, scale > 1, negative_prompt=negative
+        )
+        embeds = torch.cat([empty, text]) if scale > 1 else text
+
+        def predict(latents: torch.Tensor, t: int) -> torch.Tensor:
+            x = torch.cat([latents, latents]) if scale > 1 else latents
+            noise = self.unet(x.to(self.dtype), t, encoder_hidden_states=embeds).sample.float()
+            if scale == 1:
+                return noise
+            plain, asked = noise.chunk(2)
+            return plain + scale * (asked - plain)
+
+        return predict
+
+    @torch.no_grad()
+    def invert(self, strips: Sequence[Strip]) -> Inverted:
+        """Photos of one size as noise, with the base model."""
+        config, prompts = self.config, [strip.prompt for strip in strips]
+        levels = sd_levels(self.pipeline.scheduler.config, config.num_inference_steps, config.skip)
+        images = [fit_photo(strip.photo, strip.size) for strip in strips if strip.photo]
+        pixels = [to_pixels(image).to(self.device) for image in images]
+        latents = torch.cat([encode_sd(self.vae, x) for x in pixels])
+        set_scales(self.pipeline, config, 0.0)
+        predict, eta = self.predictor(prompts), float(config.inversion == "ddpm")
+        if eta:
+            steps, shape = range(len(levels.timesteps)), latents.shape[1:]
+            noises = [[normal(shape, s.seed, "invert", k) for s in strips] for k in steps]
+            noise = torch.stack([torch.stack(row) for row in noises]).to(self.device)
+            path = ddpm_path(latents, levels, noise)
+        else:
+            path = ddim_path(latents, levels, predict)
+        means = path_means(path, levels, predict, eta)
+        kept = [decode_sd(self.vae, x[None]) for x in latents]
+        return Inverted(pixels, kept, path, means, levels, eta)
+
+    @torch.no_grad()
+    def edit(
+        self, strips: Sequence[Strip], photos: Inverted, mask: torch.Tensor, scale: float
+    ) -> list[torch.Tensor]:
+        """Pixels (1, 3, H, W) of each photo at a scale; mask (1, 1, H, W) in 0..1."""
+        set_scales(self.pipeline, self.config, scale)
+        predict = self.predictor([strip.prompt for strip in strips])
+        coarse = F.interpolate(mask, photos.path[0].shape[-2:], mode="area")
+        latents = follow_path(photos.path, photos.means, photos.levels, predict, photos.eta, coarse)
+        edited = [decode_sd(self.vae, x[None]) for x in latents]
+        # the decoder looks at the whole picture, so the mask counts for pixels, too
+        return [b + mask * (x - b) for x, b in zip(edited, photos.kept, strict=True)]
+
+    def open_photos(
+        self, strips: Sequence[Strip]
+    ) -> tuple[Callable[[float], list[Any]], list[dict[str, float]]]:
+        """Invert photos -> (scale -> pictures, {"scale0_db", "vae_db"} of each).
+
+        scale0_db: scale 0 against decode(encode(photo)); vae_db: that against the photo.
+        """
+        photos = self.invert(strips)
+        mask = torch.ones_like(photos.pixels[0][:, :1])
+        if self.config.mask:
+            white = to_pixels(fit_photo(self.config.mask, strips[0].size)).to(self.device)
+            mask = (white.mean(1, keepdim=True) + 1) / 2
+
+        zero = self.edit(strips, photos, mask, 0.0)
+
+        def draw(scale: float) -> list[Image.Image]:
+            found = self.edit(strips, photos, mask, scale) if scale else zero
+            if self.config.restore_detail:
+                lost = [a - b for a, b in zip(photos.pixels, photos.kept, strict=True)]
+                found = [x + y for x, y in zip(found, lost, strict=True)]
+            return [to_image(x[0]) for x in found]
+
+        return draw, [
+            {"scale0_db": round(psnr(x, b), 1), "vae_db": round(psnr(a, b), 1)}
+            for x, a, b in zip(zero, photos.pixels, photos.kept, strict=True)
+        ]
+
+
+def sd_settings(config: SDConfig, strip: Strip, contents: dict[Path, str]) -> list[dict[str, Any]]:
+    """For each picture of a strip all that decides its pixels. contents: hashes of the files."""
+    names = ("negative_prompt", "num_inference_steps", "guidance_scale", "dtype")
+    shared = {
+        "model": config.pretrained_model_name_or_path,
+        "prompt": strip.prompt,
+        "seed": strip.seed,
+        "width": strip.size[0],
+        "height": strip.size[1],
+        **{name: getattr(config, name) for name in names},
+    }
+    if strip.photo:
+        shared |= {
+            "photo": contents[strip.photo],
+            "inversion": config.inversion,
+            "skip": config.skip,
+            "restore_detail": config.restore_detail,
+            "mask": contents[config.mask] if config.mask else None,
+        }
+    loras = [(path, scale) for path, scale in map(parse_lora, config.lora)]
+    return [
+        shared
+        | {
+            "position": position,
+            "loras": [
+                {"file": str(path), "scale": scale * position, "blake2b": contents[path]}
+                for path, scale in loras
+            ],
+        }
+        for position in strip.positions
+    ]
+
+
+def is_made(file: Path, settings: dict[str, Any]) -> bool:
+    """A picture with these settings is there; it may say more about itself."""
+    found = read_settings(file)
+    return found is not None and settings.items() <= found.items()
+
+
+def draw_sd_strips(config: SDConfig) -> None:
+    """Make the pictures that are missing, a batch after another, then the sheet."""
+    config = with_lora_wishes(config)
+    strips, _ = plan_sd(config)
+    files = [parse_lora(text)[0] for text in config.lora]
+    files += [path for path in (config.mask, *(s.photo for s in strips)) if path]
+    contents = {path: hash_file(path) for path in set(files)}
+    plan = [sd_settings(config, strip, contents) for strip in strips]
+    todo: dict[tuple[int, int], list[int]] = {}  # strips with missing pictures, by size
+    missing = 0
+    for number, strip in enumerate(strips):
+        lacking = [not is_made(*pair) for pair in zip(strip.files, plan[number], strict=True)]
+        missing += sum(lacking)
+        if any(lacking):
+            todo.setdefault(strip.size, []).append(number)
+    total = sum(len(strip.files) for strip in strips)
+    print(f"{total} picture(s), {total - missing} already there")
+    painter = SDPainter(config) if missing else None
+    with tqdm(total=missing, desc="generate", unit="picture", disable=not missing) as bar:
+        for numbers in todo.values():
+            for first in range(0, len(numbers), config.batch_size):
+                batch = numbers[first : first + config.batch_size]
+                if painter:
+                    draw_batch(painter, [strips[n] for n in batch], [plan[n] for n in batch], bar)
+    if strips[0].sheet:
+        write_strip_sheet(strips[0].sheet, strips, plan)
+
+
+def draw_batch(painter: SDPainter, strips: Sequence[Strip], plan: Any, bar: Any) -> None:
+    """Strips of one size: what is missing, scale by scale."""
+    draw, about = painter.open(strips)
+    for strip, facts in zip(strips, about, strict=True):
+        if facts:
+            bar.write(
+                f"{strip.photo}: scale 0 is decode(encode(photo)) at {facts['scale0_db']} dB, "
+                f"which is the photo at {facts['vae_db']} dB"
+            )
+    for k, position in enumerate(strips[0].positions):
+        lacking = [n for n, s in enumerate(strips) if not is_made(s.files[k], plan[n][k])]
+        images = draw(position) if lacking else []
+        for n in lacking:
+            save_picture(strips[n].files[k], images[n], plan[n][k] | about[n])
+        bar.update(len(lacking))
+
+
+# --- 12. Stable Diffusion: between two pictures ---------------------------------------------------
+
+# DiffMorpher (Zhang et al. 2023, arXiv 2312.07409) with three changes: the LoRAs' products are
+# interpolated, not their factors (lerp(BA) - lerp(B) lerp(A) = a (1 - a) (B0 - B1)(A0 - A1)); every
+# step gets the residuals of both ends' inversions, so both pictures come back exactly; frames are
+# spaced by the distance of pictures.
+FIT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTENTION_SHARE = 0.6  # EDIT HERE: share of the steps in which frames look at both ends
+
+
+def slerp(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
+    """(sin((1 - a) w) first + sin(a w) last) / sin(w), w the angle between the whole tensors.
+
+    Noises keep their length on the way, which a straight line shortens (Shoemake 1985). fp64
+    inside; norms are not made equal.
+    """
+    a, b = first.double(), last.double()
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = cosine.clamp(-1 + 1e-7, 1 - 1e-7).acos()
+    mixed = torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b
+    return (mixed / torch.sin(angle)).to(first.dtype)
+
+
+def adain(x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
+    """x (1, C, h, w) with each channel's mean and std between those of the ends."""
+    mean, std = (
+        torch.lerp(f(first), f(last), share)
+        for f in (lambda z: z.mean((2, 3), keepdim=True), lambda z: z.std((2, 3), keepdim=True))
+    )
+    return (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True) * std + mean
+
+
+def even_shares(shares: Sequence[float], distances: Sequence[float]) -> list[float]:
+    """New places of frames, equally far apart; distances: between neighbours at `shares`.
+
+    Inverts the distance from the first frame, taken as linear between two frames.
+    """
+    way = np.concatenate([[0.0], np.cumsum(distances)])
+    if way[-1] == 0:
+        return list(shares)
+    return np.interp(np.linspace(0, way[-1], len(shares)), way, shares).tolist()
+
+
+class EndsAttention:
+    """Self-attention of one layer whose keys and values may come from both ends' hidden states.
+
+    role 0 or 1: this is an end, remember what it looks at; a share: look at the mix of both.
+    """
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+        self.seen: dict[int, torch.Tensor] = {}
+        self.role: int | float | None = None
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, **rest: Any
+    ) -> torch.Tensor:
+        """What the layer's own processor makes of it; hidden_states (B, S, C)."""
+        if isinstance(self.role, int):
+            self.seen[self.role] = hidden_states
+        elif self.role is not None:
+            encoder_hidden_states = torch.lerp(self.seen[0], self.seen[1], self.role)
+        return self.plain(attn, hidden_states, encoder_hidden_states, **rest)
+
+
+def fit_file(config: SDConfig, strip: Strip, photo: Path, prompt: str) -> Path:
+    """Where the LoRA of one picture lies, named by all that decides it."""
+    names = ("pretrained_model_name_or_path", "fit_steps", "fit_rank", "fit_learning_rate", "dtype")
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {"photo": hash_file(photo), "size": strip.size, "prompt": prompt}
+    key = cache_key("fitted", seed=strip.seed, **settings)
+    return strip.files[0].parent / f"{photo.stem}-fitted-{key[:16]}.safetensors"
+
+
+def fit_lora(
+    unet: Any, latents: torch.Tensor, embed: torch.Tensor, alphas: Any, config: SDConfig, seed: int
+) -> dict[str, torch.Tensor]:
+    """A LoRA on attention that draws one picture: plain noise loss, AdamW; diffusers' names.
+
+    latents (1, 4, h, w), embed (1, 77, C), alphas: alphas_cumprod. Draws belong to `seed`.
+    """
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    rank, steps = config.fit_rank, config.fit_steps
+    options: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": FIT_TARGETS}
+    unet.requires_grad_(False).add_adapter(LoraConfig(**options), adapter_name="fit")
+    unet.set_adapters("fit")
+    factors = {name: x for name, x in unet.named_parameters() if ".fit." in name}
+    for name, x in factors.items():
+        start = normal(x.shape, seed, "fit", name) / rank
+        x.data = (
+            start.to(x.device) if ".lora_A." in name else torch.zeros_like(x, dtype=start.dtype)
+        )
+    optimizer = torch.optim.AdamW(factors.values(), lr=config.fit_learning_rate)
+    for step in tqdm(range(steps), "fit", unit="step", leave=False):
+        t = int(uniform(seed, "fit level", step) * len(alphas))
+        noise = normal(latents.shape, seed, "fit noise", step).to(latents)
+        noisy = alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * noise
+        predicted = unet(noisy.to(unet.dtype), t, encoder_hidden_states=embed).sample
+        F.mse_loss(predicted.float(), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = get_peft_model_state_dict(unet, adapter_name="fit")
+    tensors = {f"unet.{name}": x.detach().cpu().contiguous() for name, x in found.items()}
+    unet.delete_adapters("fit")
+    return tensors
+
+
+class Morph:
+    """Two pictures, inverted with a LoRA of their own each, and what lies between them."""
+
+    def __init__(self, painter: SDPainter, strip: Strip) -> None:
+        self.painter, self.unet = painter, painter.unet
+        config, device = painter.config, painter.device
+        self.pixels = [to_pixels(fit_photo(p, strip.size)).to(device) for p in config.image]
+        latents = [encode_sd(painter.vae, x) for x in self.pixels]
+        self.kept = [decode_sd(painter.vae, x) for x in latents]
+        self.prompts = config.prompt * (3 - len(config.prompt))  # one prompt is that of both
+        with torch.no_grad():
+            encode = painter.pipeline.encode_prompt
+            self.embeds = [encode(prompt, device, 1, False)[0] for prompt in self.prompts]
+        self.attach_loras(strip, latents)
+        plain = self.unet.attn_processors
+        self.attention = {
+            name: EndsAttention(processor)
+            for name, processor in plain.items()
+            if name.startswith("up_blocks") and ".attn1." in name
+        }
+        self.unet.set_attn_processor(plain | self.attention)
+        self.levels = sd_levels(painter.pipeline.scheduler.config, config.num_inference_steps)
+        self.paths, self.means = zip(*map(self.invert, latents, (0.0, 1.0)), strict=True)
+
+    def attach_loras(self, strip: Strip, latents: Sequence[torch.Tensor]) -> None:
+        """Fit what is not there from an earlier run; the UNet gets the adapters first and last."""
+        config, pipeline = self.painter.config, self.painter.pipeline
+        files = []
+        for k, photo in enumerate(config.image):
+            files.append(fit_file(config, strip, photo, self.prompts[k]))
+            if not files[k].is_file():
+                alphas = pipeline.scheduler.alphas_cumprod
+                found = fit_lora(self.unet, latents[k], self.embeds[k], alphas, config, strip.seed)
+                save_atomic(files[k], functools.partial(save_file, found))
+        self.unet.load_lora_adapter(str(files[0]), prefix="unet", adapter_name="first")
+        self.unet.load_lora_adapter(str(files[1]), prefix="unet", adapter_name="last")
+
+    @torch.no_grad()
+    def invert(
+        self, latents: torch.Tensor, share: float
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(path, means) of an end under its own LoRA, DDIM; see follow_path."""
+        predict = functools.partial(self.predict, share=share)
+        path = ddim_path(latents, self.levels, predict)
+        return path, path_means(path, self.levels, predict, 0.0)
+
+    def predict(
+        self, x: torch.Tensor, t: int, share: float, role: int | float | None = None
+    ) -> torch.Tensor:
+        """Noise of the model that is (1 - share) the first picture's and share the last one's."""
+        for layer in self.attention.values():
+            layer.role = role
+        self.unet.set_adapters(["first", "last"], [1.0 - share, share])
+        embed = torch.lerp(self.embeds[0], self.embeds[1], share)
+        x = x.to(self.painter.dtype)
+        return self.unet(x, t, encoder_hidden_states=embed).sample.float()
+
+    @torch.no_grad()
+    def draw(self, shares: Sequence[float]) -> list[torch.Tensor]:
+        """Pixels (1, 3, H, W) at every share, from 0 to 1; step by step, the ends first."""
+        first, last = (path[0] for path in self.paths)
+        frames = [adain(slerp(first, last, a), first, last, a) for a in shares]
+        frames[0], frames[-1] = first, last  # the same, but for rounding
+        end, alphas = len(shares) - 1, self.levels.alphas
+        mixed = round(ATTENTION_SHARE * len(self.levels.timesteps))
+        for k, t in enumerate(tqdm(self.levels.timesteps, "between", unit="step", leave=False)):
+            for n in (0, end, *range(1, end)):
+                role = {0: 0, end: 1}.get(n, shares[n]) if k < mixed else None
+                noise = self.predict(frames[n], t, shares[n], role)
+                mean = step_mean(frames[n], noise, alphas[k], alphas[k + 1], 0.0)
+                wanted = torch.lerp(self.paths[0][k + 1], self.paths[1][k + 1], shares[n])
+                own = torch.lerp(self.means[0][k], self.means[1][k], shares[n])
+                frames[n] = wanted + (mean - own)
+        pixels = [decode_sd(self.painter.vae, x) for x in frames]
+        if self.painter.config.restore_detail:
+            one, other = (a - b for a, b in zip(self.pixels, self.kept, strict=True))
+            pixels = [x + torch.lerp(one, other, a) for x, a in zip(pixels, shares, strict=True)]
+        return pixels
+
+
+def plan_between(config: SDConfig) -> tuple[list[Strip], list[str]]:
+    """One strip with a file for each frame, and what is wrong with the two pictures."""
+    problems: list[str] = []
+    output, side = config.output or Path("between.png"), config.resolution or 512
+    sizes = [
+        attempt(problems, (side, side), photo_size, image, side, sd_buckets)
+        for image in config.image
+    ]
+    size = (config.width, config.height) if config.width and config.height else sizes[0]
+    last = (config.frames or 0) - 1
+    strip = Strip(
+        caption=f"{' to '.join(path.name for path in config.image)}, {last + 1} frames",
+        prompt=" -> ".join(dict.fromkeys(config.prompt)),
+        seed=config.seed[0],
+        size=size,
+        positions=tuple(n / last for n in range(last + 1)),
+        files=tuple(output.with_name(f"{output.stem}_frame{n:02d}.png") for n in range(last + 1)),
+        sheet=output.with_suffix(".png"),
+        sliders=(),
+    )
+    return [strip], problems
+
+
+def draw_between(config: SDConfig) -> None:
+    """All frames, if one is missing, then the sheet and the animation."""
+    config = with_lora_wishes(config)
+    [strip], _ = plan_between(config)
+    names = ("num_inference_steps", "fit_steps", "fit_rank", "fit_learning_rate", "even_frames")
+    shared = {
+        "model": config.pretrained_model_name_or_path,
+        "photos": [hash_file(path) for path in config.image],
+        "prompt": config.prompt,
+        "seed": strip.seed,
+        "width": strip.size[0],
+        "height": strip.size[1],
+        **{name: getattr(config, name) for name in (*names, "restore_detail", "dtype")},
+    }
+    settings = [shared | {"frame": n, "frames": config.frames} for n in range(len(strip.files))]
+    made = all(is_made(*pair) for pair in zip(strip.files, settings, strict=True))
+    print(f"{len(strip.files)} frame(s), {'all' if made else 'not all'} already there")
+    if not made:
+        morph, shares = Morph(SDPainter(config), strip), list(strip.positions)
+        pixels = morph.draw(shares)
+        if config.even_frames:
+            pairs = itertools.pairwise(pixels)  # EDIT HERE: the distance of two pictures
+            shares = even_shares(shares, [(b - a).square().mean().sqrt().item() for a, b in pairs])
+            pixels = morph.draw(shares)
+        wanted = morph.pixels if config.restore_detail else morph.kept
+        decibels = [round(psnr(pixels[end], wanted[end]), 1) for end in (0, -1)]
+        kind = "the pictures" if config.restore_detail else "decode(encode(picture))"
+        print(f"the ends are {kind} at {decibels[0]} and {decibels[1]} dB")
+        for n, x in enumerate(pixels):
+            about = {"share": round(shares[n], 6), "ends_db": decibels}
+            save_picture(strip.files[n], to_image(x[0]), settings[n] | about)
+    assert strip.sheet
+    write_strip_sheet(strip.sheet, [strip], [settings], [p.stem[-7:] for p in strip.files])
+    if config.output and config.output.suffix == ".gif":
+        frames = [open_rgb(file) for file in strip.files]
+        frames += frames[-2:0:-1]  # and back
+        options: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "loop": 0}
+        options |= {"format": "GIF", "duration": 1000 // 12}  # ms a frame
+        save_atomic(config.output, functools.partial(frames[0].save, **options))
+        print(f"animation: {config.output}")
+
+
+# --- 13. main -------------------------------------------------------------------------------------
+
+
+def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig] | type[SDConfig]:
+    """By the settings, else by the checkpoint: Qwen-Image-Edit, Stable Diffusion, FLUX.1's two."""
     flat = SliderConfig.model_fields.keys() | TRAINING_ONLY
-    flags = StripConfig.model_fields.keys() | Config.model_fields.keys()
+    flags = flags_of(Config, StripConfig, SDConfig)
     named = given.keys() & {"python_name", "datasets"}
     if named or (given.keys() & flat - flags and not given.keys() & flags - flat):
         return SliderConfig
@@ -2360,18 +3299,37 @@ def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
         kind = PUBLISHED[name].pipeline_class
     with contextlib.suppress(UserError):  # which the check of the settings will tell
         kind = kind or read_model_json(name, "model_index.json").get("_class_name", "")
+    # a model that cannot be read is told by a setting that only one family has
     only_flux = StripConfig.model_fields.keys() - Config.model_fields.keys()
+    only_sd = SDConfig.model_fields.keys() - flags_of(Config, StripConfig)
+    if kind == "StableDiffusionPipeline" or (not kind and given.keys() & only_sd):
+        return SDConfig
     flux = kind == "FluxPipeline" or (not kind and given.keys() & only_flux)
     return StripConfig if flux else Config
 
 
-def check_foreign(given: dict[str, Any]) -> list[str]:
-    """Settings of Qwen-Image-Edit where a FLUX.1 model is given."""
-    flux = StripConfig.model_fields.keys() | SliderConfig.model_fields.keys() | TRAINING_ONLY
-    instead = {"offload": "; base_model_precision makes FLUX.1 smaller"}
+def flags_of(*families: type[Section]) -> set[str]:
+    """Names of all their settings."""
+    return {name for family in families for name in family.model_fields}
+
+
+def check_foreign(given: dict[str, Any], family: type[Section]) -> list[str]:
+    """Settings that belong to another family than the checkpoint's."""
+    known = {
+        "Qwen-Image-Edit": flags_of(Config),
+        "Stable Diffusion": flags_of(SDConfig),
+        "FLUX.1": flags_of(StripConfig, SliderConfig) | TRAINING_ONLY,
+    }
+    own = "Stable Diffusion" if family is SDConfig else "FLUX.1"
+    instead = {"offload": "; base_model_precision makes FLUX.1 smaller"} if own == "FLUX.1" else {}
+    owners = {
+        name: next((owner for owner, names in known.items() if name in names), "")
+        for name in sorted(given.keys() - known[own])
+    }
     return [
-        f"{name}: a setting of Qwen-Image-Edit, not of FLUX.1{instead.get(name, '')}"
-        for name in sorted(given.keys() & Config.model_fields.keys() - flux)
+        f"{name}: a setting of {owner}, not of {own}{instead.get(name, '')}"
+        for name, owner in owners.items()
+        if owner
     ]
 
 
@@ -2380,12 +3338,16 @@ def main() -> None:
     argv = with_named_config(sys.argv[1:])
     given, flags, _ = parse_args(argv, set())
     if "help" in flags:
-        print("\n\n".join(help_text(family) for family in (Config, StripConfig, SliderConfig)))
+        families = (Config, StripConfig, SliderConfig, SDConfig)
+        print("\n\n".join(help_text(family) for family in families))
         return
     family = pick_family(given)
+    foreign = check_foreign(given, family) if family is not Config else []
     if issubclass(family, FluxConfig):
-        foreign = check_foreign(given)
         draw_sliders(load_config(family, argv, lambda config: foreign + check_sliders(config)))
+    elif issubclass(family, SDConfig):
+        config = load_config(family, argv, lambda config: foreign + check_sd(config))
+        (draw_between if config.frames else draw_sd_strips)(config)
     else:
         generate(load_config(family, argv, check))
 

@@ -2087,7 +2087,7 @@ class DreamBoothPairsTrainer:
         """
         config, times = self.config, []
         embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
-        shares = torch.logspace(-2, 2, 17, base=2.0)  # of the trained strength
+        shares = torch.logspace(-2, 2, 9, base=2.0)  # of the trained strength
         misses = torch.zeros(len(shares), dtype=torch.float64)
         span = config.timestep_max - config.timestep_min
         times = [torch.tensor([config.timestep_min + span * part // 6]) for part in (1, 3, 5)]
@@ -2106,7 +2106,7 @@ class DreamBoothPairsTrainer:
         best = int(misses[1:-1].argmin()) + 1
         left, middle, right = misses[best - 1 : best + 2].tolist()
         bend = left - 2 * middle + right
-        place = (best - 8 + (0.5 * (left - right) / bend if bend > 0 else 0.0)) / 4
+        place = (best - 4 + (0.5 * (left - right) / bend if bend > 0 else 0.0)) / 2
         if abs(place) > 1.75:
             log.warning("one whole change is far from the trained strength: train longer")
         return strength * 2.0 ** min(2.0, max(-2.0, place))
