@@ -539,7 +539,7 @@ def to_both(
     return {f: measure(edited, things[kind]) for f, kind in pairs.items() if kind in things}
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+def signal_to_noise(a: torch.Tensor, b: torch.Tensor) -> float:
     """Peak signal to noise ratio of two (3, H, W) in 0..1, dB; at most 100, which is equality."""
     error = (a - b).square().mean().item()
     return -10 * math.log10(max(error, 1e-10))
@@ -801,7 +801,7 @@ def load_measure(tool: str, config: Config, device: torch.device) -> Measure:
             {"gain": gain(*(s.pixels[k] for k in kinds))} if len(s.images) == 3 else {}
             for s in shots
         ]
-    pair = load_lpips(device) if tool == "lpips" else {"psnr": psnr, "ssim": ssim}[tool]
+    pair = load_lpips(device) if tool == "lpips" else {"psnr": signal_to_noise, "ssim": ssim}[tool]
     return lambda shots: [to_both(tool, shot.pixels, pair) for shot in shots]
 
 

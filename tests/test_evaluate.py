@@ -93,13 +93,13 @@ def test_psnr_and_ssim_are_those_of_scikit_image(kind):
         sigma=1.5,
         use_sample_covariance=False,
     )
-    assert evaluate.psnr(unit(a), unit(b)) == pytest.approx(psnr, abs=1e-4)
+    assert evaluate.signal_to_noise(unit(a), unit(b)) == pytest.approx(psnr, abs=1e-4)
     assert evaluate.ssim(unit(a), unit(b)) == pytest.approx(ssim, abs=1e-6)
 
 
 def test_equal_pictures_have_figures_that_json_can_hold():
     a = unit(noise(0))
-    assert evaluate.psnr(a, a) == 100 and evaluate.ssim(a, a) == pytest.approx(1)
+    assert evaluate.signal_to_noise(a, a) == 100 and evaluate.ssim(a, a) == pytest.approx(1)
 
 
 def test_a_picture_smaller_than_the_window_has_no_ssim():
