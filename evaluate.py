@@ -158,7 +158,9 @@ class Config(Section):
 # --- 2. pictures: find and match ------------------------------------------------------------------
 
 NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
-RESULT = re.compile(rf"(?P<name>.+?)(?:_seed(?P<seed>\d+))?(?:_scale(?P<scale>{NUMBER}))?")
+RESULT = re.compile(
+    rf"(?P<name>.+?)(?:_prompt\d+)?(?:_seed(?P<seed>\d+))?(?:_scale(?P<scale>{NUMBER}))?"
+)
 TREE = re.compile(  # generate.py with the YAML of train_pairedit.py
     rf"(?P<run>.*?)/?origin/(?P<seed>\d+)/\d+_(?P<head>[^/]+)_scale(?P<scale>{NUMBER})_(?P<end>.+)"
 )
@@ -182,6 +184,11 @@ class Result(NamedTuple):
         """What it is an example of."""
         scale = "" if self.scale is None else f"scale {self.scale:g}"
         return f"{self.series} {scale}".strip() or "edited"
+
+    @property
+    def strip(self) -> tuple[Any, ...]:
+        """What it shares with its picture at scale 0."""
+        return self.series, self.name, self.seed, self.prompt
 
     @property
     def given(self) -> set[str]:
@@ -302,7 +309,7 @@ def match(config: Config, rows: Sequence[Result]) -> tuple[list[Result], list[st
         "after": by_stem(config.after_dir, config.after_suffix) if config.after_dir else None,
         "mask": by_stem(config.mask_dir) if config.mask_dir else None,
     }
-    base = {(row.series, row.name, row.seed): row.edited for row in rows if row.scale == 0}
+    base = {row.strip: row.edited for row in rows if row.scale == 0}
     references = {row.name: row.before for row in rows if row.before}
     lost: dict[str, list[str]] = {}
     matched = []
@@ -311,12 +318,11 @@ def match(config: Config, rows: Sequence[Result]) -> tuple[list[Result], list[st
         if lacking := [k for k, path in own.items() if not path]:
             lost.setdefault(lacking[0], []).append(row.name)
             continue
-        row = row._replace(**own)  # type: ignore[arg-type]
+        strip, row = row.strip, row._replace(**own)  # type: ignore[arg-type]
         beside = row.after and row.after.with_suffix(".txt")
         if not row.prompt and beside and beside.is_file():
             row = row._replace(prompt=beside.read_text(encoding="utf-8-sig").strip())
-        before = row.before or references.get(row.name)
-        before = before or base.get((row.series, row.name, row.seed))
+        before = row.before or references.get(row.name) or base.get(strip)
         matched.append(row._replace(before=before))
     notes = []
     for kind, names in lost.items():
@@ -777,7 +783,7 @@ def clip_figures(shots: Sequence[Shot], clip: Clip) -> list[Figures]:
 
 
 def dino_figures(shots: Sequence[Shot], dino: Dino) -> list[Figures]:
-    """Dino."""
+    """Cosines of DINO."""
     vectors = dino.embed([image for shot in shots for image in shot.images.values()])
     return [to_both("dino", found, cosine) for found in by_shot(shots, vectors)]
 
@@ -1030,6 +1036,9 @@ def evaluate(config: Config) -> None:
     measures, skipped = load_measures(config, rows, device)
     figures = measure_rows(config, rows, measures, device)
     columns = means_by_column(rows, figures)
+    there = {FIGURES[name].metric for own in figures for name in own}
+    undefined = [name for name in config.metrics if name not in {*there, *skipped}]
+    skipped |= dict.fromkeys(undefined, "undefined for all pictures: too small, or nothing changed")
     ranking = rank(columns)
     records = [record(row, own) for row, own in zip(rows, figures, strict=True)]
     report: dict[str, Any] = {

@@ -383,6 +383,9 @@ def test_the_tree_of_sliders_is_read_and_runs_are_columns(tmp_path):
     curve = report["curve"]
     assert (curve["strength"], curve["content"]) == ("change", "change_outside")
     assert len(curve["series"]) == 2 and all(len(p) == 3 for p in curve["series"].values())
+    assert report["skipped"].keys() == {"gain", "lpips", "dino"} | {
+        name for name in evaluate.METRICS if name.startswith("clip")
+    }
     (matched,) = curve["matched"]  # as far as the weaker of the two goes
     assert matched["strength"] == pytest.approx(60 / 255 / 2**0.5, abs=0.01)
 
@@ -391,6 +394,14 @@ def test_seeds_are_told_apart_and_each_has_its_own_scale_0(tmp_path):
     for seed in (0, 1):
         for scale in ("-1", "0", "0.5"):
             save(tmp_path / f"a_seed{seed}_scale{scale}.png", noise(seed))
+    for k, prompt in enumerate(("old", "young")):
+        for scale in (0, 1):
+            about = {"seed": 0, "position": scale, "prompt": prompt}
+            save(tmp_path / f"prompts/b_prompt{k}_scale{scale}.png", noise(k), about)
+    prompts, _, _ = evaluate.find_comparisons(Config(results=[str(tmp_path / "prompts")]))
+    assert {r.name for r in prompts} == {"b"} and len({r.before for r in prompts}) == 2
+    assert all(str(r.before)[:-5] == str(r.edited)[:-5] for r in prompts)
+    (tmp_path / "prompts").rename(tmp_path / ".prompts")
     config = Config(results=[str(tmp_path)])
     rows, notes, problems = evaluate.find_comparisons(config)
     assert not notes and not problems
