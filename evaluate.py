@@ -886,11 +886,8 @@ def rank(columns: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Columns, best first, by the first figure of RANKED_BY that all of them have."""
     name = first_shared(RANKED_BY, [column["means"] for column in columns.values()])
     if not name:
-        return {
-            "by": None,
-            "columns": list(columns),
-            "why": f"wanted one of {RANKED_BY} in all columns",
-        }
+        why = f"all columns need one of {', '.join(RANKED_BY)}"
+        return {"by": None, "columns": list(columns), "why": why}
     better = FIGURES[name].better
     order = sorted(columns, key=lambda column: -better * columns[column]["means"][name])
     return {"by": name, "columns": order}
@@ -985,8 +982,8 @@ def draw_curve(axes: Any, found: dict[str, Any]) -> None:
         for point in points:
             at = point["strength"], point["content"]
             axes.annotate(f"{point['scale']:g}", at, (4, 4), textcoords="offset points", fontsize=8)
-    for match_ in found["matched"]:
-        axes.axvline(match_["strength"], color="gray", linestyle=":", linewidth=1)
+    for line in found["matched"]:
+        axes.axvline(line["strength"], color="gray", linestyle=":", linewidth=1)
     axes.set_xlabel(f"edit strength ({found['strength']})")
     axes.set_ylabel(
         f"content change ({found['content'].replace('dino_before', '1 - dino_before')})"
@@ -999,7 +996,7 @@ def draw_curve(axes: Any, found: dict[str, Any]) -> None:
 
 def draw_bars(axes: Any, name: str, columns: dict[str, dict[str, Any]], order: list[str]) -> None:
     """The mean of one figure, a bar per column."""
-    values = [columns[title]["means"].get(name, 0.0) for title in order]
+    values = [columns[title]["means"].get(name, math.nan) for title in order]
     bars = axes.barh(range(len(order)), values)
     axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
     axes.set_yticks(range(len(order)), order, fontsize=8)
@@ -1013,8 +1010,9 @@ def draw_report(path: Path, columns: dict[str, dict[str, Any]], report: dict[str
     """PNG: the curve, if there is one, and four means as bars."""
     from matplotlib.figure import Figure as Canvas  # no window: savefig draws with Agg
 
-    there = [n for n in (*SHOWN, *FIGURES) if any(n in c["means"] for c in columns.values())]
-    a, b, c, d = [*dict.fromkeys(there), ".", ".", ".", "."][:4]
+    given = {name for column in columns.values() for name in column["means"]}
+    names = [name for name in dict.fromkeys((*SHOWN, *FIGURES)) if name in given]
+    a, b, c, d = [*names, ".", ".", ".", "."][:4]  # "." leaves a place empty
     left = ["curve"] if "series" in report["curve"] else []
     height = max(5.0, 2 + 0.5 * len(columns))
     canvas = Canvas(figsize=(8 + 5 * len(left), height), layout="constrained")
@@ -1025,6 +1023,22 @@ def draw_report(path: Path, columns: dict[str, dict[str, Any]], report: dict[str
         else:
             draw_bars(axes, name, columns, report["ranking"]["columns"])
     canvas.savefig(path, format="png", dpi=120)
+
+
+def print_summary(report: dict[str, Any]) -> None:
+    """The means, what they are ranked by, what the edit costs."""
+    ranking, found = report["ranking"], report["curve"]
+    print(f"\n{table(report['columns'], ranking)}")
+    if ranking["by"]:
+        print(f"best first, by {ranking['by']}: {FIGURES[ranking['by']].text}")
+    if "why" in found and any(column["scale"] is not None for column in report["columns"].values()):
+        print(f"no curve: {found['why']}")
+    for point in found.get("matched", []):
+        cells = [f"{n or 'all'} {v:.4g}" for n, v in point["content"].items() if v is not None]
+        print(
+            f"content change ({found['content']}) at strength {point['strength']:.3g}"
+            f" ({found['strength']}): {', '.join(cells) or 'not reached'}"
+        )
 
 
 def evaluate(config: Config) -> None:
@@ -1039,13 +1053,12 @@ def evaluate(config: Config) -> None:
     there = {FIGURES[name].metric for own in figures for name in own}
     undefined = [name for name in config.metrics if name not in {*there, *skipped}]
     skipped |= dict.fromkeys(undefined, "undefined for all pictures: too small, or nothing changed")
-    ranking = rank(columns)
     records = [record(row, own) for row, own in zip(rows, figures, strict=True)]
     report: dict[str, Any] = {
         "settings": config.model_dump(mode="json"),
         "figures": {name: figure._asdict() for name, figure in FIGURES.items()},
         "columns": columns,
-        "ranking": ranking,
+        "ranking": rank(columns),
         "curve": curve(columns, config.strengths),
         "skipped": skipped,
         "notes": notes,
@@ -1056,17 +1069,7 @@ def evaluate(config: Config) -> None:
     save_atomic(folder / "evaluation.json", lambda f: f.write_text(text, encoding="utf-8"))
     save_atomic(folder / "evaluation.csv", lambda f: write_csv(f, records))
     save_atomic(folder / "evaluation.png", lambda f: draw_report(f, columns, report))
-    print(f"\n{table(columns, ranking)}")
-    if "why" in report["curve"] and any(row.scale is not None for row in rows):
-        print(f"no curve: {report['curve']['why']}")
-    if ranking["by"]:
-        print(f"best first, by {ranking['by']}: {FIGURES[ranking['by']].text}")
-    for point in report["curve"].get("matched", []):
-        cells = [f"{n or 'all'} {v:.4g}" for n, v in point["content"].items() if v is not None]
-        print(
-            f"content change ({report['curve']['content']}) at strength {point['strength']:.3g}"
-            f" ({report['curve']['strength']}): {', '.join(cells) or 'not reached'}"
-        )
+    print_summary(report)
     print(f"results: {folder / 'evaluation.json'} (.csv, .png)")
 
 
