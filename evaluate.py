@@ -941,7 +941,8 @@ def at_strength(points: Sequence[dict[str, float]], strength: float) -> float | 
 def table(columns: dict[str, dict[str, Any]], ranking: dict[str, Any]) -> str:
     """Means as text, best column first."""
     there = {name for column in columns.values() for name in column["means"]}
-    names = [n if n in there else f"{n}_before" for n in SHOWN]
+    instead = {"gain": "change"}
+    names = [n if n in there else instead.get(n, f"{n}_before") for n in SHOWN]
     names = [name for name in names if name in there]
     lines = [["", "pictures", *names]]
     for title in ranking["columns"]:
