@@ -618,7 +618,9 @@ def read_wandb(folder):
 
 
 def offline(monkeypatch):
-    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("ERROR_REPORTING", "false")):
+    settings = {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}
+    settings |= {"_DISABLE_STATS": "true", "_SERVICE_WAIT": "120"}  # s; the machine may be busy
+    for name, value in settings.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
 
 
