@@ -592,8 +592,10 @@ def read_board(folder):
 
 def read_wandb(folder):
     """The same of the one offline run of Weights & Biases in a folder (LevelDB's log format)."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its service process has written everything
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
     data, at, record = file.read_bytes(), 7, b""
     scalars, images = {}, {}
