@@ -1,4 +1,4 @@
-"""Apply LoRAs: edits with Qwen-Image-Edit, sliders with FLUX.1. Pictures, strips, folders, tables.
+"""Apply LoRAs: edits with Qwen-Image-Edit, sliders with FLUX.1, changes with Stable Diffusion 1.x.
 
 Page: docs/generate.md
 
@@ -20,8 +20,15 @@ FLUX.1:
     ... --lora A.safetensors:0.8 --lora B.safetensors:1:10   # FILE:scale:skip
     ... --image photo.png                     # edit a photo, without training on it
 
-Qwen runs through the diffusers pipelines and load_lora_weights; FLUX.1 through a few functions that
-share the steps before the slider acts and draw all its positions as one batch. A finished picture
+Stable Diffusion 1.x:
+
+    python generate.py --pretrained_model_name_or_path DIR --lora FILE --prompt "a person" \\
+        --scales=-1,0,1 --seed 0,1 --output strip.png
+    ... --image photo.png                     # change a photo; or --input_dir, --output_dir
+
+Qwen and Stable Diffusion run through the diffusers pipelines and load_lora_weights, FLUX.1 through
+a few functions that share the steps before the slider acts and draw all its positions as one batch;
+photos through functions of their own. A finished picture
 whose settings are the same is not made again, so a stopped run goes on where it was.
 
 Shapes (FLUX.1): B samples, H W pixels, h w latents (H/8 W/8, C = 16 channels), S = (h/2)(w/2) image
@@ -39,6 +46,7 @@ import difflib
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -198,6 +206,66 @@ class StripConfig(FluxConfig):
     """The picture (PNG); with several scales or seeds: the strip, single pictures beside it."""
     output_dir: Path | None = None
     """input_dir: folder of the pictures and of contact_sheet.png."""
+
+    @field_validator("seed", "scales", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """ "0,1,2" -> ["0", "1", "2"], alone or in a list."""
+        parts = value if isinstance(value, list) else [value]
+        if value is None:
+            return None
+        return [p for part in parts for p in (part.split(",") if isinstance(part, str) else [part])]
+
+
+class SDConfig(Section):
+    """generate.py with a Stable Diffusion 1.x checkpoint: states of a change, also of photos."""
+
+    pretrained_model_name_or_path: str
+    """Folder in diffusers layout, or a Hub id."""
+    lora: list[str] = []
+    """LoRA file (diffusers, PEFT or kohya), or FILE:scale; repeat the flag for several."""
+    scales: list[float] | None = None
+    """Strip: every LoRA's scale times each of these, e.g. -1,0,1; 0 is the base model."""
+    prompt: list[str] = []
+    """Repeat the flag for several; of a photo: what it shows. []: what the LoRA was trained on."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    seed: list[int] = [0]
+    """Seed, or several: 0,1,2. Drawn on the CPU: the same picture on every device."""
+    num_inference_steps: int = Field(50, ge=1, le=500)
+    """DDIM steps."""
+    guidance_scale: float | None = Field(None, ge=1)
+    """Classifier-free guidance; 1 is none. null: 7.5, on photos 1."""
+    resolution: int | None = Field(None, ge=64, multiple_of=64)
+    """Side of the square whose area the pictures get, px; photos keep their aspect (buckets).
+    null: what the LoRA was trained with, else 512."""
+    height: int | None = Field(None, ge=32, multiple_of=8)
+    """px; null: by resolution and the photo's aspect."""
+    width: int | None = Field(None, ge=32, multiple_of=8)
+    """px; see height."""
+    batch_size: int = Field(4, ge=1)
+    """Seeds, prompts or photos of one size that are drawn at once."""
+    image: list[Path] = []
+    """Photo to change."""
+    input_dir: Path | None = None
+    """Change every picture of this folder."""
+    inversion: Literal["ddpm", "ddim"] = "ddpm"
+    """How a photo becomes noise: ddpm (edit-friendly) gets more of the change, ddim is smoother
+    and draws nothing by chance."""
+    skip: float = Field(0.2, ge=0, lt=1)
+    """Photos: share of the steps left out at the noisy end; more keeps more of the photo."""
+    restore_detail: bool = False
+    """Photos: add what the VAE loses, photo - decode(encode(photo)), to every result."""
+    mask: Path | None = None
+    """Photo: what is white here may change, the rest stays (grey: partly)."""
+    output: Path | None = None
+    """The picture (PNG); with several scales, seeds or prompts: the strip, pictures beside it."""
+    output_dir: Path | None = None
+    """input_dir: folder of the pictures and of contact_sheet.png."""
+    device: str | None = None
+    """cuda, cpu, mps ...; null: the fastest there is."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """null: bf16, on a CPU fp32. The VAE is always fp32."""
 
     @field_validator("seed", "scales", mode="before")
     @classmethod
@@ -896,7 +964,7 @@ def load_pipeline(config: Config) -> Any:
     return pipeline
 
 
-def set_scales(pipeline: Any, config: Config, times: float) -> None:
+def set_scales(pipeline: Any, config: Config | SDConfig, times: float) -> None:
     """Every LoRA at its own scale times `times`; 0 is the bare base model."""
     if not config.lora:
         return
@@ -1904,7 +1972,11 @@ def flux_buckets(resolution: int) -> list[tuple[int, int]]:
 
 
 @functools.cache  # asked for by the check and by the drawing; a photo is decoded once
-def photo_size(photo: Path | None, resolution: int) -> tuple[int, int]:
+def photo_size(
+    photo: Path | None,
+    resolution: int,
+    sizes: Callable[[int], list[tuple[int, int]]] = flux_buckets,
+) -> tuple[int, int]:
     """(W, H) px of what is drawn: a photo's bucket, else the square. Raises UserError."""
     if not photo:
         return resolution, resolution
@@ -1914,7 +1986,7 @@ def photo_size(photo: Path | None, resolution: int) -> tuple[int, int]:
         raise UserError(f"no picture {photo}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"picture {photo} cannot be read: {error}") from error
-    return nearest_bucket(image.width, image.height, resolution, flux_buckets)
+    return nearest_bucket(image.width, image.height, resolution, sizes)
 
 
 def parse_slider(text: str) -> tuple[Path, float, float | None]:
@@ -1933,12 +2005,11 @@ def attempt(problems: list[str], default: Any, function: Callable[..., Any], *ar
         return default
 
 
-def check_strip_ways(config: StripConfig) -> list[str]:
-    """Problems of settings that do not go together."""
-    output, folder, lora = config.output, config.input_dir, config.lora
-    blend = config.compose == "blend" or (config.compose is None and config.inversion_lora)
+def wrong_places(config: StripConfig | SDConfig) -> dict[str, Any]:
+    """{problem: whether it is there} of what to draw and where results go."""
+    output, folder = config.output, config.input_dir
     not_png = output and output.suffix.lower() != ".png"
-    wrong = {
+    return {
         "give one of --image and --input_dir": config.image and folder,
         "--input_dir needs --output_dir": folder and not config.output_dir,
         "--output_dir goes with --input_dir": config.output_dir and not folder,
@@ -1948,7 +2019,15 @@ def check_strip_ways(config: StripConfig) -> list[str]:
         f"--input_dir: no folder {folder}": folder and not folder.is_dir(),
         "give both --height and --width, or none": bool(config.height) != bool(config.width),
         "--scales is empty": config.scales == [],
-        "--scales needs a --lora": config.scales and not lora,
+        "--scales needs a --lora": config.scales and not config.lora,
+    }
+
+
+def check_strip_ways(config: StripConfig) -> list[str]:
+    """Problems of settings that do not go together."""
+    folder, lora = config.input_dir, config.lora
+    blend = config.compose == "blend" or (config.compose is None and config.inversion_lora)
+    wrong = wrong_places(config) | {
         "--compose needs a --lora": config.compose and not lora,
         "a photo needs a --lora to be edited with": (
             (config.image or folder) and not lora and not config.inversion_lora
@@ -1974,7 +2053,7 @@ def parse_sliders(config: StripConfig) -> tuple[tuple[Slider, ...], list[str]]:
     return tuple(sliders), problems
 
 
-def find_photos(config: StripConfig) -> tuple[dict[str, Path | None], list[str]]:
+def find_photos(config: StripConfig | SDConfig) -> tuple[dict[str, Path | None], list[str]]:
     """{name of the results: photo or None}, and problems."""
     if config.input_dir and config.input_dir.is_dir():
         found = list_images(config.input_dir)
@@ -2168,10 +2247,15 @@ def check_sliders(config: FluxConfig) -> list[str]:
         if not 0 <= start < steps:
             text = f"skip: the slider would act from step {start}, but there are 0..{steps - 1}"
             problems.append(text)
+    return problems + check_strip_files(strips)
+
+
+def check_strip_files(strips: Sequence[Strip]) -> list[str]:
+    """Results must not meet each other or overwrite a photo; their folder must be writable."""
     seen = Counter(file.resolve() for strip in strips for file in strip.files)
     seen += Counter(strip.resolve() for strip in {strip.sheet for strip in strips if strip.sheet})
     photos = {strip.photo.resolve() for strip in strips if strip.photo}
-    problems += [f"two results are called {path}" for path, count in seen.items() if count > 1]
+    problems = [f"two results are called {path}" for path, count in seen.items() if count > 1]
     problems += [f"{path} would be overwritten: it is a photo" for path in photos & set(seen)]
     problems += [
         f"{path} is a folder; wanted the name of a picture" for path in seen if path.is_dir()
@@ -2344,13 +2428,572 @@ def write_strip_sheet(sheet: Path, strips: Sequence[Strip], settings: Any) -> No
     print(f"sheet: {sheet}")
 
 
-# --- 10. main -------------------------------------------------------------------------------------
+# --- 10. Stable Diffusion: what to draw, checked before the model loads ---------------------------
 
 
-def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
-    """By the settings, else by the checkpoint: Qwen-Image-Edit, or one of two ways for FLUX.1."""
+def sd_buckets(resolution: int) -> list[tuple[int, int]]:
+    """Sizes (W, H) as in train_dreambooth_pairs.py: the UNet halves its latents three times."""
+    widths = range(64, 2 * resolution + 1, 64)
+    sizes = [(w, round(resolution**2 / w / 64) * 64) for w in widths]
+    return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
+
+
+def with_lora_wishes(config: SDConfig) -> SDConfig:
+    """What is not given is what the LoRA files say about their training, else the usual."""
+    about: dict[str, Any] = {}
+    for text in reversed(config.lora):
+        with contextlib.suppress(ValueError):  # which the check of the files will tell
+            about |= read_lora_about(parse_lora(text)[0])
+    photo = bool(config.image or config.input_dir)
+    prompt = about.get("instance_prompt") or ("" if photo else None)
+    update = {
+        "resolution": config.resolution or about.get("resolution", 512),
+        "guidance_scale": config.guidance_scale or (1.0 if photo else 7.5),
+        "prompt": config.prompt or ([prompt] if prompt is not None else []),
+    }
+    return config.model_copy(update=update)
+
+
+def plan_sd(config: SDConfig) -> tuple[list[Strip], list[str]]:
+    """A strip for each photo or prompt and seed, and what is wrong with the files."""
+    photos, problems = find_photos(config)
+    positions = tuple(config.scales or ([1.0] if config.lora else [0.0]))
+    prompts, seeds, side = config.prompt, config.seed, config.resolution or 512
+    several = len(photos) * len(prompts) * len(seeds) * len(positions) > 1
+    folder = config.output_dir or (config.output or Path()).parent
+    strips = []
+    for name, photo in photos.items():
+        size = attempt(problems, (side, side), photo_size, photo, side, sd_buckets)
+        size = (config.width, config.height) if config.width and config.height else size
+        for k, seed in itertools.product(range(len(prompts)), seeds):
+            stem = name + (f"_prompt{k}" if len(prompts) > 1 else "")
+            stem += f"_seed{seed}" if len(seeds) > 1 else ""
+            ends = [f"_scale{p:g}" if config.scales else "" for p in positions]
+            sheet = (config.output or folder / "contact_sheet.png") if several else None
+            strips.append(
+                Strip(
+                    caption=f"{name}, seed {seed}: {prompts[k]}",
+                    prompt=prompts[k],
+                    seed=seed,
+                    size=size,
+                    positions=positions,
+                    files=tuple(folder / f"{stem}{end}.png" for end in ends),
+                    sheet=sheet,
+                    sliders=(),
+                    photo=photo,
+                )
+            )
+    return strips, problems
+
+
+def check_sd_ways(config: SDConfig) -> list[str]:
+    """Problems of settings that do not go together; of a config with its LoRA's wishes."""
+    photo, given = bool(config.image or config.input_dir), config.model_fields_set
+    steps, mask = config.num_inference_steps, config.mask
+    lone = sorted(given & {"inversion", "skip", "restore_detail"})
+    wrong = wrong_places(config) | {
+        "--image: one photo; --input_dir takes many": len(config.image) > 1,
+        "a photo needs a --lora to be changed with": photo and not config.lora,
+        "no prompt: --prompt, or a LoRA that says its own": not config.prompt,
+        "--prompt: one for photos": photo and len(config.prompt) > 1,
+        f"{', '.join(lone)}: only photos are inverted": lone and not photo,
+        "--mask goes with --image": mask and not config.image,
+        f"--mask: no file {mask}": mask and not mask.is_file(),
+        "--seed: several, but ddim inversion draws nothing": (
+            photo and config.inversion == "ddim" and len(config.seed) > 1
+        ),
+        "--negative_prompt needs guidance: --guidance_scale above 1": (
+            config.negative_prompt and config.guidance_scale == 1
+        ),
+        f"--skip {config.skip}: leaves none of {steps} steps": round(config.skip * steps) == steps,
+    }
+    return [text for text, applies in wrong.items() if applies]
+
+
+def check_mask(config: SDConfig) -> list[str]:
+    """The mask must be readable and as large as the photo."""
+    if not (config.mask and config.mask.is_file() and config.image):
+        return []
+    try:
+        sizes = {path: open_rgb(path).size for path in (config.image[0], config.mask)}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return [f"--mask {config.mask}, or the photo, cannot be read: {error}"]
+    text = ", ".join(f"{path} is {w} x {h} px" for path, (w, h) in sizes.items())
+    return [f"--mask must have the photo's size: {text}"] if len(set(sizes.values())) > 1 else []
+
+
+def check_base(name: str) -> list[str]:
+    """Problems of the base model: no such folder, another kind, parts missing."""
+    try:
+        kind = read_model_json(name, "model_index.json").get("_class_name")
+        scheduler = read_model_json(name, "scheduler/scheduler_config.json")
+    except UserError as error:
+        return [f"pretrained_model_name_or_path: {error}"]
+    if kind != "StableDiffusionPipeline":
+        return [f"pretrained_model_name_or_path: {name} is a {kind}; wanted Stable Diffusion 1.x"]
+    if scheduler.get("prediction_type", "epsilon") != "epsilon":
+        kind = scheduler["prediction_type"]
+        return [f"pretrained_model_name_or_path: {name} predicts {kind}; wanted epsilon (SD 1.x)"]
+    parts = ("scheduler", "unet", "vae", "text_encoder", "tokenizer")
+    lacking = [part for part in parts if not (Path(name) / part).is_dir()]
+    if Path(name).is_dir() and lacking:
+        return [f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder"]
+    return []
+
+
+def empty_unet(name: str) -> Any:
+    """UNet2DConditionModel without weights."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return diffusers.UNet2DConditionModel.from_config(read_model_json(name, "unet/config.json"))
+
+
+def check_fit(path: Path, unet: Any) -> None:
+    """Every tensor must belong to a layer of the UNet (or the text encoder) and fit its shape.
+
+    Raises:
+        UserError: the first three that do not.
+    """
+    import diffusers
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    try:
+        tensors, _ = diffusers.StableDiffusionPipeline.lora_state_dict(
+            str(path), use_safetensors=True
+        )
+        tensors = {n: x for n, x in tensors.items() if not n.startswith("text_encoder.")}
+        found = {name.removeprefix("unet."): tensor for name, tensor in tensors.items()}
+        if found and not any(".lora_A." in name for name in found):
+            found = convert_unet_state_dict_to_peft(found)
+    except Exception as error:  # converters raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"LoRA {path} cannot be read: {reason}") from error
+    layers = dict(unet.named_modules())
+    wrong = []
+    for name, tensor in found.items():
+        layer, _, end = name.rpartition(".lora_")
+        wanted = getattr(layers.get(layer), "weight", None)
+        axis = {"A.weight": 1, "B.weight": 0}.get(end)  # in, out
+        if wanted is None or axis is None:
+            wrong.append(f"{name}: no such layer")
+        elif tensor.shape[axis] != wanted.shape[axis]:
+            wrong.append(f"{name}: {tensor.shape[axis]}, here it is {wanted.shape[axis]}")
+    if wrong:
+        raise UserError(
+            f"LoRA {path}: {len(wrong)} tensors do not fit this UNet\n{listed(wrong, 3)}"
+        )
+
+
+def check_sd_loras(config: SDConfig, known: bool) -> list[str]:
+    """Problems of LoRA files: missing, damaged, (`known` model:) made for another model."""
+    problems: list[str] = []
+    unet = empty_unet(config.pretrained_model_name_or_path) if known else None
+    for text in config.lora:
+        path, scale = parse_lora(text)
+        if not math.isfinite(scale):
+            problems.append(f"--lora {text}: wanted a number after the colon")
+        if path.suffix == ".safetensors" and not path.exists():
+            there = sorted(file.name for file in path.parent.glob("*.safetensors"))
+            problems.append(f"no LoRA file {path}{nearest(path.name, there)}")
+            continue
+        try:
+            read_lora_about(path)
+            if unet is not None:
+                check_fit(path, unet)
+        except (UserError, ValueError) as error:
+            problems.append("; ".join(line.strip(" -") for line in str(error).splitlines()))
+    return problems
+
+
+def check_sd(config: SDConfig) -> list[str]:
+    """Problems that can be seen without a model's weights."""
+    config = with_lora_wishes(config)
+    problems = check_sd_ways(config) + check_mask(config)
+    problems += check_device("--device", config.device)
+    unknown = check_base(config.pretrained_model_name_or_path)
+    problems += unknown + check_sd_loras(config, not unknown)
+    strips, unfound = plan_sd(config)
+    return list(dict.fromkeys(problems + unfound + check_strip_files(strips)))
+
+
+# --- 11. Stable Diffusion: drawing ----------------------------------------------------------------
+
+
+SDPredict = Callable[[torch.Tensor, int], torch.Tensor]
+"""(latents (B, 4, h, w), timestep) -> noise (B, 4, h, w)"""
+
+
+class Levels(NamedTuple):
+    """Noise levels from noisy to clean: N timesteps, N + 1 alphas_cumprod, the last one t = 0's.
+
+    KEEP alphas_cumprod[0] at the end, not 1: the last step of DDPM needs a variance above 0.
+    """
+
+    timesteps: list[int]
+    alphas: list[float]
+
+
+def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
+    """Those of DDIM without the first `skip` (share) of them."""
+    import diffusers
+
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[round(skip * steps) :].tolist()
+    table = scheduler.alphas_cumprod.double()
+    return Levels(timesteps, [*table[timesteps].tolist(), table[0].item()])
+
+
+def step_mean(
+    x: torch.Tensor, noise: torch.Tensor, alpha: float, following: float, eta: float
+) -> torch.Tensor:
+    """Mean of the next latents; alpha, following: alphas_cumprod now (a) and after the step (a').
+
+    sqrt(a') x0 + sqrt(1 - a' - s^2) e with x0 = (x - sqrt(1 - a) e) / sqrt(a) and
+    s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); eta 0 is DDIM, 1 DDPM (Song et al. 2020, arXiv
+    2010.02502, eq. 12 and 16). With eta 0 also a step towards more noise.
+    """
+    clean = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
+    variance = eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
+    return math.sqrt(following) * clean + math.sqrt(1 - following - variance) * noise
+
+
+def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> list[torch.Tensor]:
+    """The photo at every level, sqrt(a) x + sqrt(1 - a) e, with noise of its own; then the photo.
+
+    photo (B, 4, h, w), noises (N, B, 4, h, w). Edit-friendly inversion (Huberman-Spiegelglas et
+    al. 2023, arXiv 2304.06140): independent noises make the steps' residuals large, so they carry
+    the photo's layout through an edit.
+    """
+    alphas = levels.alphas[:-1]
+    noisy = [
+        math.sqrt(a) * photo + math.sqrt(1 - a) * e for a, e in zip(alphas, noises, strict=True)
+    ]
+    return [*noisy, photo]
+
+
+def ddim_path(photo: torch.Tensor, levels: Levels, predict: SDPredict) -> list[torch.Tensor]:
+    """The photo at every level by DDIM's steps backwards, then the photo (B, 4, h, w).
+
+    KEEP: the noise is asked for at the timestep that the step leads to (Dhariwal & Nichol 2021).
+    """
+    path = [photo]
+    for k in reversed(range(len(levels.timesteps))):
+        noise = predict(path[0], levels.timesteps[k])
+        path.insert(0, step_mean(path[0], noise, levels.alphas[k + 1], levels.alphas[k], 0.0))
+    return path
+
+
+def path_means(
+    path: Sequence[torch.Tensor], levels: Levels, predict: SDPredict, eta: float
+) -> list[torch.Tensor]:
+    """Where every step from the path leads by itself; path[k + 1] - means[k] is its residual."""
+    return [
+        step_mean(path[k], predict(path[k], t), levels.alphas[k], levels.alphas[k + 1], eta)
+        for k, t in enumerate(levels.timesteps)
+    ]
+
+
+def follow_path(
+    path: Sequence[torch.Tensor],
+    means: Sequence[torch.Tensor],
+    levels: Levels,
+    predict: SDPredict,
+    eta: float,
+    mask: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """Edited latents: from the path's first ones with the path's own residuals.
+
+    x' = mean(x) + (path' - mean(path)). Of a DDPM path these residuals are s z of the edit-friendly
+    inversion; of a DDIM path they are its errors. With the predictor of the path the path itself
+    comes out, whatever the guidance. mask (1, 1, h, w): where it is 0 the path is kept.
+    """
+    x = path[0]
+    for k, t in enumerate(levels.timesteps):
+        mean = step_mean(x, predict(x, t), levels.alphas[k], levels.alphas[k + 1], eta)
+        x = path[k + 1] + mask * (mean - means[k])
+    return x
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """dB between two pictures in [-1, 1]; 200 at most."""
+    error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean().item()
+    return 200.0 if error < 4e-20 else 10 * math.log10(4 / error)
+
+
+def load_sd_vae(folder: Path, device: torch.device) -> Any:
+    """AutoencoderKL in fp32: in fp16 that of SD 1.5 overflows."""
+    import diffusers
+
+    vae_class = diffusers.AutoencoderKL
+    vae = vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_sd(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> latents (B, 4, h, w): posterior mode times the scaling factor."""
+    mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    return mode.float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_sd(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """(B, 4, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
+    return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+
+
+def load_sd(config: SDConfig) -> Any:
+    """StableDiffusionPipeline with DDIM and all LoRAs (named lora0, lora1 ...), on its device."""
+    import diffusers
+
+    folder = Path(config.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        parts = ("scheduler", "unet", "text_encoder", "vae", "tokenizer")
+        ends = ("config.json", "diffusion_pytorch_model.safetensors", "model.safetensors")
+        names = [f"{part}/{end}" for part in parts for end in ends]
+        folder = fetch_checkpoint(str(folder), *names, "tokenizer/*", "scheduler/*")
+    device = pick_device(config.device)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        folder,
+        vae=load_sd_vae(folder, device),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        dtype=pick_dtype(config.dtype, device),
+        use_safetensors=True,
+    )
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    for number, text in enumerate(config.lora):
+        load_lora(pipeline, parse_lora(text)[0], f"lora{number}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+class Inverted(NamedTuple):
+    """Photos of one size, and what gives them back."""
+
+    pixels: list[torch.Tensor]  # (1, 3, H, W) each
+    kept: list[torch.Tensor]  # the same of what the VAE keeps: decode(encode(photo))
+    path: list[torch.Tensor]  # N + 1 of (B, 4, h, w), the last one clean
+    means: list[torch.Tensor]  # N; see path_means
+    levels: Levels
+    eta: float
+
+
+class SDPainter:
+    """Stable Diffusion that draws strips, several of one size at once.
+
+    >>> draw, _ = SDPainter(config).open([strip])
+    >>> draw(0.5)[0]  # a PIL image: the first strip at scale 0.5
+    """
+
+    def __init__(self, config: SDConfig) -> None:
+        self.config = config
+        self.pipeline = load_sd(config)
+        self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
+        self.device, self.dtype = self.unet.device, self.unet.dtype
+
+    def open(self, strips: Sequence[Strip]) -> tuple[Callable[[float], list[Any]], list[Any]]:
+        """(scale -> a picture of each strip, what there is to say about each)."""
+        if strips[0].photo:
+            return self.open_photos(strips)
+        return functools.partial(self.draw_texts, strips), [{} for _ in strips]
+
+    @torch.no_grad()
+    def draw_texts(self, strips: Sequence[Strip], scale: float) -> list[Image.Image]:
+        """Pictures of prompts at a scale, by diffusers' pipeline."""
+        set_scales(self.pipeline, self.config, scale)
+        width, height = strips[0].size
+        factor = self.pipeline.vae_scale_factor
+        shape = 1, self.unet.config.in_channels, height // factor, width // factor
+        draws = (torch.Generator().manual_seed(strip.seed) for strip in strips)
+        noise = torch.cat([torch.randn(shape, generator=d, dtype=self.dtype) for d in draws])
+        latents = self.pipeline(
+            [strip.prompt for strip in strips],
+            negative_prompt=[self.config.negative_prompt] * len(strips),
+            latents=noise.to(self.device),
+            height=height,
+            width=width,
+            num_inference_steps=self.config.num_inference_steps,
+            guidance_scale=self.config.guidance_scale,
+            output_type="latent",
+        ).images
+        return [to_image(decode_sd(self.vae, x[None])[0]) for x in latents]
+
+    def predictor(self, prompts: Sequence[str]) -> SDPredict:
+        """Noise for a batch, a prompt each, under guidance, with the LoRAs as they are set now."""
+        scale = self.config.guidance_scale or 1.0
+        negative = [self.config.negative_prompt] * len(prompts)
+        text, empty = self.pipeline.encode_prompt(
+            list(prompts), self.device, 1, scale > 1, negative_prompt=negative
+        )
+        embeds = torch.cat([empty, text]) if scale > 1 else text
+
+        def predict(latents: torch.Tensor, t: int) -> torch.Tensor:
+            x = torch.cat([latents, latents]) if scale > 1 else latents
+            noise = self.unet(x.to(self.dtype), t, encoder_hidden_states=embeds).sample.float()
+            if scale == 1:
+                return noise
+            plain, asked = noise.chunk(2)
+            return plain + scale * (asked - plain)
+
+        return predict
+
+    @torch.no_grad()
+    def invert(self, strips: Sequence[Strip]) -> Inverted:
+        """Photos of one size as noise, with the base model."""
+        config, prompts = self.config, [strip.prompt for strip in strips]
+        levels = sd_levels(self.pipeline.scheduler.config, config.num_inference_steps, config.skip)
+        images = [fit_photo(strip.photo, strip.size) for strip in strips if strip.photo]
+        pixels = [to_pixels(image).to(self.device) for image in images]
+        latents = torch.cat([encode_sd(self.vae, x) for x in pixels])
+        set_scales(self.pipeline, config, 0.0)
+        predict, eta = self.predictor(prompts), float(config.inversion == "ddpm")
+        if eta:
+            steps, shape = range(len(levels.timesteps)), latents.shape[1:]
+            noises = [[normal(shape, s.seed, "invert", k) for s in strips] for k in steps]
+            noise = torch.stack([torch.stack(row) for row in noises]).to(self.device)
+            path = ddpm_path(latents, levels, noise)
+        else:
+            path = ddim_path(latents, levels, predict)
+        means = path_means(path, levels, predict, eta)
+        kept = [decode_sd(self.vae, x[None]) for x in latents]
+        return Inverted(pixels, kept, path, means, levels, eta)
+
+    @torch.no_grad()
+    def edit(
+        self, strips: Sequence[Strip], photos: Inverted, mask: torch.Tensor, scale: float
+    ) -> list[torch.Tensor]:
+        """Pixels (1, 3, H, W) of each photo at a scale; mask (1, 1, H, W) in 0..1."""
+        set_scales(self.pipeline, self.config, scale)
+        predict = self.predictor([strip.prompt for strip in strips])
+        coarse = F.interpolate(mask, photos.path[0].shape[-2:], mode="area")
+        latents = follow_path(photos.path, photos.means, photos.levels, predict, photos.eta, coarse)
+        edited = [decode_sd(self.vae, x[None]) for x in latents]
+        # the decoder looks at the whole picture, so the mask counts for pixels, too
+        return [b + mask * (x - b) for x, b in zip(edited, photos.kept, strict=True)]
+
+    def open_photos(
+        self, strips: Sequence[Strip]
+    ) -> tuple[Callable[[float], list[Any]], list[dict[str, float]]]:
+        """Invert photos -> (scale -> pictures, {"scale0_db", "vae_db"} of each).
+
+        scale0_db: scale 0 against decode(encode(photo)); vae_db: that against the photo.
+        """
+        photos = self.invert(strips)
+        mask = torch.ones_like(photos.pixels[0][:, :1])
+        if self.config.mask:
+            white = to_pixels(fit_photo(self.config.mask, strips[0].size)).to(self.device)
+            mask = (white.mean(1, keepdim=True) + 1) / 2
+
+        def draw(scale: float) -> list[Image.Image]:
+            found = self.edit(strips, photos, mask, scale)
+            if self.config.restore_detail:
+                lost = [a - b for a, b in zip(photos.pixels, photos.kept, strict=True)]
+                found = [x + y for x, y in zip(found, lost, strict=True)]
+            return [to_image(x[0]) for x in found]
+
+        zero = self.edit(strips, photos, mask, 0.0)
+        return draw, [
+            {"scale0_db": round(psnr(x, b), 1), "vae_db": round(psnr(a, b), 1)}
+            for x, a, b in zip(zero, photos.pixels, photos.kept, strict=True)
+        ]
+
+
+def sd_settings(config: SDConfig, strip: Strip, contents: dict[Path, str]) -> list[dict[str, Any]]:
+    """For each picture of a strip all that decides its pixels. contents: hashes of the files."""
+    names = ("negative_prompt", "num_inference_steps", "guidance_scale", "dtype")
+    shared = {
+        "model": config.pretrained_model_name_or_path,
+        "prompt": strip.prompt,
+        "seed": strip.seed,
+        "width": strip.size[0],
+        "height": strip.size[1],
+        **{name: getattr(config, name) for name in names},
+    }
+    if strip.photo:
+        shared |= {
+            "photo": contents[strip.photo],
+            "inversion": config.inversion,
+            "skip": config.skip,
+            "restore_detail": config.restore_detail,
+            "mask": contents[config.mask] if config.mask else None,
+        }
+    loras = [(path, scale) for path, scale in map(parse_lora, config.lora)]
+    return [
+        shared
+        | {
+            "position": position,
+            "loras": [
+                {"file": str(path), "scale": scale * position, "blake2b": contents[path]}
+                for path, scale in loras
+            ],
+        }
+        for position in strip.positions
+    ]
+
+
+def is_made(file: Path, settings: dict[str, Any]) -> bool:
+    """A picture with these settings is there; it may say more about itself."""
+    found = read_settings(file)
+    return found is not None and settings.items() <= found.items()
+
+
+def draw_sd_strips(config: SDConfig) -> None:
+    """Make the pictures that are missing, a batch after another, then the sheet."""
+    config = with_lora_wishes(config)
+    strips, _ = plan_sd(config)
+    files = [parse_lora(text)[0] for text in config.lora]
+    files += [path for path in (config.mask, *(s.photo for s in strips)) if path]
+    contents = {path: hash_file(path) for path in set(files)}
+    plan = [sd_settings(config, strip, contents) for strip in strips]
+    todo: dict[tuple[int, int], list[int]] = {}  # strips with missing pictures, by size
+    missing = 0
+    for number, strip in enumerate(strips):
+        lacking = [not is_made(*pair) for pair in zip(strip.files, plan[number], strict=True)]
+        missing += sum(lacking)
+        if any(lacking):
+            todo.setdefault(strip.size, []).append(number)
+    total = sum(len(strip.files) for strip in strips)
+    print(f"{total} picture(s), {total - missing} already there")
+    painter = SDPainter(config) if missing else None
+    with tqdm(total=missing, desc="generate", unit="picture", disable=not missing) as bar:
+        for numbers in todo.values():
+            for first in range(0, len(numbers), config.batch_size):
+                batch = numbers[first : first + config.batch_size]
+                if painter:
+                    draw_batch(painter, [strips[n] for n in batch], [plan[n] for n in batch], bar)
+    if strips[0].sheet:
+        write_strip_sheet(strips[0].sheet, strips, plan)
+
+
+def draw_batch(painter: SDPainter, strips: Sequence[Strip], plan: Any, bar: Any) -> None:
+    """Strips of one size: what is missing, scale by scale."""
+    draw, about = painter.open(strips)
+    for strip, facts in zip(strips, about, strict=True):
+        if facts:
+            bar.write(
+                f"{strip.photo}: scale 0 is decode(encode(photo)) at {facts['scale0_db']} dB, "
+                f"which is the photo at {facts['vae_db']} dB"
+            )
+    for k, position in enumerate(strips[0].positions):
+        lacking = [n for n, s in enumerate(strips) if not is_made(s.files[k], plan[n][k])]
+        images = draw(position) if lacking else []
+        for n in lacking:
+            save_picture(strips[n].files[k], images[n], plan[n][k] | about[n])
+        bar.update(len(lacking))
+
+
+# --- 12. main -------------------------------------------------------------------------------------
+
+
+def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig] | type[SDConfig]:
+    """By the settings, else by the checkpoint: Qwen-Image-Edit, Stable Diffusion, FLUX.1's two."""
     flat = SliderConfig.model_fields.keys() | TRAINING_ONLY
-    flags = StripConfig.model_fields.keys() | Config.model_fields.keys()
+    flags = flags_of(Config, StripConfig, SDConfig)
     named = given.keys() & {"python_name", "datasets"}
     if named or (given.keys() & flat - flags and not given.keys() & flags - flat):
         return SliderConfig
@@ -2360,18 +3003,37 @@ def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig]:
         kind = PUBLISHED[name].pipeline_class
     with contextlib.suppress(UserError):  # which the check of the settings will tell
         kind = kind or read_model_json(name, "model_index.json").get("_class_name", "")
+    # a model that cannot be read is told by a setting that only one family has
     only_flux = StripConfig.model_fields.keys() - Config.model_fields.keys()
+    only_sd = SDConfig.model_fields.keys() - flags_of(Config, StripConfig)
+    if kind == "StableDiffusionPipeline" or (not kind and given.keys() & only_sd):
+        return SDConfig
     flux = kind == "FluxPipeline" or (not kind and given.keys() & only_flux)
     return StripConfig if flux else Config
 
 
-def check_foreign(given: dict[str, Any]) -> list[str]:
-    """Settings of Qwen-Image-Edit where a FLUX.1 model is given."""
-    flux = StripConfig.model_fields.keys() | SliderConfig.model_fields.keys() | TRAINING_ONLY
-    instead = {"offload": "; base_model_precision makes FLUX.1 smaller"}
+def flags_of(*families: type[Section]) -> set[str]:
+    """Names of all their settings."""
+    return {name for family in families for name in family.model_fields}
+
+
+def check_foreign(given: dict[str, Any], family: type[Section]) -> list[str]:
+    """Settings that belong to another family than the checkpoint's."""
+    known = {
+        "Qwen-Image-Edit": flags_of(Config),
+        "Stable Diffusion": flags_of(SDConfig),
+        "FLUX.1": flags_of(StripConfig, SliderConfig) | TRAINING_ONLY,
+    }
+    own = "Stable Diffusion" if family is SDConfig else "FLUX.1"
+    instead = {"offload": "; base_model_precision makes FLUX.1 smaller"} if own == "FLUX.1" else {}
+    owners = {
+        name: next((owner for owner, names in known.items() if name in names), "")
+        for name in sorted(given.keys() - known[own])
+    }
     return [
-        f"{name}: a setting of Qwen-Image-Edit, not of FLUX.1{instead.get(name, '')}"
-        for name in sorted(given.keys() & Config.model_fields.keys() - flux)
+        f"{name}: a setting of {owner}, not of {own}{instead.get(name, '')}"
+        for name, owner in owners.items()
+        if owner
     ]
 
 
@@ -2380,12 +3042,15 @@ def main() -> None:
     argv = with_named_config(sys.argv[1:])
     given, flags, _ = parse_args(argv, set())
     if "help" in flags:
-        print("\n\n".join(help_text(family) for family in (Config, StripConfig, SliderConfig)))
+        families = (Config, StripConfig, SliderConfig, SDConfig)
+        print("\n\n".join(help_text(family) for family in families))
         return
     family = pick_family(given)
+    foreign = check_foreign(given, family) if family is not Config else []
     if issubclass(family, FluxConfig):
-        foreign = check_foreign(given)
         draw_sliders(load_config(family, argv, lambda config: foreign + check_sliders(config)))
+    elif issubclass(family, SDConfig):
+        draw_sd_strips(load_config(family, argv, lambda config: foreign + check_sd(config)))
     else:
         generate(load_config(family, argv, check))
 

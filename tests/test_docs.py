@@ -16,6 +16,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
@@ -32,7 +33,7 @@ TABLES = {  # page: config classes of its tables, in order
     "train_qwen_edit.md": [train_qwen_edit.Config],
     "train_pairedit.md": [train_pairedit.Config],
     "train_dreambooth_pairs.md": [train_dreambooth_pairs.Config],
-    "generate.md": [generate.Config, generate.StripConfig],
+    "generate.md": [generate.Config, generate.StripConfig, generate.SDConfig],
 }
 SECTIONS = re.compile(r"(<!-- settings -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -82,6 +83,9 @@ def workplace(tmp_path_factory, checkpoints):
     for name in ("age", "smile"):
         tiny.save_sliders(place / "demo/flux_slider_base", place / name)
         shutil.copytree(ROOT / "demo/slider_pairs/age", place / "datasets" / name)
+    tiny.save_sd_lora(checkpoints["sd"], place / "change.safetensors")
+    with Image.open(place / "data/photo_pairs/astronaut0_R.png") as photo:
+        Image.new("L", photo.size, 255).save(place / "mask.png")
     photos = place / "data" / "my_pairs"
     for name in ("before", "after"):
         (photos / name).mkdir(parents=True)
@@ -104,6 +108,16 @@ def environment():
     return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
 
 
+def with_tiny_sd(command, checkpoint, folder):
+    """A command of Stable Diffusion with the tiny checkpoint and few steps."""
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    if "generate.py" in command and base in command:
+        command += " --num_inference_steps 5"
+    if "train_dreambooth_pairs.py" in command and "--help" not in command:
+        command += f" --resolution 64 --max_train_steps 2 --output_dir {folder}"
+    return command.replace(base, str(checkpoint))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
 def test_every_command_runs(page, command, workplace, checkpoints, tmp_path):
@@ -119,10 +133,7 @@ def test_every_command_runs(page, command, workplace, checkpoints, tmp_path):
         command += " --train.max_train_steps 2 --validation.steps null"
         if "resume" not in command and "--print_config" not in command:
             command += f" --logging.output_dir {tmp_path}"
-    if "train_dreambooth_pairs.py" in command and "--help" not in command:
-        base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        command = command.replace(base, str(checkpoints["sd"]))
-        command += f" --resolution 64 --max_train_steps 2 --output_dir {tmp_path}"
+    command = with_tiny_sd(command, checkpoints["sd"], tmp_path)
     if "demo_pairedit" in command:
         command = re.sub(r" --train_iteration \d+", "", command) + f" {FEW_STEPS} --count_gen 1"
     if "train_pairedit.py" in command and not {"--help", "--plan"} & set(command.split()):

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 import demo
+import train_dreambooth_pairs
 import train_pairedit
 
 KINDS = {
@@ -160,3 +161,18 @@ def save_sliders(checkpoint, stem, original=None, seed=0):
     train_pairedit.save_slider(stem.with_suffix(".safetensors"), transformer, "semantic", {})
     train_pairedit.save_original((original or stem).with_suffix(".pt"), transformer, "semantic")
     return stem.with_suffix(".safetensors")
+
+
+def save_sd_lora(checkpoint, file, resolution=64):
+    """A random LoRA on the attention of the UNet, as train_dreambooth_pairs.py writes it."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    board = train_dreambooth_pairs.Switchboard()
+    ends = train_dreambooth_pairs.TARGETS["attention"]
+    train_dreambooth_pairs.add_adapter(unet, board, "change", ends, 4, 4)
+    draw = torch.Generator().manual_seed(0)
+    for layer in train_dreambooth_pairs.adapted_layers(unet, "change").values():
+        for factor in (layer.down["change"], layer.up["change"]):
+            factor.data = torch.randn(factor.shape, generator=draw) * 0.1
+    tensors = train_dreambooth_pairs.adapter_tensors({"unet": unet}, "change", 1.0)
+    about = {"instance_prompt": "a photo of a person", "resolution": resolution}
+    train_dreambooth_pairs.save_lora(file, tensors, about)
