@@ -837,7 +837,7 @@ def draw_sheet(photos: dict[str, dict[str, Image.Image]]) -> Image.Image:
     return sheet
 
 
-# --- 8. pairedit: faces with one continuous attribute ---------------------------------------------
+# --- 8. pairedit, dreambooth: faces with one continuous attribute ---------------------------------
 
 
 class Face(NamedTuple):
@@ -1321,16 +1321,17 @@ def teach_sd_faces(
     latents: torch.Tensor,
     prompts: np.ndarray,
     steps: int,
+    power: float,
 ) -> None:
     """Noise prediction on latents (N, 4, h, w), each with one of the prompts (N, P) true of it.
 
-    Errors count by 1 / alphas_cumprod, half of it by how often a noise level is drawn: colours are
-    decided at the highest ones, where a small error of the noise is a large one of the picture.
+    Errors count by alphas_cumprod^(-2 power), half of it by how often a noise level is drawn:
+    colours are decided at high ones, where a small error of the noise is a large one of the picture.
     """
     with torch.no_grad():
         text, _ = pipeline.encode_prompt(list(AGE_PROMPTS), "cpu", 1, False)  # (P, 77, D)
     noising = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
-    weight = noising.alphas_cumprod**-0.5
+    weight = noising.alphas_cumprod**-power
     weight /= weight.mean()
     unet = pipeline.unet.train()
     optimizer, bar = FlatMuon(unet, 0.04, steps), tqdm(range(steps), "faces")
@@ -1347,12 +1348,12 @@ def teach_sd_faces(
 
 
 def rebuild_sd(
-    output_dir: Path, seed: int = 0, vae_steps: int = 900, face_steps: int = 3200
+    output_dir: Path, seed: int = 0, vae_steps: int = 450, face_steps: int = 1600
 ) -> None:
     """Write the base model of the pairs demo."""
     torch.manual_seed(seed)
     rng = np.random.RandomState(seed)
-    faces = [random_face(rng) for _ in range(12000)]
+    faces = [random_face(rng) for _ in range(8000)]
     drawn = [draw_face(face, PHOTO_PX).astype(np.float32) for face in tqdm(faces, "draw")]
     pixels = stack_pixels(drawn) * 2 - 1
     vae = build_sd_vae()
@@ -1364,7 +1365,9 @@ def rebuild_sd(
     pipeline = build_sd(vae)
     ages = [3 + (face.age > 0.4) for face in faces]
     true_of = [[0, 1, 1, 2, 2, says, says] for says in ages]  # 1 of 7: no prompt
-    teach_sd_faces(rng, pipeline, latents * scaling_factor, np.array(true_of), face_steps)
+    for power in (0.5, 0.25):  # colours, then details
+        prompts = np.array(true_of)
+        teach_sd_faces(rng, pipeline, latents * scaling_factor, prompts, face_steps, power)
     pipeline.to(torch.bfloat16).save_pretrained(output_dir)
     size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
     print(f"{output_dir}: {size / 1e6:.1f} MB")
