@@ -94,8 +94,8 @@ def measure(lora, held_out, folder):
     folder.mkdir()
     scales, seeds = demo.HAIR_SCALES, range(demo.HAIR_COUNT)
     settings = {"lora": [str(lora)], "prompt": [demo.HAIR_PROMPT]}
-    draw(**settings, scales=scales, seed=[*seeds], output=folder / "s.png")
-    draw(**settings, scales=(0.0, 1.0), input_dir=held_out / "before", output_dir=folder)
+    draw(**settings, scales=[*scales], seed=[*seeds], output=folder / "s.png")
+    draw(**settings, scales=[0.0, 1.0], input_dir=held_out / "before", output_dir=folder)
 
     def read(path):
         return demo.to_array(demo.open_photo(path))
