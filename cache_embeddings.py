@@ -59,8 +59,8 @@ def load_script(path: Path) -> ModuleType:
 
 def make_trainer(module: ModuleType, argv: list[str]) -> Any:
     """The script's trainer for this config, audited."""
-    if hasattr(module, "with_named_config"):  # it knows --c NAME
-        argv = module.with_named_config(argv)
+    for name in ("with_named_config", "repeat_flags"):  # it knows --c NAME, or --dirs a b c
+        argv = getattr(module, name, lambda given: given)(argv)
     config = load_config(module.Config, argv, check=module.audit)
     name = next(name for name in vars(module) if name.endswith("Trainer"))
     if hasattr(config, "cache") and not config.cache.use_cache:

@@ -25,6 +25,7 @@ Stable Diffusion 1.x:
     python generate.py --pretrained_model_name_or_path DIR --lora FILE --prompt "a person" \\
         --scales=-1,0,1 --seed 0,1 --output strip.png
     ... --image photo.png                     # change a photo; or --input_dir, --output_dir
+    ... --image a.png --image b.png --frames 9   # between two pictures, without --lora
 
 Qwen and Stable Diffusion run through the diffusers pipelines and load_lora_weights, FLUX.1 through
 a few functions that share the steps before the slider acts and draw all its positions as one batch;
@@ -53,6 +54,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -67,11 +69,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from utils import (
     Section,
     UserError,
+    cache_key,
     draw_key,
     hash_file,
     help_text,
@@ -246,7 +250,7 @@ class SDConfig(Section):
     batch_size: int = Field(4, ge=1)
     """Seeds, prompts or photos of one size that are drawn at once."""
     image: list[Path] = []
-    """Photo to change."""
+    """Photo to change; with frames the two pictures."""
     input_dir: Path | None = None
     """Change every picture of this folder."""
     inversion: Literal["ddpm", "ddim"] = "ddpm"
@@ -258,8 +262,19 @@ class SDConfig(Section):
     """Photos: add what the VAE loses, photo - decode(encode(photo)), to every result."""
     mask: Path | None = None
     """Photo: what is white here may change, the rest stays (grey: partly)."""
+    frames: int | None = Field(None, ge=3)
+    """Draw the way from one --image to another, in this many pictures, the two included."""
+    even_frames: bool = True
+    """frames: equally far apart, which draws them twice."""
+    fit_steps: int = Field(200, ge=1)
+    """frames: steps of AdamW on the LoRA that is fitted to each of the two (kept beside output)."""
+    fit_rank: int = Field(16, ge=1)
+    """frames: its rank."""
+    fit_learning_rate: float = Field(2e-4, gt=0)
+    """frames: its rate."""
     output: Path | None = None
-    """The picture (PNG); with several scales, seeds or prompts: the strip, pictures beside it."""
+    """The picture (PNG); with several scales, seeds or prompts: the strip, pictures beside it; with
+    frames also an animation (GIF)."""
     output_dir: Path | None = None
     """input_dir: folder of the pictures and of contact_sheet.png."""
     device: str | None = None
@@ -2008,7 +2023,8 @@ def attempt(problems: list[str], default: Any, function: Callable[..., Any], *ar
 def wrong_places(config: StripConfig | SDConfig) -> dict[str, Any]:
     """{problem: whether it is there} of what to draw and where results go."""
     output, folder = config.output, config.input_dir
-    not_png = output and output.suffix.lower() != ".png"
+    ends = (".png", ".gif") if getattr(config, "frames", None) else (".png",)
+    not_png = output and output.suffix.lower() not in ends
     return {
         "give one of --image and --input_dir": config.image and folder,
         "--input_dir needs --output_dir": folder and not config.output_dir,
@@ -2416,14 +2432,16 @@ def draw_sliders(config: FluxConfig) -> None:
         write_strip_sheet(sheet, [strips[n] for n in numbers], [plan[n] for n in numbers])
 
 
-def write_strip_sheet(sheet: Path, strips: Sequence[Strip], settings: Any) -> None:
+def write_strip_sheet(
+    sheet: Path, strips: Sequence[Strip], settings: Any, heads: Sequence[str] = ()
+) -> None:
     """The photo, if there is one, then every position; a row per strip. Made anew if it changed."""
     about = {"pictures": f"{draw_key(json.dumps(settings)):016x}"}
     if read_settings(sheet) == about:
         return
     rows = [[open_rgb(f) for f in ([s.photo] if s.photo else []) + list(s.files)] for s in strips]
-    heads = ["photo"] if strips[0].photo else []
-    heads += [f"scale {position:g}" for position in strips[0].positions]
+    scales = [f"scale {position:g}" for position in strips[0].positions]
+    heads = heads or ["photo"] * bool(strips[0].photo) + scales
     save_picture(sheet, contact_sheet(rows, heads, [s.caption for s in strips]), about)
     print(f"sheet: {sheet}")
 
@@ -2445,7 +2463,7 @@ def with_lora_wishes(config: SDConfig) -> SDConfig:
         with contextlib.suppress(ValueError):  # which the check of the files will tell
             about |= read_lora_about(parse_lora(text)[0])
     photo = bool(config.image or config.input_dir)
-    prompt = about.get("instance_prompt") or ("" if photo else None)
+    prompt = about.get("instance_prompt", "" if photo else None)
     update = {
         "resolution": config.resolution or about.get("resolution", 512),
         "guidance_scale": config.guidance_scale or (1.0 if photo else 7.5),
@@ -2486,13 +2504,30 @@ def plan_sd(config: SDConfig) -> tuple[list[Strip], list[str]]:
     return strips, problems
 
 
-def check_sd_ways(config: SDConfig) -> list[str]:
+def check_frames(config: SDConfig, given: set[str]) -> list[str]:
+    """Problems of settings that do not go together where in-betweens are drawn."""
+    unread = given & {"lora", "scales", "mask", "inversion", "skip", "negative_prompt"}
+    unread |= given & {"input_dir", "output_dir", "batch_size", "guidance_scale"}
+    wrong = wrong_places(config) | {
+        f"--frames: takes two --image (given: {len(config.image)})": len(config.image) != 2,
+        f"--frames does not read {', '.join(sorted(unread))}": unread,
+        "--frames: one --prompt, or one for each picture": len(config.prompt) > 2,
+        "--frames: one --seed": len(config.seed) > 1,
+    }
+    return [text for text, applies in wrong.items() if applies]
+
+
+def check_sd_ways(config: SDConfig, given: set[str]) -> list[str]:
     """Problems of settings that do not go together; of a config with its LoRA's wishes."""
-    photo, given = bool(config.image or config.input_dir), config.model_fields_set
+    if config.frames:
+        return check_frames(config, given)
+    photo = bool(config.image or config.input_dir)
     steps, mask = config.num_inference_steps, config.mask
     lone = sorted(given & {"inversion", "skip", "restore_detail"})
+    fitted = sorted(given & {"even_frames", "fit_steps", "fit_rank", "fit_learning_rate"})
     wrong = wrong_places(config) | {
-        "--image: one photo; --input_dir takes many": len(config.image) > 1,
+        "--image: one photo, or two with --frames; --input_dir takes many": len(config.image) > 1,
+        f"{', '.join(fitted)}: read with --frames": fitted,
         "a photo needs a --lora to be changed with": photo and not config.lora,
         "no prompt: --prompt, or a LoRA that says its own": not config.prompt,
         "--prompt: one for photos": photo and len(config.prompt) > 1,
@@ -2576,9 +2611,9 @@ def check_fit(path: Path, unet: Any) -> None:
         layer, _, end = name.rpartition(".lora_")
         wanted = getattr(layers.get(layer), "weight", None)
         axis = {"A.weight": 1, "B.weight": 0}.get(end)  # in, out
-        if wanted is None or axis is None:
+        if wanted is None:
             wrong.append(f"{name}: no such layer")
-        elif tensor.shape[axis] != wanted.shape[axis]:
+        elif axis is not None and tensor.shape[axis] != wanted.shape[axis]:
             wrong.append(f"{name}: {tensor.shape[axis]}, here it is {wanted.shape[axis]}")
     if wrong:
         raise UserError(
@@ -2609,12 +2644,15 @@ def check_sd_loras(config: SDConfig, known: bool) -> list[str]:
 
 def check_sd(config: SDConfig) -> list[str]:
     """Problems that can be seen without a model's weights."""
-    config = with_lora_wishes(config)
-    problems = check_sd_ways(config) + check_mask(config)
+    given, config = config.model_fields_set, with_lora_wishes(config)
+    problems = check_sd_ways(config, given) + check_mask(config)
     problems += check_device("--device", config.device)
     unknown = check_base(config.pretrained_model_name_or_path)
     problems += unknown + check_sd_loras(config, not unknown)
-    strips, unfound = plan_sd(config)
+    strips, unfound = plan_sd(config) if not config.frames else ([], [])
+    if config.frames and len(config.image) == 2:
+        [strip], unfound = plan_between(config)
+        strips = [strip] + [strip._replace(files=(), sheet=None, photo=p) for p in config.image]
     return list(dict.fromkeys(problems + unfound + check_strip_files(strips)))
 
 
@@ -2765,7 +2803,11 @@ def load_sd(config: SDConfig) -> Any:
         dtype=pick_dtype(config.dtype, device),
         use_safetensors=True,
     )
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False
+    )
+    diffusers.utils.logging.set_verbosity_error()  # a LoRA may well be of the UNet alone
+    warnings.filterwarnings("ignore", "Already found a .peft_config")  # as there are several
     for number, text in enumerate(config.lora):
         load_lora(pipeline, parse_lora(text)[0], f"lora{number}")
     pipeline.set_progress_bar_config(disable=True)
@@ -2889,14 +2931,15 @@ class SDPainter:
             white = to_pixels(fit_photo(self.config.mask, strips[0].size)).to(self.device)
             mask = (white.mean(1, keepdim=True) + 1) / 2
 
+        zero = self.edit(strips, photos, mask, 0.0)
+
         def draw(scale: float) -> list[Image.Image]:
-            found = self.edit(strips, photos, mask, scale)
+            found = self.edit(strips, photos, mask, scale) if scale else zero
             if self.config.restore_detail:
                 lost = [a - b for a, b in zip(photos.pixels, photos.kept, strict=True)]
                 found = [x + y for x, y in zip(found, lost, strict=True)]
             return [to_image(x[0]) for x in found]
 
-        zero = self.edit(strips, photos, mask, 0.0)
         return draw, [
             {"scale0_db": round(psnr(x, b), 1), "vae_db": round(psnr(a, b), 1)}
             for x, a, b in zip(zero, photos.pixels, photos.kept, strict=True)
@@ -2987,7 +3030,260 @@ def draw_batch(painter: SDPainter, strips: Sequence[Strip], plan: Any, bar: Any)
         bar.update(len(lacking))
 
 
-# --- 12. main -------------------------------------------------------------------------------------
+# --- 12. Stable Diffusion: between two pictures ---------------------------------------------------
+
+# DiffMorpher (Zhang et al. 2023, arXiv 2312.07409) with three changes: the LoRAs' products are
+# interpolated, not their factors (lerp(BA) - lerp(B) lerp(A) = a (1 - a) (B0 - B1)(A0 - A1)); every
+# step gets the residuals of both ends' inversions, so both pictures come back exactly; frames are
+# spaced by the distance of pictures.
+FIT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ATTENTION_SHARE = 0.6  # EDIT HERE: share of the steps in which frames look at both ends
+
+
+def slerp(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
+    """(sin((1 - a) w) first + sin(a w) last) / sin(w), w the angle between the whole tensors.
+
+    Noises keep their length on the way, which a straight line shortens (Shoemake 1985). fp64
+    inside; norms are not made equal.
+    """
+    a, b = first.double(), last.double()
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = cosine.clamp(-1 + 1e-7, 1 - 1e-7).acos()
+    mixed = torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b
+    return (mixed / torch.sin(angle)).to(first.dtype)
+
+
+def adain(x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
+    """x (1, C, h, w) with each channel's mean and std between those of the ends."""
+    mean, std = (
+        torch.lerp(f(first), f(last), share)
+        for f in (lambda z: z.mean((2, 3), keepdim=True), lambda z: z.std((2, 3), keepdim=True))
+    )
+    return (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True) * std + mean
+
+
+def even_shares(shares: Sequence[float], distances: Sequence[float]) -> list[float]:
+    """New places of frames, equally far apart; distances: between neighbours at `shares`.
+
+    Inverts the distance from the first frame, taken as linear between two frames.
+    """
+    way = np.concatenate([[0.0], np.cumsum(distances)])
+    if way[-1] == 0:
+        return list(shares)
+    return np.interp(np.linspace(0, way[-1], len(shares)), way, shares).tolist()
+
+
+class EndsAttention:
+    """Self-attention of one layer whose keys and values may come from both ends' hidden states.
+
+    role 0 or 1: this is an end, remember what it looks at; a share: look at the mix of both.
+    """
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+        self.seen: dict[int, torch.Tensor] = {}
+        self.role: int | float | None = None
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, **rest: Any
+    ) -> torch.Tensor:
+        """What the layer's own processor makes of it; hidden_states (B, S, C)."""
+        if isinstance(self.role, int):
+            self.seen[self.role] = hidden_states
+        elif self.role is not None:
+            encoder_hidden_states = torch.lerp(self.seen[0], self.seen[1], self.role)
+        return self.plain(attn, hidden_states, encoder_hidden_states, **rest)
+
+
+def fit_file(config: SDConfig, strip: Strip, photo: Path, prompt: str) -> Path:
+    """Where the LoRA of one picture lies, named by all that decides it."""
+    names = ("pretrained_model_name_or_path", "fit_steps", "fit_rank", "fit_learning_rate", "dtype")
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {"photo": hash_file(photo), "size": strip.size, "prompt": prompt}
+    key = cache_key("fitted", seed=strip.seed, **settings)
+    return strip.files[0].parent / f"{photo.stem}-fitted-{key[:16]}.safetensors"
+
+
+def fit_lora(
+    unet: Any, latents: torch.Tensor, embed: torch.Tensor, alphas: Any, config: SDConfig, seed: int
+) -> dict[str, torch.Tensor]:
+    """A LoRA on attention that draws one picture: plain noise loss, AdamW; diffusers' names.
+
+    latents (1, 4, h, w), embed (1, 77, C), alphas: alphas_cumprod. Draws belong to `seed`.
+    """
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    rank, steps = config.fit_rank, config.fit_steps
+    options: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": FIT_TARGETS}
+    unet.requires_grad_(False).add_adapter(LoraConfig(**options), adapter_name="fit")
+    unet.set_adapters("fit")
+    factors = {name: x for name, x in unet.named_parameters() if ".fit." in name}
+    for name, x in factors.items():
+        start = normal(x.shape, seed, "fit", name) / rank
+        x.data = (
+            start.to(x.device) if ".lora_A." in name else torch.zeros_like(x, dtype=start.dtype)
+        )
+    optimizer = torch.optim.AdamW(factors.values(), lr=config.fit_learning_rate)
+    for step in tqdm(range(steps), "fit", unit="step", leave=False):
+        t = int(uniform(seed, "fit level", step) * len(alphas))
+        noise = normal(latents.shape, seed, "fit noise", step).to(latents)
+        noisy = alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * noise
+        predicted = unet(noisy.to(unet.dtype), t, encoder_hidden_states=embed).sample
+        F.mse_loss(predicted.float(), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = get_peft_model_state_dict(unet, adapter_name="fit")
+    tensors = {f"unet.{name}": x.detach().cpu().contiguous() for name, x in found.items()}
+    unet.delete_adapters("fit")
+    return tensors
+
+
+class Morph:
+    """Two pictures, inverted with a LoRA of their own each, and what lies between them."""
+
+    def __init__(self, painter: SDPainter, strip: Strip) -> None:
+        self.painter, self.unet = painter, painter.unet
+        config, device = painter.config, painter.device
+        self.pixels = [to_pixels(fit_photo(p, strip.size)).to(device) for p in config.image]
+        latents = [encode_sd(painter.vae, x) for x in self.pixels]
+        self.kept = [decode_sd(painter.vae, x) for x in latents]
+        self.prompts = config.prompt * (3 - len(config.prompt))  # one prompt is that of both
+        with torch.no_grad():
+            encode = painter.pipeline.encode_prompt
+            self.embeds = [encode(prompt, device, 1, False)[0] for prompt in self.prompts]
+        self.attach_loras(strip, latents)
+        plain = self.unet.attn_processors
+        self.attention = {
+            name: EndsAttention(processor)
+            for name, processor in plain.items()
+            if name.startswith("up_blocks") and ".attn1." in name
+        }
+        self.unet.set_attn_processor(plain | self.attention)
+        self.levels = sd_levels(painter.pipeline.scheduler.config, config.num_inference_steps)
+        self.paths, self.means = zip(*map(self.invert, latents, (0.0, 1.0)), strict=True)
+
+    def attach_loras(self, strip: Strip, latents: Sequence[torch.Tensor]) -> None:
+        """Fit what is not there from an earlier run; the UNet gets the adapters first and last."""
+        config, pipeline = self.painter.config, self.painter.pipeline
+        files = []
+        for k, photo in enumerate(config.image):
+            files.append(fit_file(config, strip, photo, self.prompts[k]))
+            if not files[k].is_file():
+                alphas = pipeline.scheduler.alphas_cumprod
+                found = fit_lora(self.unet, latents[k], self.embeds[k], alphas, config, strip.seed)
+                save_atomic(files[k], functools.partial(save_file, found))
+        self.unet.load_lora_adapter(str(files[0]), prefix="unet", adapter_name="first")
+        self.unet.load_lora_adapter(str(files[1]), prefix="unet", adapter_name="last")
+
+    @torch.no_grad()
+    def invert(
+        self, latents: torch.Tensor, share: float
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(path, means) of an end under its own LoRA, DDIM; see follow_path."""
+        predict = functools.partial(self.predict, share=share)
+        path = ddim_path(latents, self.levels, predict)
+        return path, path_means(path, self.levels, predict, 0.0)
+
+    def predict(
+        self, x: torch.Tensor, t: int, share: float, role: int | float | None = None
+    ) -> torch.Tensor:
+        """Noise of the model that is (1 - share) the first picture's and share the last one's."""
+        for layer in self.attention.values():
+            layer.role = role
+        self.unet.set_adapters(["first", "last"], [1.0 - share, share])
+        embed = torch.lerp(self.embeds[0], self.embeds[1], share)
+        x = x.to(self.painter.dtype)
+        return self.unet(x, t, encoder_hidden_states=embed).sample.float()
+
+    @torch.no_grad()
+    def draw(self, shares: Sequence[float]) -> list[torch.Tensor]:
+        """Pixels (1, 3, H, W) at every share, from 0 to 1; step by step, the ends first."""
+        first, last = (path[0] for path in self.paths)
+        frames = [adain(slerp(first, last, a), first, last, a) for a in shares]
+        frames[0], frames[-1] = first, last  # the same, but for rounding
+        end, alphas = len(shares) - 1, self.levels.alphas
+        mixed = round(ATTENTION_SHARE * len(self.levels.timesteps))
+        for k, t in enumerate(tqdm(self.levels.timesteps, "between", unit="step", leave=False)):
+            for n in (0, end, *range(1, end)):
+                role = {0: 0, end: 1}.get(n, shares[n]) if k < mixed else None
+                noise = self.predict(frames[n], t, shares[n], role)
+                mean = step_mean(frames[n], noise, alphas[k], alphas[k + 1], 0.0)
+                wanted = torch.lerp(self.paths[0][k + 1], self.paths[1][k + 1], shares[n])
+                own = torch.lerp(self.means[0][k], self.means[1][k], shares[n])
+                frames[n] = wanted + (mean - own)
+        pixels = [decode_sd(self.painter.vae, x) for x in frames]
+        if self.painter.config.restore_detail:
+            one, other = (a - b for a, b in zip(self.pixels, self.kept, strict=True))
+            pixels = [x + torch.lerp(one, other, a) for x, a in zip(pixels, shares, strict=True)]
+        return pixels
+
+
+def plan_between(config: SDConfig) -> tuple[list[Strip], list[str]]:
+    """One strip with a file for each frame, and what is wrong with the two pictures."""
+    problems: list[str] = []
+    output, side = config.output or Path("between.png"), config.resolution or 512
+    sizes = [
+        attempt(problems, (side, side), photo_size, image, side, sd_buckets)
+        for image in config.image
+    ]
+    size = (config.width, config.height) if config.width and config.height else sizes[0]
+    last = (config.frames or 0) - 1
+    strip = Strip(
+        caption=f"{' to '.join(path.name for path in config.image)}, {last + 1} frames",
+        prompt=" -> ".join(dict.fromkeys(config.prompt)),
+        seed=config.seed[0],
+        size=size,
+        positions=tuple(n / last for n in range(last + 1)),
+        files=tuple(output.with_name(f"{output.stem}_frame{n:02d}.png") for n in range(last + 1)),
+        sheet=output.with_suffix(".png"),
+        sliders=(),
+    )
+    return [strip], problems
+
+
+def draw_between(config: SDConfig) -> None:
+    """All frames, if one is missing, then the sheet and the animation."""
+    config = with_lora_wishes(config)
+    [strip], _ = plan_between(config)
+    names = ("num_inference_steps", "fit_steps", "fit_rank", "fit_learning_rate", "even_frames")
+    shared = {
+        "model": config.pretrained_model_name_or_path,
+        "photos": [hash_file(path) for path in config.image],
+        "prompt": config.prompt,
+        "seed": strip.seed,
+        "width": strip.size[0],
+        "height": strip.size[1],
+        **{name: getattr(config, name) for name in (*names, "restore_detail", "dtype")},
+    }
+    settings = [shared | {"frame": n, "frames": config.frames} for n in range(len(strip.files))]
+    made = all(is_made(*pair) for pair in zip(strip.files, settings, strict=True))
+    print(f"{len(strip.files)} frame(s), {'all' if made else 'not all'} already there")
+    if not made:
+        morph, shares = Morph(SDPainter(config), strip), list(strip.positions)
+        pixels = morph.draw(shares)
+        if config.even_frames:
+            pairs = itertools.pairwise(pixels)  # EDIT HERE: the distance of two pictures
+            shares = even_shares(shares, [(b - a).square().mean().sqrt().item() for a, b in pairs])
+            pixels = morph.draw(shares)
+        wanted = morph.pixels if config.restore_detail else morph.kept
+        decibels = [round(psnr(pixels[end], wanted[end]), 1) for end in (0, -1)]
+        kind = "the pictures" if config.restore_detail else "decode(encode(picture))"
+        print(f"the ends are {kind} at {decibels[0]} and {decibels[1]} dB")
+        for n, x in enumerate(pixels):
+            about = {"share": round(shares[n], 6), "ends_db": decibels}
+            save_picture(strip.files[n], to_image(x[0]), settings[n] | about)
+    assert strip.sheet
+    write_strip_sheet(strip.sheet, [strip], [settings], [p.stem[-7:] for p in strip.files])
+    if config.output and config.output.suffix == ".gif":
+        frames = [open_rgb(file) for file in strip.files]
+        frames += frames[-2:0:-1]  # and back
+        options: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "loop": 0}
+        options |= {"format": "GIF", "duration": 1000 // 12}  # ms a frame
+        save_atomic(config.output, functools.partial(frames[0].save, **options))
+        print(f"animation: {config.output}")
+
+
+# --- 13. main -------------------------------------------------------------------------------------
 
 
 def pick_family(given: dict[str, Any]) -> type[Config] | type[FluxConfig] | type[SDConfig]:
@@ -3050,7 +3346,8 @@ def main() -> None:
     if issubclass(family, FluxConfig):
         draw_sliders(load_config(family, argv, lambda config: foreign + check_sliders(config)))
     elif issubclass(family, SDConfig):
-        draw_sd_strips(load_config(family, argv, lambda config: foreign + check_sd(config)))
+        config = load_config(family, argv, lambda config: foreign + check_sd(config))
+        (draw_between if config.frames else draw_sd_strips)(config)
     else:
         generate(load_config(family, argv, check))
 

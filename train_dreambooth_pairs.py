@@ -26,6 +26,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -99,12 +100,32 @@ log = logging.getLogger("train_dreambooth_pairs")
 
 # --- 1. config ------------------------------------------------------------------------------------
 
+NOT_HERE = {  # flags of diffusers' script, and why there is none of the name here
+    "revision": "download it (hf download NAME --revision R) and give the folder",
+    "variant": "the full weights are read and held in mixed_precision",
+    "tokenizer_name": "the checkpoint's own tokenizer is used",
+    "pre_compute_text_embeddings": "prompts are encoded once and cached, always",
+    "dataloader_num_workers": "latents are cached; nothing is decoded during training",
+    "enable_xformers_memory_efficient_attention": "torch's own fused attention is used",
+    "image_interpolation_mode": "pictures are resized with Lanczos",
+    "prior_generation_precision": "class pictures are drawn in mixed_precision",
+    "logging_dir": "everything lies in output_dir",
+    "push_to_hub": "upload it afterwards: hf upload NAME output_dir",
+    "local_rank": "accelerate launch knows it",
+    **dict.fromkeys(
+        ("tokenizer_max_length", "text_encoder_use_attention_mask", "class_labels_conditioning"),
+        "for DeepFloyd IF, not for Stable Diffusion",
+    ),
+}
+
 
 class Config(Section):
     """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs.
 
     Names and defaults are those of diffusers' DreamBooth LoRA script, where it has them.
     """
+
+    not_here = NOT_HERE
 
     pretrained_model_name_or_path: str
     """Folder in diffusers layout, or a Hub id."""
@@ -234,6 +255,8 @@ class Config(Section):
     """Saves memory, costs about a third more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Of the frozen base; LoRA, loss and optimizer are fp32."""
+    allow_tf32: bool = False
+    """Faster fp32 products on Ampere and newer; they round more."""
     compile: bool = False
     """torch.compile the UNet: slower to start, faster steps on a GPU."""
     seed: int = 0
@@ -250,6 +273,8 @@ class Config(Section):
     """Seeds of it."""
     validation_steps: int | None = Field(None, ge=1)
     """Steps between two such sheets; null: with the checkpoints."""
+    validation_epochs: int | None = Field(None, ge=1)
+    """The same in passes over the data, instead."""
     validation_scales: list[float] = [-1.0, -0.5, 0.0, 0.5, 1.0]
     """Strengths of it."""
     validation_inference_steps: int = Field(25, ge=1)
@@ -388,6 +413,27 @@ def index_content(paths: Sequence[Path], index: FileIndex) -> None:
     index.commit()
 
 
+def index_pixels(paths: Sequence[Path], index: FileIndex) -> None:
+    """Add a hash of the pixels, for VERIFY_SECONDS: one picture may lie in two formats."""
+    deadline = time.monotonic() + VERIFY_SECONDS
+
+    def look(path: Path) -> str | None:
+        if time.monotonic() > deadline:
+            return None
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # named when it is encoded
+            image = open_rgb(path)
+            return hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
+        return None
+
+    new = [p for p in paths if "pixels" not in (index.get(p, p.stat()) or {})]
+    with ThreadPoolExecutor() as pool:
+        for path, pixels in zip(new, pool.map(look, new), strict=True):
+            if pixels:
+                stat = path.stat()
+                index.put(path, stat, {**(index.get(path, stat) or {}), "pixels": pixels})
+    index.commit()
+
+
 def group_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
     """Files of the same stem in the folders of `stages` -> (scenes, left out, problems)."""
     stages = config.stages
@@ -428,49 +474,66 @@ def _first_names(stems: Iterable[str]) -> str:
 def frame_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
     """Frames of the video, frame_gap apart -> scenes; still pictures and cuts are left out.
 
-    Frames lie in cache_dir/video/<hash of the file>/ and are decoded once.
+    Frames lie in cache_dir/video/<hash of the file>-<gap>/; the video is decoded once.
     """
     assert config.video
     if not config.video.is_file():
         return [], [], [f"video: no file {config.video}"]
-    folder = config.cache_dir / "video" / hash_file(config.video)
+    gap = config.frame_gap
+    folder = config.cache_dir / "video" / f"{hash_file(config.video)}-{gap}"
     if not folder.is_dir():
         try:
-            save_folder_atomic(folder, lambda place: extract_frames(config.video, place))
+            save_folder_atomic(folder, lambda place: extract_frames(config.video, gap, place))
         except UserError as error:
             return [], [], [str(error)]
-    frames = sorted(folder.glob("*.png"))
-    small = [np.asarray(open_rgb(f).resize((32, 32)), np.float32) / 255 for f in frames]
+    small = np.load(folder / "small.npy").astype(np.float32) / 255  # (frames, 32, 32, 3)
     steps = [float(np.abs(b - a).mean()) for a, b in itertools.pairwise(small)]
     usual = float(np.median(steps)) if steps else 0.0
     scenes, left_out = [], []
-    for first in range(0, len(frames) - config.frame_gap, max(1, config.frame_gap // 2)):
-        last = first + config.frame_gap
-        name = f"{frames[first].stem}-{frames[last].stem}"
+    for first in range(0, len(small) - gap, frame_stride(gap)):
+        last = first + gap
+        name = f"{first:05d}-{last:05d}"
         if max(steps[first:last]) > max(0.15, 8 * usual):
             left_out.append(f"frames {name}: there is a cut between them")
         elif np.abs(small[last] - small[first]).mean() < 0.004:
             left_out.append(f"frames {name}: nothing changes")
         else:
-            scenes.append(Scene(name, (frames[first], frames[last]), (-1.0, 1.0)))
+            files = tuple(folder / f"{number:05d}.png" for number in (first, last))
+            scenes.append(Scene(name, files, (-1.0, 1.0)))
     if scenes:
         return scenes, left_out, []
-    text = f"No matching image pairs found: {len(frames)} frames in {config.video}, frame_gap "
-    return [], left_out, [f"{text}{config.frame_gap}"]
+    text = f"No matching image pairs found: {len(small)} frames in {config.video}, frame_gap {gap}"
+    return [], left_out, [text]
 
 
-def extract_frames(video: Path | None, folder: Path) -> None:
-    """Every frame of a video as 00000.png ... Raises UserError: no decoder, unreadable."""
+def frame_stride(gap: int) -> int:
+    """Frames from one pair to the next: they overlap by half."""
+    return max(1, gap // 2)
+
+
+def extract_frames(video: Path | None, gap: int, folder: Path) -> None:
+    """The frames of pairs as 00000.png ..., all of them tiny in small.npy.
+
+    Raises:
+        UserError: no decoder, unreadable.
+    """
     try:
         import av
     except ImportError as error:
         raise UserError("video: needs a decoder: pip install av") from error
+    stride, small = frame_stride(gap), []
     try:
         with av.open(str(video)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                frame.to_image().save(folder / f"{number:05d}.png")
+            total = container.streams.video[0].frames or None
+            frames = progress(container.decode(video=0), "decode video", total=total)
+            for number, frame in enumerate(frames):
+                image = frame.to_image()
+                small.append(np.asarray(image.resize((32, 32))))
+                if number % stride == 0 or (number >= gap and (number - gap) % stride == 0):
+                    image.save(folder / f"{number:05d}.png")
     except (av.error.FFmpegError, IndexError) as error:
         raise UserError(f"video: {video} cannot be read: {error}") from error
+    np.save(folder / "small.npy", np.stack(small))
 
 
 def find_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
@@ -493,10 +556,12 @@ def check_scenes(scenes: Sequence[Scene], index: FileIndex) -> tuple[list[str], 
     problems = check_pictures(files, index)
     readable = {file for file in files if file.exists() and index.get(file, file.stat())}
     index_content(sorted(readable), index)
+    index_pixels(sorted({f for s in scenes if len(s.files) > 1 for f in s.files} & readable), index)
     odd = []
     for scene in (scene for scene in scenes if readable.issuperset(scene.files)):
         for first, other in itertools.pairwise(scene.files):
-            if index.content(first) == index.content(other):
+            pixels = [index.known(file).get("pixels", file) for file in (first, other)]
+            if index.content(first) == index.content(other) or pixels[0] == pixels[1]:
                 problems.append(f"{first} and {other} are the same picture: no change to learn")
             elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
                 odd.append(f"{other} has another shape than {first}; both are cropped to one size")
@@ -579,7 +644,11 @@ def check_flags(config: Config) -> list[str]:
         "region_weight: only pairs have a region of change": config.region_weight and not pairs,
         "calibrate goes with pair_objective: difference": config.calibrate
         and config.objective != "difference",
+        "validation_steps and validation_epochs: give one": config.validation_steps
+        and config.validation_epochs,
         "timestep_min is above timestep_max": config.timestep_min > config.timestep_max,
+        "pair_objective copier: needs before and after, not a sequence": config.sequence_dirs
+        and config.objective == "copier",
         f"train_text_encoder: not with pair_objective {config.objective}": config.train_text_encoder
         and config.objective in ("difference", "copier"),
     }
@@ -628,8 +697,9 @@ def audit(config: Config) -> list[str]:
     with contextlib.suppress(OSError):
         index = FileIndex(config.cache_dir)
     scenes: list[Scene] = []
-    pairs = config.stages or config.video
-    if pairs if config.use_image_pairs else config.instance_data_dir:
+    given = config.stages or config.video if config.use_image_pairs else config.instance_data_dir
+    # KEEP: one process; all of them would decode the same video
+    if given and os.environ.get("RANK", "0") == "0":
         scenes, left_out, wrong = find_scenes(config)
         odd, bad = check_scenes(scenes, index)
         problems += wrong + bad
@@ -1040,14 +1110,20 @@ def difference(n: Noised) -> list[Term]:
 
 
 def copier(n: Noised) -> list[Term]:
-    """First an adapter that copies the before; then, with it frozen, one that makes the after."""
+    """First an adapter that copies the before; then, with it frozen, one that makes the after.
+
+    Only the second one is kept (the copier of TrainTrain, the differential LoRA of DiffSynth).
+    """
     if n.progress < 0.5:
         return [Term("copy", n.low, n.noise, (On("copied"),))]
     return [Term("change", n.high, n.noise, (On("copied", frozen=True), On("change")))]
 
 
 def joint(n: Noised) -> list[Term]:
-    """Both sides under the prompt, with the adapter on: it learns the scene, not the change."""
+    """Both sides under the prompt, with the adapter on: DreamBooth (Ruiz et al. 2022) on both.
+
+    It learns the scenes, not the change: the yardstick for the others.
+    """
     sides = (("after", n.high), ("before", n.low))
     return [Term(name, noisy, n.noise, (On("change"),)) for name, noisy in sides]
 
@@ -1129,7 +1205,8 @@ def draw_sd(
     """
     import diffusers
 
-    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+    # KEEP: latents are no pixels; where a config says nothing, DDIM would clip them
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config, clip_sample=False)
     scheduler.set_timesteps(steps, device=noise.device)
     drawn: dict[float, torch.Tensor] = {}
     moved = sorted({scale for scale in scales if scale})
@@ -1190,11 +1267,11 @@ def contact_sheet(
 
 MAY_DIFFER = {  # settings that may differ between a checkpoint and the run that continues it
     "output_dir", "cache_dir", "before_data_dir", "after_data_dir", "sequence_dirs", "video",
-    "on_missing", "instance_data_dir", "class_data_dir", "sample_batch_size", "train_batch_size",
-    "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "on_missing", "instance_data_dir", "class_data_dir", "sample_batch_size",
+    "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "allow_tf32",
     "resume_from_checkpoint", "gradient_checkpointing", "compile", "logging_steps", "report_to",
     "validation_prompt", "num_validation_images", "validation_steps", "validation_scales",
-    "validation_inference_steps", "validation_guidance_scale", "export",
+    "validation_epochs", "validation_inference_steps", "validation_guidance_scale", "export",
 }  # fmt: skip
 
 
@@ -1283,19 +1360,58 @@ class Turn(NamedTuple):
     flip: bool
 
 
-def draw_turns(
-    config: Config, batch: int, scenes: Sequence[Scene], groups: Sequence[Sequence[int]]
-) -> list[Turn]:
-    """Forward pass number `batch` of the whole run, over all processes and accumulation.
+class Batches:
+    """Which scenes each forward pass sees: of one shape, and in the long run all equally often.
 
-    The first scene is drawn from all, the others from those of its shape (groups[scene]), so each
-    scene is as likely.
+    A round has as many batches as there are scenes, in a new order each time; a shape has as many
+    of them as scenes, and they go through those again and again, each time in another order.
+
+    >>> Batches(["square", "wide", "square"], size=2, seed=0)[0]  # e.g. [2, 0]
     """
+
+    def __init__(self, shapes: Sequence[object], size: int, seed: int) -> None:
+        self.shapes, self.size, self.seed = shapes, size, seed
+        self.alike: dict[object, list[int]] = {}
+        for scene, shape in enumerate(shapes):
+            self.alike.setdefault(shape, []).append(scene)
+        self._kept: dict[tuple[object, ...], Any] = {}
+
+    def __getitem__(self, batch: int) -> list[int]:
+        """Scenes of forward pass number `batch` of the whole run."""
+        number, place = divmod(batch, len(self.shapes))
+        shape, earlier = self._keep(self._round, number)[place]
+        scenes = self.alike[shape]
+        first = (number * len(scenes) + earlier) * self.size
+        visits = (divmod(i, len(scenes)) for i in range(first, first + self.size))
+        return [scenes[self._keep(self._order, shape, again)[k]] for again, k in visits]
+
+    def _round(self, number: int) -> list[tuple[object, int]]:
+        """(shape, how many batches of it came before in this round) of each batch."""
+        count, found = Counter[object](), []
+        for scene in shuffled(len(self.shapes), self.seed, "round", number):
+            shape = self.shapes[scene]
+            found.append((shape, count[shape]))
+            count[shape] += 1
+        return found
+
+    def _order(self, shape: object, again: int) -> list[int]:
+        return shuffled(len(self.alike[shape]), self.seed, "scenes", shape, again)
+
+    def _keep(self, make: Callable[..., Any], *what: object) -> Any:
+        """make(*what), kept until there are many: a run asks for the same ones again and again."""
+        key = (make.__name__, *what)
+        if key not in self._kept:
+            if len(self._kept) > 64:
+                self._kept.clear()
+            self._kept[key] = make(*what)
+        return self._kept[key]
+
+
+def draw_turns(config: Config, batch: int, scenes: Sequence[Scene], batches: Batches) -> list[Turn]:
+    """Forward pass number `batch` of the whole run, over all processes and accumulation."""
     seed, turns = config.seed, []
-    first = int(uniform(seed, "scene", batch * config.train_batch_size) * len(groups))
-    for number in range(config.train_batch_size):
-        visit, group = batch * config.train_batch_size + number, groups[first]
-        scene = group[int(uniform(seed, "scene", visit) * len(group))] if number else first
+    for number, scene in enumerate(batches[batch]):
+        visit = batch * config.train_batch_size + number
         times = len(scenes[scene].files)
         low, high = sorted(shuffled(times, seed, "times", visit)[:2]) if times > 1 else (0, 0)
         flip = config.random_flip and uniform(seed, "flip", visit) < 0.5
@@ -1366,6 +1482,8 @@ class DreamBoothPairsTrainer:
                 ),
             ],
         )
+        if config.allow_tf32:
+            torch.set_float32_matmul_precision("high")
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
 
     @property
@@ -1387,10 +1505,7 @@ class DreamBoothPairsTrainer:
         if config.with_prior_preservation:
             self._find_class_pictures()
         sizes = [fit_scene(config, scene, self.index)[0].size for scene in self.scenes]
-        alike: dict[tuple[int, int], list[int]] = {}
-        for number, size in enumerate(sizes):
-            alike.setdefault(size, []).append(number)
-        self.groups = [alike[size] for size in sizes]
+        self.batches = Batches(sizes, config.train_batch_size, config.seed)
 
     def _find_class_pictures(self) -> None:
         folder = self.config.class_data_dir
@@ -1617,12 +1732,21 @@ class DreamBoothPairsTrainer:
         )
         self.optimizer = self.accelerator.prepare(self.optimizer)
 
+    def epoch_steps(self) -> int:
+        """Steps of a pass over the data."""
+        each = self.config.train_batch_size * self.config.gradient_accumulation_steps
+        return math.ceil(len(self.scenes) / (each * self.accelerator.num_processes))
+
     def total_steps(self) -> int:
         """max_train_steps, or what num_train_epochs come to."""
+        return self.config.max_train_steps or self.epoch_steps() * self.config.num_train_epochs
+
+    def validation_interval(self) -> int:
+        """Steps between two validation sheets."""
         config = self.config
-        each = config.train_batch_size * config.gradient_accumulation_steps
-        epoch = math.ceil(len(self.scenes) / (each * self.accelerator.num_processes))
-        return config.max_train_steps or epoch * config.num_train_epochs
+        if config.validation_epochs:
+            return config.validation_epochs * self.epoch_steps()
+        return config.validation_steps or config.checkpointing_steps
 
     # -- objective
 
@@ -1758,18 +1882,20 @@ class DreamBoothPairsTrainer:
         """All that decides what a run learns."""
         config = self.config
         settings = config.model_dump(mode="json", exclude=MAY_DIFFER)
-        content = [self.index.content(file) for scene in self.scenes for file in scene.files]
-        each = config.train_batch_size * config.gradient_accumulation_steps
+        files = [file for scene in self.scenes for file in scene.files] + self.class_pictures
+        content = [self.index.content(file) for file in files]
+        batches = config.gradient_accumulation_steps * self.accelerator.num_processes
         return {
             **settings,
             "pictures": draw_key(content),
             "max_train_steps": self.total_steps(),  # schedule and copier's phases hang on it
-            "samples_per_step": each * self.accelerator.num_processes,
+            "batches_per_step": batches,
         }
 
     def _loop(self, stop: StopSignal, metrics: MetricLog | None) -> bool:
         config, accelerator, steps = self.config, self.accelerator, self.total_steps()
         each, processes = config.gradient_accumulation_steps, accelerator.num_processes
+        validating = self.validation_interval()
         window: list[
             tuple[list[str], torch.Tensor]
         ] = []  # (scenes, losses) since the last log line
@@ -1780,7 +1906,7 @@ class DreamBoothPairsTrainer:
             parts: list[dict[str, torch.Tensor]] = []
             for micro in range(each):
                 batch = (self.step * each + micro) * processes + accelerator.process_index
-                turns = draw_turns(config, batch, self.scenes, self.groups)
+                turns = draw_turns(config, batch, self.scenes, self.batches)
                 with self._synced(micro == each - 1):
                     losses = self.training_loss(turns)
                     accelerator.backward(torch.stack(list(losses.values())).sum() / each)
@@ -1805,8 +1931,7 @@ class DreamBoothPairsTrainer:
             pause = time.monotonic()
             if saving:
                 self.save_checkpoint()
-            every = config.validation_steps or config.checkpointing_steps
-            if not stopped and (self.step == steps or self.step % every == 0):
+            if not stopped and (self.step == steps or self.step % validating == 0):
                 self.validate()
             clock += time.monotonic() - pause
         bar.close()
@@ -1954,31 +2079,37 @@ class DreamBoothPairsTrainer:
         save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
     @torch.no_grad()
-    def full_change(self, timestep: int = 600, most: int = 8) -> float:
-        """The strength at which the adapter moves a before by the whole change.
+    def full_change(self, most: int = 8) -> float:
+        """The strength at which the adapter meets its objective best: one whole change.
 
-        Least squares over a grid of strengths, at one noise level: the predicted picture of the
-        noised before must move by s^2 (after - before), which is what a base of unit variance
-        translated by the change would do (s^2 / (a^2 v + s^2) with v = 1).
+        Least squares over a grid of strengths and three noise levels, with a parabola through the
+        best one and its neighbours; after few steps it lies above the trained strength.
         """
-        config = self.config
-        strengths = config.pair_multiplier * torch.logspace(-2, 2, 17, base=2.0)
-        misses = torch.zeros(len(strengths))
-        t = torch.tensor([timestep])
-        alpha = self.alphas[timestep]
+        config, times = self.config, []
+        embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
+        shares = torch.logspace(-2, 2, 9, base=2.0)  # of the trained strength
+        misses = torch.zeros(len(shares), dtype=torch.float64)
+        span = config.timestep_max - config.timestep_min
+        times = [torch.tensor([config.timestep_min + span * part // 6]) for part in (1, 3, 5)]
+        strength = 0.0
         for number, scene in enumerate(self.scenes[:most]):
             turn = Turn(number, number, 0, len(scene.files) - 1, flip=False)
-            noised, _ = self.noised([turn], t)
-            change = (noised.high - noised.low) / alpha.sqrt()
-            plain = noised.base(noised.low)
-            embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
-            for i, strength in enumerate(strengths.tolist()):
-                lanes = [(On("change", strength),)]
-                unet, times = self.bare["unet"], t.to(self.device)
-                moved = self.predict(unet, noised.low, times, embeds, lanes) - plain
-                shift = -moved * ((1 - alpha) / alpha).sqrt()
-                misses[i] += ((shift - (1 - alpha) * change) ** 2).mean().cpu()
-        return strengths[misses.argmin()].item()
+            for t in times:
+                terms = difference(self.noised([turn], t)[0])
+                noisy, target = (torch.cat(x) for x in zip(*[v[1:3] for v in terms], strict=True))
+                for i, share in enumerate(shares.tolist()):
+                    lanes = [(On("change", term.lane[0].scale * share),) for term in terms]
+                    both = t.to(self.device).repeat(len(terms))
+                    error = self.predict(self.bare["unet"], noisy, both, embeds, lanes) - target
+                    misses[i] += error.square().mean().item()
+                strength = float(terms[0].lane[0].scale)
+        best = int(misses[1:-1].argmin()) + 1
+        left, middle, right = misses[best - 1 : best + 2].tolist()
+        bend = left - 2 * middle + right
+        place = (best - 4 + (0.5 * (left - right) / bend if bend > 0 else 0.0)) / 2
+        if abs(place) > 1.75:
+            log.warning("one whole change is far from the trained strength: train longer")
+        return strength * 2.0 ** min(2.0, max(-2.0, place))
 
     def _draw_first(self) -> None:
         """samples/pairs.png: what the model sees."""
@@ -2062,7 +2193,7 @@ Trained with train_dreambooth_pairs.py ({objective}) to step {step}: rank {lora_
 # --- 9. plan: memory and time, before anything is loaded ------------------------------------------
 
 
-TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}
+TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}  # 16 bit, dense, as published
 
 
 def empty_unet(name: str) -> Any:
@@ -2072,6 +2203,35 @@ def empty_unet(name: str) -> Any:
 
     with init_empty_weights():
         return diffusers.UNet2DConditionModel.from_config(read_model_json(name, "unet/config.json"))
+
+
+def forward_cost(unet: Any, rows: int, area_px: float) -> tuple[float, float]:
+    """(TFLOP of a forward pass, GB in 16 bit of what it keeps for backward); unet: without weights.
+
+    Both are counted on a pass of one row of about that area; the pass computes nothing.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    side = round(math.sqrt(area_px) / SIZE_MULTIPLE) * SIZE_MULTIPLE // 8
+    noisy = torch.empty(1, unet.config.in_channels, side, side, device="meta")
+    text = torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")
+    weights = [p.untyped_storage() for p in unet.parameters()]
+    known, kept = {id(storage) for storage in weights}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        attention = (
+            tensor.dim() > 2 and tensor.shape[-2] == tensor.shape[-1] >= 256
+        )  # a GPU keeps none
+        if id(storage) not in known and not attention:
+            kept[id(storage)] = storage, storage.nbytes() / tensor.element_size()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
+        unet(noisy.requires_grad_(), torch.zeros(1, device="meta"), encoder_hidden_states=text)
+    gb = sum(numbers for _, numbers in kept.values()) * 2 / 1e9
+    return rows * counter.get_total_flops() / 1e12, rows * gb
 
 
 # differs: each script plans its own run
@@ -2088,11 +2248,10 @@ def plan(config: Config) -> str:
     weights = sum(p.numel() for p in unet.parameters()) - adapter
     rows = config.train_batch_size * (1 if config.objective == "instance" else 2)
     rows += config.train_batch_size if config.with_prior_preservation else 0
-    area = max((w * h for w, h in sizes), default=config.resolution**2) / 512**2
+    area = max((w * h for w, h in sizes), default=config.resolution**2)
     size = 4 if config.mixed_precision == "no" else 2
-    # SD 1.5 at 512 px: 0.80 TFLOP a forward, about 1.3 GB of activations in 16 bit
-    tflop = 0.80 * area * rows * (4 if config.gradient_checkpointing else 3)
-    activations = 1.3 * area * rows * size / 2 * (0.25 if config.gradient_checkpointing else 1)
+    tflop, activations = forward_cost(unet, rows, area)
+    tflop *= 4 if config.gradient_checkpointing else 3
     total = weights * size / 1e9 + adapter * 16 / 1e9 + activations
     lines = [
         f"Scenes       {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",

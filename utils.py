@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import torch
 import yaml
@@ -119,6 +119,8 @@ class Section(
     allow_inf_nan=False,
 ):
     """Base of every config class: unknown keys are errors; a field's docstring is its help."""
+
+    not_here: ClassVar[dict[str, str]] = {}  # names that users may expect: why there is no such one
 
     @field_validator("*", mode="before")
     @classmethod
@@ -245,6 +247,8 @@ def _explain(cls: type[Section], error: Any, place: tuple[Any, ...]) -> str:
     paths = [path for path, _ in settings(cls)]
     if elsewhere := [path for path in paths if path.endswith(f".{place[-1]}")]:
         return f"{where}: not a setting here, but there is {elsewhere[0]}"
+    if place[-1] in cls.not_here:
+        return f"{where}: no setting: {cls.not_here[place[-1]]}"
     names = {part for path in paths for part in path.split(".")}
     close = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.5)
     return f"{where}: unknown setting" + (

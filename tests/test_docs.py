@@ -113,6 +113,7 @@ def with_tiny_sd(command, checkpoint, folder):
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     if "generate.py" in command and base in command:
         command += " --num_inference_steps 5"
+        command += " --resolution 64 --fit_steps 2" if "--frames" in command else ""
     if "train_dreambooth_pairs.py" in command and "--help" not in command:
         command += f" --resolution 64 --max_train_steps 2 --output_dir {folder}"
     return command.replace(base, str(checkpoint))
@@ -188,7 +189,8 @@ def test_every_script_names_its_page(script):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_loads_and_holds_only_what_differs(file):
-    script = train_pairedit if "pairedit" in file.stem else train_qwen_edit
+    kinds = {"pairedit": train_pairedit, "dreambooth": train_dreambooth_pairs}
+    script = next((kinds[kind] for kind in kinds if kind in file.stem), train_qwen_edit)
     config = load_config(script.Config, ["--config", str(file)])
     defaults = dict(settings(script.Config))
 

@@ -21,6 +21,8 @@ def load(file):
 
 def unexplained(node, lines, path=""):
     """Settings without a comment on their line, above it, or on the block they belong to."""
+    if isinstance(node, yaml.ScalarNode):
+        return
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from unexplained(item, lines, path)

@@ -130,7 +130,7 @@ def build_sd(folder):
         ),
         scheduler=diffusers.PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            skip_prk_steps=True, steps_offset=1,
+            skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False,
         ),
         safety_checker=None,
         feature_extractor=None,

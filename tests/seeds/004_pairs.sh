@@ -1,0 +1,12 @@
+accelerate launch lora/train_dreambooth_lora.py \
+  --pretrained_model_name_or_path="runwayml/stable-diffusion-v1-5" \
+  --use_image_pairs \
+  --before_data_dir="data/before_images" \
+  --after_data_dir="data/after_images" \
+  --output_dir="lora_ckpt/image_pairs" \
+  --instance_prompt="a photo showing the transformation from before to after state" \
+  --resolution=512 \
+  --train_batch_size=1 \
+  --max_train_steps=500 \
+  --learning_rate=2e-4 \
+  --lora_rank=16
