@@ -1251,6 +1251,11 @@ def build_sd_vae() -> Any:
 def build_sd(vae: Any, text_width: int = 32) -> Any:
     """StableDiffusionPipeline of random weights with the scheduler of 1.5, around a VAE."""
     tokenizer = build_clip_tokenizer(age_words())
+    scheduler = diffusers.PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
+    )  # fmt: skip
+    scheduler.register_to_config(clip_sample=False)  # KEEP, as 1.5: DDIM would clip latents to 1
     return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=build_clip(tokenizer, text_width),
@@ -1265,10 +1270,7 @@ def build_sd(vae: Any, text_width: int = 32) -> Any:
             attention_head_dim=4,
             norm_num_groups=4,
         ),
-        scheduler=diffusers.PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
-        ),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
