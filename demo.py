@@ -924,7 +924,7 @@ def build_clip_tokenizer(words: Sequence[str] = ()) -> Any:
     """CLIP's tokenizer: letters, and these words, put together letter by letter."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    merges = [
+    merges: list[Any] = [
         (word[:k], word[k] + ("</w>" if k == len(word) - 1 else ""))
         for word in words
         for k in range(1, len(word))
@@ -1251,7 +1251,7 @@ def build_sd_vae() -> Any:
 def build_sd(vae: Any, text_width: int = 32) -> Any:
     """StableDiffusionPipeline of random weights with the scheduler of 1.5, around a VAE."""
     tokenizer = build_clip_tokenizer(age_words())
-    scheduler = diffusers.PNDMScheduler(
+    scheduler: Any = diffusers.PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
     )  # fmt: skip
@@ -1328,7 +1328,7 @@ def teach_sd_faces(
     """Noise prediction on latents (N, 4, h, w), each with one of the prompts (N, P) true of it.
 
     Errors count by alphas_cumprod^(-2 power), half of it by how often a noise level is drawn:
-    colours are decided at high ones, where a small error of the noise is a large one of the picture.
+    colours are decided at high ones, where small errors of the noise are large ones of the picture.
     """
     with torch.no_grad():
         text, _ = pipeline.encode_prompt(list(AGE_PROMPTS), "cpu", 1, False)  # (P, 77, D)
@@ -1448,7 +1448,8 @@ def open_text_strips(name: str) -> list[dict[float, np.ndarray]]:
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's, of values without ties."""
     ranks = np.argsort(np.argsort([a, b]))  # (2, N)
-    return float(np.corrcoef(ranks)[0, 1])
+    matrix: Any = np.corrcoef(ranks)
+    return float(matrix[0, 1])
 
 
 def measure_strips() -> dict[str, Any]:
