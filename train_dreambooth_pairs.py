@@ -24,6 +24,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import datetime
+import fcntl
 import functools
 import gc
 import hashlib
@@ -39,7 +40,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pydantic import Field, field_validator, model_validator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -275,7 +277,7 @@ class Config(Section):
     """Steps between two such sheets; null: with the checkpoints."""
     validation_epochs: int | None = Field(None, ge=1)
     """The same in passes over the data, instead."""
-    validation_scales: list[float] = [-1.0, -0.5, 0.0, 0.5, 1.0]
+    validation_scales: list[float] = Field([-1.0, -0.5, 0.0, 0.5, 1.0], min_length=1)
     """Strengths of it."""
     validation_inference_steps: int = Field(25, ge=1)
     """DDIM steps of it."""
@@ -307,7 +309,8 @@ class Config(Section):
             folders = [self.before_data_dir, self.after_data_dir]
         last = max(1, len(folders) - 1)
         even = [2 * i / last - 1 for i in range(len(folders))]
-        return sorted(zip(self.sequence_scales or even, folders, strict=False))
+        fits = len(self.sequence_scales) == len(folders)  # else check_flags names it
+        return sorted(zip(self.sequence_scales if fits else even, folders, strict=True))
 
     @property
     def objective(self) -> str:
@@ -315,7 +318,7 @@ class Config(Section):
         return self.pair_objective if self.use_image_pairs else "instance"
 
 
-LISTS = ("--sequence_dirs",)
+LISTS = ("--sequence_dirs", "--sequence_scales", "--validation_scales")
 
 
 def repeat_flags(argv: Sequence[str]) -> list[str]:
@@ -438,9 +441,12 @@ def group_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
     """Files of the same stem in the folders of `stages` -> (scenes, left out, problems)."""
     stages = config.stages
     if lacking := [folder for _, folder in stages if not folder.is_dir()]:
-        return [], [], [f"Before/After images root doesn't exist: {f}" for f in lacking]
+        return [], [], [f"Before/After images root doesn't exist: {not_there(f)}" for f in lacking]
     if len({folder.resolve() for _, folder in stages}) < len(stages):
         return [], [], [f"{stages[0][1]} is named twice: before and after must differ"]
+    pairs = itertools.permutations([folder for _, folder in stages], 2)
+    if nested := [f"{a} lies in {b}: move one of them" for a, b in pairs if lies_in(a, b)]:
+        return [], [], nested
     found = [list_images(folder) for _, folder in stages]
     scenes: list[Scene] = []
     left_out: list[str] = []
@@ -464,6 +470,20 @@ def group_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
         )
         problems.insert(0, f"No matching image pairs found: {counts}")
     return scenes, left_out, problems
+
+
+def not_there(folder: Path) -> str:
+    """`folder`, and what is in its place."""
+    if folder.exists():
+        return f"{folder} is a file, no folder"
+    parent = next(place for place in folder.absolute().parents if place.is_dir())
+    names = (path.name for path in parent.iterdir())
+    return f"{folder}; in {parent} there is{_first_names(names) or ' nothing'}"
+
+
+def lies_in(inner: Path, outer: Path) -> bool:
+    """Whether a scan of `outer` goes through `inner`; also where they are the same."""
+    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def _first_names(stems: Iterable[str]) -> str:
@@ -527,12 +547,14 @@ def extract_frames(video: Path | None, gap: int, folder: Path) -> None:
             total = container.streams.video[0].frames or None
             frames = progress(container.decode(video=0), "decode video", total=total)
             for number, frame in enumerate(frames):
-                image = frame.to_image()
+                image = frame.to_image().rotate(frame.rotation, expand=True)  # telephones turn
                 small.append(np.asarray(image.resize((32, 32))))
                 if number % stride == 0 or (number >= gap and (number - gap) % stride == 0):
                     image.save(folder / f"{number:05d}.png")
     except (av.error.FFmpegError, IndexError) as error:
         raise UserError(f"video: {video} cannot be read: {error}") from error
+    if not small:
+        raise UserError(f"video: {video} holds no frame")
     np.save(folder / "small.npy", np.stack(small))
 
 
@@ -544,7 +566,7 @@ def find_scenes(config: Config) -> tuple[list[Scene], list[str], list[str]]:
         return group_scenes(config)
     folder = config.instance_data_dir
     if not folder or not folder.is_dir():
-        return [], [], [f"Instance images root doesn't exist: {folder}"]
+        return [], [], [f"Instance images root doesn't exist: {folder and not_there(folder)}"]
     entries = [entry for found in list_images(folder).values() for entry in found]
     scenes = [Scene(Path(e.path).stem, (Path(e.path),), (1.0,)) for e in entries]
     return scenes, [], [] if scenes else [f"instance_data_dir: no picture in {folder}"]
@@ -558,6 +580,9 @@ def check_scenes(scenes: Sequence[Scene], index: FileIndex) -> tuple[list[str], 
     index_content(sorted(readable), index)
     index_pixels(sorted({f for s in scenes if len(s.files) > 1 for f in s.files} & readable), index)
     odd = []
+    for file in sorted(readable):
+        if not 1 / 3 <= index.aspect(file) <= 3:
+            odd.append(f"{file} is longer than 3:1; its ends are cut off")
     for scene in (scene for scene in scenes if readable.issuperset(scene.files)):
         for first, other in itertools.pairwise(scene.files):
             pixels = [index.known(file).get("pixels", file) for file in (first, other)]
@@ -634,6 +659,9 @@ def check_flags(config: Config) -> list[str]:
         "give --instance_data_dir, or --use_image_pairs with two folders": not pairs
         and not given
         and not config.instance_data_dir,
+        "instance_prompt: single pictures need the words that shall mean them": not pairs
+        and config.instance_data_dir
+        and not config.instance_prompt.strip(),
         "sequence_dirs: two folders or more": len(config.sequence_dirs) == 1,
         "sequence_scales: one for each of sequence_dirs": scales
         and scales != len(config.sequence_dirs),
@@ -652,7 +680,38 @@ def check_flags(config: Config) -> list[str]:
         f"train_text_encoder: not with pair_objective {config.objective}": config.train_text_encoder
         and config.objective in ("difference", "copier"),
     }
-    return [text for text, is_wrong in wrong.items() if is_wrong]
+    return [text for text, is_wrong in wrong.items() if is_wrong] + check_unread(config)
+
+
+def check_unread(config: Config) -> list[str]:
+    """Settings that differ from their default and that nothing in this run reads."""
+    prior, strength = config.with_prior_preservation, config.objective in ("slider", "difference")
+    cycles, drawn = config.lr_scheduler == "cosine_with_restarts", config.validation_prompt
+    readers: dict[str, tuple[object, str]] = {
+        "pair_objective": (config.use_image_pairs, "use_image_pairs"),
+        "pair_multiplier": (strength, "use_image_pairs and pair_objective slider or difference"),
+        "frame_gap": (config.video, "video"),
+        "class_data_dir": (prior, "with_prior_preservation"),
+        "class_prompt": (prior, "with_prior_preservation"),
+        "prior_loss_weight": (prior, "with_prior_preservation"),
+        "num_class_images": (prior, "with_prior_preservation"),
+        "lr_warmup_steps": (config.lr_scheduler != "constant", "another lr_scheduler"),
+        "lr_num_cycles": (cycles, "lr_scheduler cosine_with_restarts"),
+        "lr_power": (config.lr_scheduler == "polynomial", "lr_scheduler polynomial"),
+        "huber_c": (config.loss_type == "huber", "loss_type huber"),
+        "num_validation_images": (drawn is not None, "validation_prompt"),
+        **{
+            name: (drawn is not None, "validation_prompt")
+            for name in Config.model_fields
+            if name.startswith("validation_") and name != "validation_prompt"
+        },
+    }
+    default = {name: field.default for name, field in Config.model_fields.items()}
+    return [
+        f"{name}: nothing reads it without {partner}"
+        for name, (is_read, partner) in readers.items()
+        if not is_read and getattr(config, name) != default[name]
+    ]
 
 
 def check_base(name: str) -> list[str]:
@@ -674,6 +733,78 @@ def check_base(name: str) -> list[str]:
     return []
 
 
+def check_weight_files(folder: Path) -> list[str]:
+    """Problems of the parts of a checkpoint folder: files missing or cut off, another UNet."""
+    if not folder.is_dir():  # on the Hub
+        return []
+    weights = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    problems = []
+    for part in ("unet", "vae", "text_encoder"):
+        file = folder / part / f"{weights.get(part, 'model')}.safetensors"
+        try:
+            settings = read_model_json(str(folder), f"{part}/config.json")
+            with safe_open(file, framework="pt"):  # its length must be what its header says
+                pass
+        except (OSError, SafetensorError, UserError) as error:
+            problems.append(f"{file} cannot be read: {error}; fetch it again")
+            continue
+        if part == "unet" and (channels := settings.get("in_channels")) != 4:
+            problems.append(f"{folder / part} takes {channels} channels (inpainting?); wanted 4")
+    tokenizer = folder / "tokenizer"
+    if not any((tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        problems.append(f"{tokenizer} holds no vocab.json and no tokenizer.json")
+    return [f"pretrained_model_name_or_path: {problem}" for problem in problems]
+
+
+def check_class(config: Config, index: FileIndex) -> list[str]:
+    """Problems of class_data_dir: no folder, mixed up with the instances, unreadable pictures."""
+    folder, single = config.class_data_dir, config.instance_data_dir
+    if not (config.with_prior_preservation and folder):
+        return []
+    if single and (lies_in(folder, single) or lies_in(single, folder)):
+        return [f"class_data_dir: {folder} and instance_data_dir {single} must lie apart"]
+    if folder.exists() and not folder.is_dir():
+        return [f"class_data_dir: {folder} is a file, no folder"]
+    found = list_images(folder).values() if folder.exists() else []
+    files = sorted(Path(entry.path) for entries in found for entry in entries)
+    few = len(files) < config.num_class_images
+    return check_pictures(files, index) + (try_folder("class_data_dir", folder) if few else [])
+
+
+def try_folder(name: str, folder: Path) -> list[str]:
+    """Make the folder; a problem where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        return [f"{name}: cannot write there: {error}"]
+
+
+def check_places(config: Config) -> list[str]:
+    """Problems of what a run writes and goes on from."""
+    problems = []
+    for name, folder in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
+        problems += try_folder(name, folder)
+    read = [folder for _, folder in config.stages]
+    read += [f for f in (config.instance_data_dir, config.class_data_dir) if f]
+    for folder in (folder for folder in read if lies_in(config.output_dir, folder)):
+        problems.append(
+            f"output_dir: {config.output_dir} lies in {folder}, which is read with its folders: "
+            "samples would become training pictures"
+        )
+    wanted = config.resume_from_checkpoint
+    if wanted and wanted != "latest":
+        place = checkpoint_place(wanted, config.output_dir)
+        if not valid_checkpoint(place):
+            there = [folder.name for folder in list_checkpoints(config.output_dir)]
+            problems.append(
+                f"resume_from_checkpoint: {place} is missing or damaged; in {config.output_dir} "
+                f"there is{_first_names(there) or ' none'}"
+            )
+    return problems
+
+
 # differs: each script audits its own settings
 def audit(config: Config) -> list[str]:
     """Everything that can be known to be wrong before a model loads: one line per problem.
@@ -681,18 +812,13 @@ def audit(config: Config) -> list[str]:
     What was found, left out or is odd is printed and lies in output_dir/audit.json.
     """
     problems = check_flags(config)
-    problems += check_base(config.pretrained_model_name_or_path)
+    name = config.pretrained_model_name_or_path
+    problems += check_base(name) or check_weight_files(Path(name))
     wanted: list[str] = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     wanted += ["bitsandbytes"] if config.use_8bit_adam else []
     for package in (name for name in wanted if not importlib.util.find_spec(name)):
         problems.append(f"{package} is not installed: pip install {package}")
-    for name, folder in (("output_dir", config.output_dir), ("cache_dir", config.cache_dir)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            problems.append(f"{name}: cannot write there: {error}")
+    problems += check_places(config)
     index = FileIndex(None)
     with contextlib.suppress(OSError):
         index = FileIndex(config.cache_dir)
@@ -702,7 +828,7 @@ def audit(config: Config) -> list[str]:
     if given and os.environ.get("RANK", "0") == "0":
         scenes, left_out, wrong = find_scenes(config)
         odd, bad = check_scenes(scenes, index)
-        problems += wrong + bad
+        problems += wrong + bad + check_class(config, index)
         if left_out or odd:
             log.warning("note\n%s", listed(left_out + odd))
         report = {
@@ -1006,6 +1132,8 @@ def adapter_tensors(models: dict[str, Any], name: str, factor: float) -> dict[st
     for part, model in models.items():
         for path, layer in adapted_layers(model, name).items():
             strength = layer.strength[name] * factor
+            if part == "text_encoder":  # KEEP: transformers 5 left it out, WebUIs wait for it
+                path = f"text_model.{path.removeprefix('text_model.')}"
             tensors[f"{part}.{path}.lora_A.weight"] = layer.down[name].detach().cpu().clone()
             tensors[f"{part}.{path}.lora_B.weight"] = (layer.up[name].detach() * strength).cpu()
     return tensors
@@ -1021,6 +1149,7 @@ def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any
         downs = {n: t for n, t in tensors.items() if n.startswith(part) and ".lora_A." in n}
         layers = sorted(name.removesuffix(".lora_A.weight")[len(part) + 1 :] for name in downs)
         rank = next(iter(downs.values())).shape[0]
+        layers = [name.removeprefix("text_model.") for name in layers]  # PEFT compares the ends
         settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers).to_dict()
         settings["target_modules"] = layers
         adapter |= {f"{part}.{k}": v for k, v in settings.items() if isinstance(v, plain)}
@@ -1270,9 +1399,16 @@ MAY_DIFFER = {  # settings that may differ between a checkpoint and the run that
     "on_missing", "instance_data_dir", "class_data_dir", "sample_batch_size",
     "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "allow_tf32",
     "resume_from_checkpoint", "gradient_checkpointing", "compile", "logging_steps", "report_to",
+    "num_train_epochs",
     "validation_prompt", "num_validation_images", "validation_steps", "validation_scales",
     "validation_epochs", "validation_inference_steps", "validation_guidance_scale", "export",
 }  # fmt: skip
+
+
+HASHED = {  # of what a checkpoint knows only a hash
+    "pictures": "pictures: some came, went or have changed",
+    "base": "pretrained_model_name_or_path: another model lies there now",
+}
 
 
 def valid_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -1302,16 +1438,34 @@ def set_run_aside(output_dir: Path) -> None:
     ]
     if not old:
         return
-    place = output_dir / f"earlier-{len(list(output_dir.glob('earlier-*'))) + 1}"
+    numbered = (output_dir / f"earlier-{number}" for number in itertools.count(1))
+    place = next(folder for folder in numbered if not folder.exists())
     place.mkdir()
     for path in old:
         path.rename(place / path.name)
-    log.warning(
-        "%s holds an earlier run: it is now in %s (to go on with it: "
-        "--resume_from_checkpoint latest)",
-        output_dir,
-        place.name,
-    )
+    last = "".join(f"/{folder.name}" for folder in list_checkpoints(place)[-1:])
+    advice = f"; to go on with it: --resume_from_checkpoint {place.name}{last}" if last else ""
+    log.warning("%s holds an earlier run: it is now in %s%s", output_dir, place.name, advice)
+
+
+@contextlib.contextmanager
+def only_run(output_dir: Path) -> Iterator[None]:
+    """No other run trains into output_dir meanwhile. Raises UserError where one does."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            text = f"output_dir: another run writes into {output_dir}; wait for it or name another"
+            raise UserError(text) from error
+        except OSError:  # a network disk without locks
+            log.warning("%s cannot be locked: start no second run there", output_dir)
+        yield
+
+
+def checkpoint_place(wanted: str, output_dir: Path) -> Path:
+    """The folder that `wanted` names: a path, or a name in output_dir."""
+    return Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
 
 
 def resume_point(
@@ -1326,7 +1480,7 @@ def resume_point(
         return None
     folders = list(reversed(list_checkpoints(output_dir)))
     if wanted != "latest":
-        folders = [Path(wanted) if Path(wanted).is_dir() else output_dir / wanted]
+        folders = [checkpoint_place(wanted, output_dir)]
     for folder in folders:
         state = valid_checkpoint(folder)
         if not state:
@@ -1337,7 +1491,10 @@ def resume_point(
         before = state["trained_as"]
         changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
         if changed:
-            lines = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in changed]
+            lines = [
+                HASHED.get(key, f"{key}: was {before.get(key)}, is {now.get(key)}")
+                for key in changed
+            ]
             raise UserError(
                 f"{folder} was trained with other settings; set them back, or start anew without "
                 f"resume_from_checkpoint\n{listed(lines)}"
@@ -1527,13 +1684,19 @@ class DreamBoothPairsTrainer:
 
         config = self.config
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            self.folder, dtype=self.dtype, safety_checker=None, requires_safety_checker=False
+            self.folder,
+            dtype=self.dtype,
+            feature_extractor=None,  # KEEP: only the parts that train are fetched from the Hub
+            safety_checker=None,
+            requires_safety_checker=False,
         ).to(self.device)
         pipeline.set_progress_bar_config(disable=True)
-        numbers = range(there, config.num_class_images)
-        side = config.resolution
-        for first in progress(numbers[:: config.sample_batch_size], "draw class pictures"):
-            batch = [n for n in numbers if first <= n < first + config.sample_batch_size]
+        # KEEP: only names that are free, or a deleted one would be drawn over one that is there
+        free = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
+        numbers = list(itertools.islice(free, config.num_class_images - there))
+        size, side = config.sample_batch_size, config.resolution
+        for first in progress(range(0, len(numbers), size), "draw class pictures"):
+            batch = numbers[first : first + size]
             seeds = [draw_key(config.seed, "class", number) for number in batch]
             images = pipeline(
                 [config.class_prompt or ""] * len(batch),
@@ -1565,6 +1728,10 @@ class DreamBoothPairsTrainer:
         text = [self.folder / part for part in ("text_encoder", "tokenizer")]
         return fingerprint([self.folder / "vae"]), fingerprint(text, str(self.dtype))
 
+    @functools.cached_property
+    def _base(self) -> str:
+        return fingerprint([self.folder / "unet", self.folder / "scheduler"])
+
     def key_of(self, job: Picture | Change | str) -> str:
         """Name of the entry of a picture's latents, a change map or a prompt."""
         if isinstance(job, str):
@@ -1573,8 +1740,8 @@ class DreamBoothPairsTrainer:
             (picture.content, picture.size, picture.box, picture.flip)
             for picture in (job if isinstance(job, Change) else [job])
         ]
-        if isinstance(job, Change):
-            return cache_key("sd change", pictures=places)
+        if isinstance(job, Change):  # the VAE says how many pixels a latent covers
+            return cache_key("sd change", vae=self._encoders[0], pictures=places)
         return cache_key("sd latent", vae=self._encoders[0], picture=places)
 
     def prompts(self) -> dict[str, str]:
@@ -1644,6 +1811,8 @@ class DreamBoothPairsTrainer:
             tokenizer, encoder = load_clip(self.folder, self.dtype, self.device)
             for key, prompt in progress(prompts.items(), "encode prompts"):
                 ids = tokenize(tokenizer, [prompt])
+                if len(tokenizer.tokenize(prompt)) > ids.shape[1] - 2:  # start and end
+                    log.warning("cut off after %d tokens: %s", ids.shape[1] - 2, prompt)
                 with torch.no_grad():
                     embed = encoder(ids.to(self.device))[0]
                 write_entry(self.cache_dir, key, {"embed": embed[0], "ids": ids[0]})
@@ -1750,16 +1919,22 @@ class DreamBoothPairsTrainer:
 
     # -- objective
 
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device. KEEP pinned: the loop must not wait for the GPU here."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def embeds(
         self, prompts: Sequence[str], lanes: Sequence[Lane], models: dict[str, Any]
     ) -> torch.Tensor:
         """(B, 77, 768) of each prompt; through the adapted text encoder if `models` has one."""
         if "text_encoder" not in models:
             found = torch.stack([self.entry(prompt)["embed"] for prompt in prompts])
-            return found.to(self.device)
+            return self.put(found)
         self.board.lanes = lanes
         ids = torch.stack([self.entry(prompt)["ids"] for prompt in prompts])
-        return models["text_encoder"](ids.to(self.device))[0].to(self.dtype)
+        return models["text_encoder"](self.put(ids))[0].to(self.dtype)
 
     def predict(
         self, unet: Any, noisy: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, lanes: Any
@@ -1788,13 +1963,13 @@ class DreamBoothPairsTrainer:
                 pair = Change(pictures[turn.low], pictures[turn.high])
                 changes.append(self.entry(pair)["change"])
         stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
-        low, high, low_scale, high_scale, noise = (x.to(self.device) for x in stacked)
-        alphas = self.alphas[t].to(self.device)
-        embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
+        low, high, low_scale, high_scale, noise = (self.put(x) for x in stacked)
+        alphas = self.put(self.alphas[t])
+        embeds = self.put(self.entry(config.instance_prompt)["embed"])[None]
 
         @torch.no_grad()
         def base(noisy: torch.Tensor) -> torch.Tensor:
-            times = t.to(self.device).repeat(len(noisy) // len(t))
+            times = self.put(t).repeat(len(noisy) // len(t))
             return self.predict(self.bare["unet"], noisy, times, embeds, [()])
 
         noised = Noised(
@@ -1806,7 +1981,7 @@ class DreamBoothPairsTrainer:
             base,
             self.step / self.total_steps(),
         )
-        return noised, torch.stack(changes).to(self.device) if changes else None
+        return noised, self.put(torch.stack(changes)) if changes else None
 
     def class_term(self, turns: Sequence[Turn], t: torch.Tensor) -> Term:
         """Prior preservation: the class keeps its look."""
@@ -1817,8 +1992,8 @@ class DreamBoothPairsTrainer:
             picture = self.class_picture(self.class_pictures[number], size)
             latent = self.entry(picture)["latent"]
             rows.append((latent, normal(latent.shape, config.seed, "class noise", turn.visit)))
-        latents, noise = (torch.stack(x).to(self.device) for x in zip(*rows, strict=True))
-        noisy = add_noise_sd(latents, noise, self.alphas[t].to(self.device))
+        latents, noise = (self.put(torch.stack(x)) for x in zip(*rows, strict=True))
+        noisy = add_noise_sd(latents, noise, self.put(self.alphas[t]))
         weight = config.prior_loss_weight
         return Term("class", noisy, noise, (On("change"),), weight, "class")
 
@@ -1835,9 +2010,9 @@ class DreamBoothPairsTrainer:
         asked = [prompts[term.prompt] for term in terms for _ in turns]
         embeds = self.embeds(asked, lanes, self.models)
         noisy = torch.cat([term.noisy for term in terms])
-        times = t.to(self.device).repeat(len(terms))
+        times = self.put(t).repeat(len(terms))
         predicted = self.predict(self.models["unet"], noisy, times, embeds, lanes)
-        weights = snr_weight(self.alphas[t], config.snr_gamma).to(self.device)
+        weights = self.put(snr_weight(self.alphas[t], config.snr_gamma))
         losses = {}
         for term, noise in zip(terms, predicted.chunk(len(terms)), strict=True):
             error = ERRORS[config.loss_type](noise - term.target, config.huber_c)
@@ -1851,8 +2026,14 @@ class DreamBoothPairsTrainer:
     def fit(self) -> None:
         """Cache, load, train, calibrate, save."""
         self.setup_accelerator()
+        alone = self.accelerator.is_main_process
+        with only_run(self.config.output_dir) if alone else contextlib.nullcontext():
+            self._fit()
+
+    def _fit(self) -> None:
         self.find_data()
         config, main = self.config, self.accelerator.is_main_process
+        self._check_length()
         found = resume_point(config.resume_from_checkpoint, config.output_dir, self.trained_as())
         if main and not found:
             set_run_aside(config.output_dir)
@@ -1878,17 +2059,32 @@ class DreamBoothPairsTrainer:
         word = "stopped" if stopped else "done"
         log.info("%s at step %d: %s", word, self.step, config.output_dir / LORA_FILE)
 
+    def _check_length(self) -> None:
+        """Raises UserError where the run is too short for its settings."""
+        config, steps = self.config, self.total_steps()
+        falls = not config.lr_scheduler.startswith("constant")
+        if falls and config.lr_warmup_steps >= steps:
+            raise UserError(
+                f"lr_warmup_steps: {config.lr_warmup_steps}, but the run has {steps} steps; "
+                f"lr_scheduler {config.lr_scheduler} needs some after the warm-up"
+            )
+        if config.objective == "copier" and steps < 2:
+            raise UserError("max_train_steps: pair_objective copier has two phases: 2 or more")
+
     def trained_as(self) -> dict[str, Any]:
         """All that decides what a run learns."""
         config = self.config
-        settings = config.model_dump(mode="json", exclude=MAY_DIFFER)
+        settings = config.model_dump(mode="json", exclude={*MAY_DIFFER, "max_train_steps"})
+        # a schedule and the phases of copier hang on the length; other runs may go on for longer
+        fixed = not config.lr_scheduler.startswith("constant") or config.objective == "copier"
         files = [file for scene in self.scenes for file in scene.files] + self.class_pictures
         content = [self.index.content(file) for file in files]
         batches = config.gradient_accumulation_steps * self.accelerator.num_processes
         return {
             **settings,
             "pictures": draw_key(content),
-            "max_train_steps": self.total_steps(),  # schedule and copier's phases hang on it
+            "base": self._base,
+            **({"max_train_steps": self.total_steps()} if fixed else {}),
             "batches_per_step": batches,
         }
 
@@ -2025,7 +2221,13 @@ class DreamBoothPairsTrainer:
                 (place / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
 
             place = self.config.output_dir / f"checkpoint-{self.step}"
-            save_folder_atomic(place, write)
+            try:
+                save_folder_atomic(place, write)
+            except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
+                raise UserError(
+                    f"{place} cannot be written: {error}. What was saved before is complete; make "
+                    "room, then --resume_from_checkpoint latest"
+                ) from error
             if limit := self.config.checkpoints_total_limit:
                 kept = list_checkpoints(self.config.output_dir)
                 kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts nothing
@@ -2085,13 +2287,14 @@ class DreamBoothPairsTrainer:
         Least squares over a grid of strengths and three noise levels, with a parabola through the
         best one and its neighbours; after few steps it lies above the trained strength.
         """
-        config, times = self.config, []
+        config = self.config
         embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
         shares = torch.logspace(-2, 2, 9, base=2.0)  # of the trained strength
         misses = torch.zeros(len(shares), dtype=torch.float64)
         span = config.timestep_max - config.timestep_min
         times = [torch.tensor([config.timestep_min + span * part // 6]) for part in (1, 3, 5)]
-        strength = 0.0
+        spans = [scene.scales[-1] - scene.scales[0] for scene in self.scenes]
+        strength = config.pair_multiplier * max(spans) / 2  # of first to last; holes make it less
         for number, scene in enumerate(self.scenes[:most]):
             turn = Turn(number, number, 0, len(scene.files) - 1, flip=False)
             for t in times:
@@ -2102,14 +2305,16 @@ class DreamBoothPairsTrainer:
                     both = t.to(self.device).repeat(len(terms))
                     error = self.predict(self.bare["unet"], noisy, both, embeds, lanes) - target
                     misses[i] += error.square().mean().item()
-                strength = float(terms[0].lane[0].scale)
-        best = int(misses[1:-1].argmin()) + 1
+        best = int(misses.argmin())
+        if best == 0:
+            log.warning("not calibrated: the adapter does not show the change yet; train longer")
+            return 1.0
+        if best == len(shares) - 1:
+            log.warning("one whole change is far above the trained strength; train longer")
+            return 4 * strength
         left, middle, right = misses[best - 1 : best + 2].tolist()
-        bend = left - 2 * middle + right
-        place = (best - 4 + (0.5 * (left - right) / bend if bend > 0 else 0.0)) / 2
-        if abs(place) > 1.75:
-            log.warning("one whole change is far from the trained strength: train longer")
-        return strength * 2.0 ** min(2.0, max(-2.0, place))
+        octave = (best - 4 + 0.5 * (left - right) / (left - 2 * middle + right)) / 2
+        return strength * 2**octave
 
     def _draw_first(self) -> None:
         """samples/pairs.png: what the model sees."""
@@ -2246,12 +2451,14 @@ def plan(config: Config) -> str:
     layers = adapted_layers(unet, "change")
     adapter = sum(x.down["change"].numel() + x.up["change"].numel() for x in layers.values())
     weights = sum(p.numel() for p in unet.parameters()) - adapter
-    rows = config.train_batch_size * (1 if config.objective == "instance" else 2)
+    sides = 1 if config.objective in ("instance", "copier") else 2
+    rows = config.train_batch_size * sides
     rows += config.train_batch_size if config.with_prior_preservation else 0
     area = max((w * h for w, h in sizes), default=config.resolution**2)
     size = 4 if config.mixed_precision == "no" else 2
     tflop, activations = forward_cost(unet, rows, area)
-    tflop *= 4 if config.gradient_checkpointing else 3
+    passes = 4 if config.gradient_checkpointing else 3
+    tflop *= passes + (config.objective == "difference")  # the base's own prediction
     total = weights * size / 1e9 + adapter * 16 / 1e9 + activations
     lines = [
         f"Scenes       {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",

@@ -517,10 +517,14 @@ def save_folder_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """`write(temporary folder)`, fsync every file, rename: the folder is complete or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
-    temporary.mkdir(parents=True)
-    write(temporary)
-    for file in sorted(temporary.rglob("*")):
-        _fsync(file)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in sorted(temporary.rglob("*")):
+            _fsync(file)
+    except BaseException:  # disk full, Ctrl-C: the half is of no use and takes room
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if path.exists():
         shutil.rmtree(path)
     temporary.rename(path)

@@ -21,6 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
 
+import evaluate
 import generate
 import train_dreambooth_pairs
 import train_pairedit
@@ -34,6 +35,7 @@ TABLES = {  # page: config classes of its tables, in order
     "train_pairedit.md": [train_pairedit.Config],
     "train_dreambooth_pairs.md": [train_dreambooth_pairs.Config],
     "generate.md": [generate.Config, generate.StripConfig, generate.SDConfig],
+    "evaluate.md": [evaluate.Config],
 }
 SECTIONS = re.compile(r"(<!-- settings -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -92,6 +94,13 @@ def workplace(tmp_path_factory, checkpoints):
     for end, file in (("R", "before/a.png"), ("T", "after/a.png")):
         shutil.copy(place / f"data/photo_pairs/coffee0_{end}.png", photos / file)
     shutil.copy(place / "data/photo_pairs/coffee0_T.txt", photos / "after/a.txt")
+    for name in ("coffee0", "hubble0"):  # the results that evaluate.md compares
+        for k, (end, model) in enumerate((("R", "base"), ("T", "lora"))):
+            (place / "outputs" / model).mkdir(parents=True, exist_ok=True)
+            (place / "outputs" / "edits").mkdir(exist_ok=True)
+            picture = place / f"data/photo_pairs/{name}_{end}.png"
+            shutil.copy(picture, place / f"outputs/edits/{name}_scale{k}.png")
+            shutil.copy(picture, place / f"outputs/{model}/{name}.png")
     train = "python train_qwen_edit.py --config configs/demo_qwen_edit.yaml"
     quick = " --train.max_train_steps 1 --validation.steps null"
     subprocess.run(shlex.split(train + quick), cwd=place, check=True, env=environment())
@@ -180,7 +189,7 @@ def test_every_function_and_file_a_page_names_exists(page):
     "script",
     [
         *("train_qwen_edit", "train_pairedit", "train_dreambooth_pairs"),
-        *("generate", "cache_embeddings"),
+        *("generate", "evaluate", "cache_embeddings"),
     ],
 )
 def test_every_script_names_its_page(script):

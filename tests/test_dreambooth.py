@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import LAUNCH, PAIRS, ROOT, run
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_presets import unexplained
 
 import cache_embeddings
@@ -900,3 +900,23 @@ def test_calibration_finds_the_strength_of_one_full_change(multiplier, make):
 
     trainer.predict, trainer.scenes = predict, [scene]
     assert trainer.full_change() == pytest.approx(1.7 * multiplier, rel=0.02)
+
+
+def test_an_adapter_that_learnt_nothing_keeps_its_strength(make, caplog):
+    trainer = shaken(loaded(make(pair_objective="difference")), seed=3)
+    assert trainer.full_change() == 1.0  # noise: least of it fits best
+    assert "not calibrated" in caplog.text
+
+
+def test_another_base_in_its_place_is_no_base_to_go_on_with(make, checkpoints, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints["sd"], base)
+    make(pretrained_model_name_or_path=base, max_train_steps=2).fit()
+    file = base / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"] += 1
+    save_file(weights, file)
+    with pytest.raises(UserError, match="another model lies there now"):
+        make(
+            pretrained_model_name_or_path=base, max_train_steps=4, resume_from_checkpoint="latest"
+        ).fit()
