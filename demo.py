@@ -1389,7 +1389,8 @@ def run_dreambooth() -> None:
     run_command(train, accelerate)
     run_command(
         f"{train} --output_dir {folder}/after_only --use_image_pairs false --before_data_dir null"
-        f" --after_data_dir null --instance_data_dir {HAIR_PAIRS_DIR / 'after'}",
+        f" --after_data_dir null --pair_objective slider"
+        f" --instance_data_dir {HAIR_PAIRS_DIR / 'after'}",
         accelerate,
     )
     draw = f"python generate.py --pretrained_model_name_or_path {SD_BASE_DIR}"
