@@ -672,8 +672,8 @@ def check_flags(config: Config) -> list[str]:
         and not (config.class_data_dir and config.class_prompt),
         "with_prior_preservation: not read beside --use_image_pairs": prior and pairs,
         "region_weight: only pairs have a region of change": config.region_weight and not pairs,
-        "calibrate goes with pair_objective: difference": config.calibrate
-        and config.objective != "difference",
+        f"calibrate: {config.objective} learns no change": config.calibrate
+        and config.objective in ("joint", "instance"),
         "validation_steps and validation_epochs: give one": config.validation_steps
         and config.validation_epochs,
         "timestep_min is above timestep_max": config.timestep_min > config.timestep_max,
@@ -1352,6 +1352,90 @@ def draw_sd(
     return torch.stack([drawn[scale] for scale in scales])
 
 
+SDPredict = Callable[[torch.Tensor, int], torch.Tensor]
+"""(latents (B, 4, h, w), timestep) -> noise (B, 4, h, w)"""
+
+
+class Levels(NamedTuple):
+    """Noise levels from noisy to clean: N timesteps, N + 1 alphas_cumprod, the last one t = 0's.
+
+    KEEP alphas_cumprod[0] at the end, not 1: the last step of DDPM needs a variance above 0.
+    """
+
+    timesteps: list[int]
+    alphas: list[float]
+
+
+def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
+    """Those of DDIM without the first `skip` (share) of them."""
+    import diffusers
+
+    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[round(skip * steps) :].tolist()
+    table = scheduler.alphas_cumprod.double()
+    return Levels(timesteps, [*table[timesteps].tolist(), table[0].item()])
+
+
+def step_mean(
+    x: torch.Tensor, noise: torch.Tensor, alpha: float, following: float, eta: float
+) -> torch.Tensor:
+    """Mean of the next latents; alpha, following: alphas_cumprod now (a) and after the step (a').
+
+    sqrt(a') x0 + sqrt(1 - a' - s^2) e with x0 = (x - sqrt(1 - a) e) / sqrt(a) and
+    s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); eta 0 is DDIM, 1 DDPM (Song et al. 2020, arXiv
+    2010.02502, eq. 12 and 16). With eta 0 also a step towards more noise.
+    """
+    clean = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
+    variance = eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
+    return math.sqrt(following) * clean + math.sqrt(1 - following - variance) * noise
+
+
+def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> list[torch.Tensor]:
+    """The photo at every level, sqrt(a) x + sqrt(1 - a) e, with noise of its own; then the photo.
+
+    photo (B, 4, h, w), noises (N, B, 4, h, w). Edit-friendly inversion (Huberman-Spiegelglas et
+    al. 2023, arXiv 2304.06140): independent noises make the steps' residuals large, so they carry
+    the photo's layout through an edit.
+    """
+    alphas = levels.alphas[:-1]
+    noisy = [
+        math.sqrt(a) * photo + math.sqrt(1 - a) * e for a, e in zip(alphas, noises, strict=True)
+    ]
+    return [*noisy, photo]
+
+
+def path_means(
+    path: Sequence[torch.Tensor], levels: Levels, predict: SDPredict, eta: float
+) -> list[torch.Tensor]:
+    """Where every step from the path leads by itself; path[k + 1] - means[k] is its residual."""
+    return [
+        step_mean(path[k], predict(path[k], t), levels.alphas[k], levels.alphas[k + 1], eta)
+        for k, t in enumerate(levels.timesteps)
+    ]
+
+
+def follow_path(
+    path: Sequence[torch.Tensor],
+    means: Sequence[torch.Tensor],
+    levels: Levels,
+    predict: SDPredict,
+    eta: float,
+    mask: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """Edited latents: from the path's first ones with the path's own residuals.
+
+    x' = mean(x) + (path' - mean(path)). Of a DDPM path these residuals are s z of the edit-friendly
+    inversion; of a DDIM path they are its errors. With the predictor of the path the path itself
+    comes out, whatever the guidance. mask (1, 1, h, w): where it is 0 the path is kept.
+    """
+    x = path[0]
+    for k, t in enumerate(levels.timesteps):
+        mean = step_mean(x, predict(x, t), levels.alphas[k], levels.alphas[k + 1], eta)
+        x = path[k + 1] + mask * (mean - means[k])
+    return x
+
+
 def shorten(text: str, font: Any, width_px: float) -> str:
     """`text` on one line, cut with an ellipsis where it would be wider than that."""
     text = " ".join(text.split())
@@ -1405,6 +1489,10 @@ MAY_DIFFER = {  # settings that may differ between a checkpoint and the run that
     "validation_prompt", "num_validation_images", "validation_steps", "validation_scales",
     "validation_epochs", "validation_inference_steps", "validation_guidance_scale", "export",
 }  # fmt: skip
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(value, 2) for value in values.tolist()]
 
 
 HASHED = {  # of what a checkpoint knows only a hash
@@ -2272,8 +2360,8 @@ class DreamBoothPairsTrainer:
     def save_result(self, calibrated: bool) -> None:
         """The LoRA file of the run, at the strength that `calibrate` asks for, and the card."""
         config, factor = self.config, 1.0
-        wanted = config.calibrate is None or config.calibrate
-        if calibrated and wanted and config.objective == "difference":
+        by_itself = config.objective == "difference"
+        if calibrated and (by_itself if config.calibrate is None else config.calibrate):
             factor = self.full_change()
             log.info("calibrated: one full change is %.3g times the trained strength", factor)
         tensors = adapter_tensors(self.bare, "change", factor)
@@ -2287,40 +2375,45 @@ class DreamBoothPairsTrainer:
         save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
     @torch.no_grad()
-    def full_change(self, most: int = 8) -> float:
-        """The strength at which the adapter meets its objective best: one whole change.
+    def full_change(self, most: int = 8, steps: int = 20, skip: float = 0.2) -> float:
+        """The strength at which the befores become the afters: one whole change.
 
-        Least squares over a grid of strengths and three noise levels, with a parabola through the
-        best one and its neighbours; after few steps it lies above the trained strength.
+        Edits the first pairs as generate.py edits photos (edit-friendly DDPM, no guidance) at
+        several strengths. <edit - before, after - before> / |after - before|^2 says how far each
+        went; where the mean of that is 1 is found between two of them.
         """
-        config = self.config
-        embeds = self.entry(config.instance_prompt)["embed"].to(self.device)[None]
-        shares = torch.logspace(-2, 2, 9, base=2.0)  # of the trained strength
-        misses = torch.zeros(len(shares), dtype=torch.float64)
-        span = config.timestep_max - config.timestep_min
-        times = [torch.tensor([config.timestep_min + span * part // 6]) for part in (1, 3, 5)]
+        strengths = self.config.pair_multiplier * torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
         spans = [scene.scales[-1] - scene.scales[0] for scene in self.scenes]
-        strength = config.pair_multiplier * max(spans) / 2  # of first to last; holes make it less
-        for number, scene in enumerate(self.scenes[:most]):
-            turn = Turn(number, number, 0, len(scene.files) - 1, flip=False)
-            for t in times:
-                terms = difference(self.noised([turn], t)[0])
-                noisy, target = (torch.cat(x) for x in zip(*[v[1:3] for v in terms], strict=True))
-                for i, share in enumerate(shares.tolist()):
-                    lanes = [(On("change", term.lane[0].scale * share),) for term in terms]
-                    both = t.to(self.device).repeat(len(terms))
-                    error = self.predict(self.bare["unet"], noisy, both, embeds, lanes) - target
-                    misses[i] += error.square().mean().item()
-        best = int(misses.argmin())
-        if best == 0:
-            log.warning("not calibrated: the adapter does not show the change yet; train longer")
-            return 1.0
-        if best == len(shares) - 1:
-            log.warning("one whole change is far above the trained strength; train longer")
-            return 4 * strength
-        left, middle, right = misses[best - 1 : best + 2].tolist()
-        octave = (best - 4 + 0.5 * (left - right) / (left - 2 * middle + right)) / 2
-        return strength * 2**octave
+        scenes = [s for s, span in zip(self.scenes, spans, strict=True) if span == max(spans)]
+        went = torch.stack([self._went(s, strengths, steps, skip) for s in scenes[:most]]).mean(0)
+        log.info("strength %s goes %s of the way", _rounded(strengths), _rounded(went))
+        if (went < 1).all():
+            log.warning("%.2f of a whole change is the most; train longer", went.max())
+            learnt = went.max() > 0.25  # else the strengths tell nothing
+            return strengths[went.argmax()].item() if learnt else 1.0
+        high = int((went >= 1).nonzero()[0])
+        share = (1 - went[high - 1]) / (went[high] - went[high - 1])
+        return torch.lerp(strengths[high - 1], strengths[high], share).item()
+
+    def _went(self, scene: Scene, strengths: torch.Tensor, steps: int, skip: float) -> torch.Tensor:
+        """Share of the way from first to last that edits of the first one go, (strengths)."""
+        pictures = fit_scene(self.config, scene, self.index)
+        ends = [self.entry(pictures[k])["latent"].to(self.device)[None] for k in (0, -1)]
+        embeds = self.entry(self.config.instance_prompt)["embed"].to(self.device)[None]
+        levels = sd_levels(self.scheduler_config, steps, skip)
+        noises = [normal(ends[0].shape, "calibrate", k) for k in range(len(levels.timesteps))]
+
+        def predict(latents: torch.Tensor, t: int, lane: Lane = ()) -> torch.Tensor:
+            times = torch.full((len(latents),), t, device=self.device)
+            return self.predict(self.bare["unet"], latents, times, embeds, [lane])
+
+        path = ddpm_path(ends[0], levels, torch.stack(noises).to(self.device))
+        means = path_means(path, levels, predict, 1.0)
+        lane = (On("change", strengths.to(self.device)),)
+        path = [x.expand(len(strengths), -1, -1, -1) for x in path]
+        change = ends[1] - ends[0]
+        edited = follow_path(path, means, levels, functools.partial(predict, lane=lane), 1.0)
+        return (((edited - ends[0]) * change).sum((1, 2, 3)) / change.square().sum()).cpu()
 
     def _draw_first(self) -> None:
         """samples/pairs.png: what the model sees."""

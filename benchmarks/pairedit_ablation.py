@@ -29,7 +29,7 @@ VARIANTS = (
     "train_image_sliders",
 )
 SCALES = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 9, 12)
-PAIR = demo.PAIR_AGES[1] - demo.PAIR_AGES[0]
+PAIR = demo.PAIR_AGES["target"] - demo.PAIR_AGES["source"]
 
 
 def strips(folder):

@@ -80,7 +80,7 @@ def workplace(tmp_path_factory, checkpoints):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, place)
     shutil.copytree(checkpoints["2511"], place / "demo" / "qwen_edit_base")
-    for name in ("flux_slider_base", "slider_pairs"):
+    for name in ("flux_slider_base", "slider_pairs", "sd_pairs_base", "hair_pairs"):
         shutil.copytree(ROOT / "demo" / name, place / "demo" / name)
     for name in ("age", "smile"):
         tiny.save_sliders(place / "demo/flux_slider_base", place / name)
