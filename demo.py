@@ -83,7 +83,10 @@ HAIR_SCALES, PHOTO_SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0), (0.0, 0.5, 1.0)
 HAIR_PROMPT = "picture of a person"
 HAIR_COUNT = 8  # seeds, and held-out photos
 HAIR_STEPS, HAIR_GUIDANCE = 25, 1.0  # DDIM
-LORAS = {"lora": HAIR_SCALES, "after_only": (0.0, 1.0)}  # folder in HAIR_OUTPUT_DIR: its strips
+LORAS = {
+    "lora": HAIR_SCALES,
+    "after_only": (0.0, 1.0, 2.0, 4.0),
+}  # folder in HAIR_OUTPUT_DIR: its strips
 TEXT_TOKENS = 16  # max_sequence_length of configs/demo_pairedit.yaml
 DARK_HAIR, WHITE_HAIR = np.array([0.2, 0.13, 0.1]), np.array([0.95, 0.95, 0.95])
 AGE_PROMPTS = (
@@ -1472,7 +1475,15 @@ def measure_strips() -> dict[str, Any]:
             np.array_equal(strip[0.0], face) for strip, face in zip(strips, base, strict=True)
         )
     found["rank_correlation"] = rank_correlation(HAIR_SCALES, found["lora"]["age_change"])
-    return found
+    equal = min(found[name]["age_change"][-1] for name in LORAS)
+    contents = [content_at(found[name], equal) for name in LORAS]
+    return found | {"equal_change": equal, "content_ratio": contents[0] / contents[1]}
+
+
+def content_at(part: dict[str, Any], age_change: float) -> float:
+    """Change of the rest where the hair has changed by this much, between the scales from 0 on."""
+    start = part["scales"].index(0.0)
+    return float(np.interp(age_change, part["age_change"][start:], part["content_change"][start:]))
 
 
 def measure_photos() -> dict[str, float]:
@@ -1515,14 +1526,18 @@ def draw_hair_sheet() -> Image.Image:
 def report_hair(figures: dict[str, Any]) -> None:
     """Print them."""
     print(f"\n{HAIR_COUNT} faces of other seeds, {figures['seconds']:.0f} s in all:")
-    lora, after, photos = figures["lora"], figures["after_only"], figures["photos"]
-    columns = zip(lora["scales"], lora["age_change"], lora["content_change"], strict=True)
-    for scale, age, content in columns:
-        share = age / figures["pair_change"]
-        print(f"  scale {scale:4g}: hair {share:5.2f} of the pairs' change, the rest {content:.4f}")
+    photos, pair = figures["photos"], figures["pair_change"]
+    for name, title in (("lora", "ten pairs"), ("after_only", "their afters alone")):
+        part = figures[name]
+        print(f"  trained on {title}:")
+        columns = zip(part["scales"], part["age_change"], part["content_change"], strict=True)
+        for scale, age, content in columns:
+            print(
+                f"    scale {scale:4g}: hair {age / pair:5.2f} of a change, the rest {content:.4f}"
+            )
     print(
-        f"  from the afters alone: hair {after['age_change'][-1] / figures['pair_change']:.2f}, "
-        f"the rest {after['content_change'][-1]:.4f}\n"
+        f"  where both have changed the hair by {figures['equal_change'] / pair:.2f}: the rest has "
+        f"changed {figures['content_ratio']:.2f} times as much with the pairs\n"
         f"{HAIR_COUNT} photos that were never trained on:\n"
         f"  squared error to the true after {photos['mse_scale_1']:.5f}, before"
         f" {photos['mse_before']:.5f} (autoencoder alone: {photos['mse_autoencoder']:.5f})\n"
