@@ -1357,7 +1357,7 @@ def teach_sd_faces(
 
 
 def rebuild_sd(
-    output_dir: Path, seed: int = 0, vae_steps: int = 450, face_steps: int = 1600
+    output_dir: Path, seed: int = 0, vae_steps: int = 450, face_steps: Sequence[int] = (1600, 900)
 ) -> None:
     """Write the base model of the pairs demo."""
     torch.manual_seed(seed)
@@ -1374,9 +1374,9 @@ def rebuild_sd(
     pipeline = build_sd(vae)
     ages = [3 + (face.age > 0.4) for face in faces]
     true_of = [[0, 1, 1, 2, 2, says, says] for says in ages]  # 1 of 7: no prompt
-    for power in (0.5, 0.25):  # colours, then details
+    for power, steps in zip((0.5, 0.25), face_steps, strict=True):  # colours, then details
         prompts = np.array(true_of)
-        teach_sd_faces(rng, pipeline, latents * scaling_factor, prompts, face_steps, power)
+        teach_sd_faces(rng, pipeline, latents * scaling_factor, prompts, steps, power)
     pipeline.to(torch.bfloat16).save_pretrained(output_dir)
     size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
     print(f"{output_dir}: {size / 1e6:.1f} MB")
@@ -1394,9 +1394,9 @@ def run_dreambooth() -> None:
     folder, accelerate = HAIR_OUTPUT_DIR.as_posix(), "accelerate.commands.accelerate_cli"
     train = f"accelerate launch train_dreambooth_pairs.py --config {HAIR_CONFIG}"
     run_command(train, accelerate)
-    run_command(
+    run_command(  # as DreamBooth is trained: over all noise levels
         f"{train} --output_dir {folder}/after_only --use_image_pairs false --before_data_dir null"
-        f" --after_data_dir null --pair_objective slider"
+        f" --after_data_dir null --pair_objective slider --timestep_min 0"
         f" --instance_data_dir {HAIR_PAIRS_DIR / 'after'}",
         accelerate,
     )

@@ -124,10 +124,9 @@ def test_the_demo_moves_the_hair_on_new_faces_and_on_photos(tmp_path):
     change, after_only, photos = (found[name] for name in ("lora", "after_only", "photos"))
     assert found["rank_correlation"] == pytest.approx(1)
     assert change["scale_0_is_base"] and after_only["scale_0_is_base"]
-    assert change["age_change"][-1] >= 0.4 * found["pair_change"]
-    assert change["content_change"][-1] < 0.8 * after_only["content_change"][-1]
-    beside = [part["content_change"][-1] / part["age_change"][-1] for part in (change, after_only)]
-    assert 0 < beside[0] < 0.5 * beside[1]  # for the same change of hair
+    assert change["age_change"][-1] >= 0.5 * found["pair_change"]
+    assert 0 < found["content_ratio"] < 1 / 3  # of after-only training, at equal change of hair
+    assert after_only["age_change"][1] < change["age_change"][-1]
     assert photos["mse_scale_1"] <= photos["mse_before"] / 2
     assert photos["mse_scale_1"] < photos["mse_scale_0.5"] < photos["mse_scale_0"]
     assert photos["scale_0_psnr_db"] >= 40
