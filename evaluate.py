@@ -7,6 +7,7 @@ Page: docs/evaluate.md
     ... --results base=out_a --results lora=out_b                       # two folders, side by side
     python evaluate.py --before_dir a --after_dir b --edited_dir base=c --edited_dir lora=d
     ... --metrics psnr,ssim,region,gain                                 # these need no network
+    ... --html                                      # and a page with a divider over the pictures
 
 Writes evaluation.csv (a row per picture), evaluation.json (means, ranking, curve, what was skipped
 and why) and evaluation.png. A column is what is compared: a scale, or a folder. Before and after
@@ -38,6 +39,7 @@ from pydantic import Field, field_validator
 from tqdm.auto import tqdm
 
 from utils import (
+    PageRow,
     Section,
     UserError,
     hash_file,
@@ -46,6 +48,7 @@ from utils import (
     load_config,
     run_script,
     save_atomic,
+    write_page,
 )
 
 SETTINGS_KEY = "image_edit"  # PNG text chunk
@@ -140,6 +143,8 @@ class Config(Section):
     """Folder, or a Hub id."""
     batch_size: int = Field(8, ge=1)
     """Results that are embedded at once."""
+    html: bool = False
+    """Also write evaluation.html: before, every column, after, with a divider to drag."""
     device: str | None = None
     """cuda, cpu, mps ...; null: the fastest there is."""
     output_dir: Path | None = None
@@ -975,6 +980,29 @@ def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
         writer.writerows(flat)
 
 
+def comparison_rows(
+    rows: Sequence[Result], figures: Sequence[Figures], shown: str | None
+) -> list[PageRow]:
+    """A view per picture and seed: before, every column, after; the figure `shown` of each."""
+    seeds: dict[str, set[int | None]] = {}
+    for row in rows:
+        seeds.setdefault(row.name, set()).add(row.seed)
+    found = []
+    for name, own in seeds.items():
+        for seed in sorted(own - {None}, key=str) or [None]:  # without a seed: beside each of them
+            there = [
+                n for n, row in enumerate(rows) if row.name == name and row.seed in (seed, None)
+            ]
+            first = rows[there[0]]
+            columns = {"before": first.before} if first.before else {}
+            columns |= {rows[n].column: rows[n].edited for n in there}
+            columns |= {"after": first.after} if first.after else {}
+            told = {f"{shown}, {rows[n].column}": figures[n].get(shown or "") for n in there}
+            known = {label: value for label, value in told.items() if value is not None}
+            found.append(PageRow(name, columns, first.prompt or "", seed, known))
+    return found
+
+
 def draw_curve(axes: Any, found: dict[str, Any]) -> None:
     """Content change over edit strength, a line per series, its scales written on it."""
     for name, points in found["series"].items():
@@ -1070,8 +1098,12 @@ def evaluate(config: Config) -> None:
     save_atomic(folder / "evaluation.json", lambda f: f.write_text(text, encoding="utf-8"))
     save_atomic(folder / "evaluation.csv", lambda f: write_csv(f, records))
     save_atomic(folder / "evaluation.png", lambda f: draw_report(f, columns, report))
+    if config.html:
+        views = comparison_rows(rows, figures, report["ranking"]["by"])
+        write_page(folder / "evaluation.html", folder.resolve().name, views)
     print_summary(report)
-    print(f"results: {folder / 'evaluation.json'} (.csv, .png)")
+    ends = ".csv, .png, .html" if config.html else ".csv, .png"
+    print(f"results: {folder / 'evaluation.json'} ({ends})")
 
 
 # --- 9. main --------------------------------------------------------------------------------------

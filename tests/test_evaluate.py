@@ -305,10 +305,15 @@ def test_the_demos_results_are_ranked_true_after_lora_base(kind, tmp_path):
     flags = PAIRED if kind == "folder" else [*PAIRED[4:], "--before_suffix", "_R"]
     done = run(
         "evaluate.py", "--results", tmp_path / "out", *flags, "--edited_dir",
-        f"true={tmp_path / 'true'}", "--metrics", OFFLINE,
+        f"true={tmp_path / 'true'}", "--metrics", OFFLINE, "--html",
     )  # fmt: skip
     report = report_of(tmp_path / "out")
     assert report["ranking"]["by"] == "error_inside"
+    page = (tmp_path / "out/evaluation.html").read_text()
+    for name in NAMES:  # a view of each: before, the columns, after, with their figures
+        assert f"{name}_R.png" in page and f"{name}_T." in page
+    assert page.count("<section ") == len(NAMES)
+    assert page.count("error_inside, ") == 3 * len(NAMES)
     order = [title.removeprefix("out ") for title in report["ranking"]["columns"]]
     assert order == ["true", "scale 1", "scale 0"]
     first = done.stdout.index("true"), done.stdout.index("scale 1"), done.stdout.index("scale 0")
