@@ -59,7 +59,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -102,6 +102,9 @@ PUBLISHED_MODEL = "black-forest-labs/FLUX.1-dev"
 # --- 1. config ------------------------------------------------------------------------------------
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Config(Section):
     """generate.py: edit pictures with Qwen-Image-Edit and LoRAs."""
 
@@ -117,7 +120,7 @@ class Config(Section):
     """The instruction."""
     negative_prompt: str = ""
     """Used by guidance; "" is the empty instruction."""
-    seed: list[int] = [0]
+    seed: list[Seed] = [0]
     """Seed, or several: 0,1,2. Drawn on the CPU: the same picture on every device."""
     num_inference_steps: int = Field(40, ge=2)
     """Euler steps (a single one divides by zero in the scheduler)."""
@@ -202,7 +205,7 @@ class StripConfig(FluxConfig):
     """LoRA that was trained on one photo (train_image_real) and stands in for it."""
     prompt: str = ""
     """Of the picture; of a photo: what it shows."""
-    seed: list[int] = [0]
+    seed: list[Seed] = [0]
     """Seed, or several: 0,1,2. Drawn on the CPU: the same picture on every device."""
     height: int | None = Field(None, ge=32, multiple_of=16)
     """px; null: by resolution and the photo's aspect."""
@@ -240,7 +243,7 @@ class SDConfig(Section):
     """Repeat the flag for several; of a photo: what it shows. []: what the LoRA was trained on."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    seed: list[int] = [0]
+    seed: list[Seed] = [0]
     """Seed, or several: 0,1,2. Drawn on the CPU: the same picture on every device."""
     num_inference_steps: int = Field(50, ge=1, le=500)
     """DDIM steps."""
@@ -248,7 +251,7 @@ class SDConfig(Section):
     """Classifier-free guidance; 1 is none. null: 7.5, on photos 1."""
     resolution: int | None = Field(None, ge=64, multiple_of=64)
     """Side of the square whose area the pictures get, px; photos keep their aspect (buckets).
-    null: what the LoRA was trained with, else 512."""
+    null: what the LoRA was trained with, else the base model's own (mostly 512)."""
     height: int | None = Field(None, ge=32, multiple_of=8)
     """px; null: by resolution and the photo's aspect."""
     width: int | None = Field(None, ge=32, multiple_of=8)
@@ -539,6 +542,12 @@ def read_lora_about(path: Path) -> dict[str, Any]:
         raise ValueError(f"--lora {path}: {error}") from error
 
 
+def is_of_unet(path: Path) -> bool:
+    """A LoRA of Stable Diffusion: its transformer blocks lie in `attentions` of a UNet."""
+    with safe_open(path, framework="pt") as file:
+        return any("attentions" in name for name in file.keys())  # noqa: SIM118 (not a dict)
+
+
 COLUMNS = ("images", "image", "prompt", "name", "seed")
 
 
@@ -725,6 +734,8 @@ def check(config: Config) -> list[str]:
         path, _ = parse_lora(text)
         try:
             trained = read_lora_about(path).get("flavour", flavour)
+            if is_of_unet(path):
+                problems.append(f"--lora {path}: made for Stable Diffusion, this model has no UNet")
             if flavour and trained != flavour:
                 print(f"note: {path} was trained on {trained}, this model is {flavour}")
         except ValueError as error:
@@ -2292,16 +2303,23 @@ def check_sliders(config: FluxConfig) -> list[str]:
     return problems + check_strip_files(strips)
 
 
+NAME_BYTES = 230  # of 255 in most file systems; save_atomic's temporary name is longer
+
+
 def check_strip_files(strips: Sequence[Strip]) -> list[str]:
     """Results must not meet each other or overwrite a photo; their folder must be writable."""
     seen = Counter(file.resolve() for strip in strips for file in strip.files)
     seen += Counter(strip.resolve() for strip in {strip.sheet for strip in strips if strip.sheet})
     photos = {strip.photo.resolve() for strip in strips if strip.photo}
+    long = {path for path in seen if len(os.fsencode(path.name)) > NAME_BYTES}
     problems = [f"two results are called {path}" for path, count in seen.items() if count > 1]
     problems += [f"{path} would be overwritten: it is a photo" for path in photos & set(seen)]
     problems += [
-        f"{path} is a folder; wanted the name of a picture" for path in seen if path.is_dir()
+        f"{path} is a folder; wanted the name of a picture"
+        for path in seen.keys() - long
+        if path.is_dir()
     ]
+    problems += [f"{path}: a name has at most {NAME_BYTES} bytes here" for path in sorted(long)]
     for strip in strips[:1]:  # the others lie beside it
         problems += check_writable(strip.files[0].parent)
     return problems
@@ -2501,16 +2519,26 @@ def sd_buckets(resolution: int) -> list[tuple[int, int]]:
     return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
 
 
+def base_resolution(name: str) -> int:
+    """Side of the pictures that the base model is made for, px; 512 where it does not say."""
+    try:
+        latents_px = read_model_json(name, "unet/config.json")["sample_size"]
+        halvings = len(read_model_json(name, "vae/config.json")["block_out_channels"]) - 1
+        return max(64, latents_px * 2**halvings // 64 * 64)
+    except (UserError, KeyError, TypeError):
+        return 512
+
+
 def with_lora_wishes(config: SDConfig) -> SDConfig:
     """What is not given is what the LoRA files say about their training, else the usual."""
-    about: dict[str, Any] = {}
+    name, about = config.pretrained_model_name_or_path, dict[str, Any]()
     for text in reversed(config.lora):
         with contextlib.suppress(ValueError):  # which the check of the files will tell
             about |= read_lora_about(parse_lora(text)[0])
     photo = bool(config.image or config.input_dir)
     prompt = about.get("instance_prompt", "" if photo else None)
     update = {
-        "resolution": config.resolution or about.get("resolution", 512),
+        "resolution": config.resolution or about.get("resolution") or base_resolution(name),
         "guidance_scale": config.guidance_scale or (1.0 if photo else 7.5),
         "prompt": config.prompt or ([prompt] if prompt is not None else []),
     }

@@ -72,8 +72,9 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
-        text = "stopped; what was saved is complete"
-        print(f"\n{text} (training goes on with resume_from_checkpoint: latest)", file=sys.stderr)
+        trains = Path(sys.argv[0]).name.startswith("train_")
+        again = "training goes on with resume_from_checkpoint: latest" if trains else "run it again"
+        print(f"\nstopped; what was saved is complete ({again})", file=sys.stderr)
         sys.exit(130)
 
 
@@ -712,7 +713,9 @@ def write_report(output_dir: Path) -> Path:
     Raises:
         UserError: the folder holds no run.
     """
-    series, about = _read_series(output_dir / "metrics.jsonl"), _read_record(output_dir)
+    there = output_dir.is_dir()
+    series = _read_series(output_dir / "metrics.jsonl") if there else {}
+    about = _read_record(output_dir) if there else {}
     if not (series or about):
         raise UserError(f"{output_dir}: no run here (no metrics.jsonl, no run.json)")
     sheets = sorted(output_dir.glob("samples/*.png"))

@@ -197,10 +197,12 @@ def test_results_never_overwrite_references_or_leave_their_folder(checkpoints, t
 
 def test_a_lora_of_another_model_is_refused_before_loading(checkpoints, tmp_path):
     file = tmp_path / "unet.safetensors"
-    save_file({"unet.down.lora_A.weight": torch.zeros(1)}, file)
     command = ["--image", REFERENCE, "--prompt", "x", "--output", tmp_path / "o.png"]
-    done = make(checkpoints["2511"], "--lora", file, *command, check=False)
-    assert done.returncode == 2 and "no LoRA for this transformer" in done.stderr
+    down, attention = "unet.down_blocks.0.", "attentions.0.transformer_blocks.0.attn1.to_q."
+    for layer, words in ((down, "no LoRA for this transformer"), (down + attention, "has no UNet")):
+        save_file({f"{layer}lora_A.weight": torch.zeros(1)}, file)
+        done = make(checkpoints["2511"], "--lora", file, *command, check=False)
+        assert done.returncode == 2 and words in done.stderr
 
 
 def test_loras_of_different_reference_sizes_need_a_decision(lora, make_trainer, tmp_path):

@@ -211,7 +211,7 @@ def test_what_is_not_given_is_what_the_lora_was_trained_with(sd, loras, tmp_path
     [drawn] = strips_of(generate.with_lora_wishes(own))
     assert (drawn.prompt, drawn.size) == ("eyes", (128, 128))
     kohya = generate.with_lora_wishes(generate.SDConfig(**base, lora=[str(loras["kohya"])]))
-    assert kohya.resolution == 512 and not kohya.prompt
+    assert kohya.resolution == 64 and not kohya.prompt  # the base's own size
     assert any("no prompt" in text for text in generate.check_sd_ways(kohya, set()))
 
 
@@ -454,6 +454,10 @@ def test_one_report_of_everything_wrong(call, loras, photos, checkpoints, tmp_pa
     )  # fmt: skip
     for words in ("only photos are inverted", "two results are called", "cannot be written to"):
         assert words in done, f"{words}\n{done}"
+    done = call("--prompt", "x", "--output", "x" * 240 + ".png", check=False)
+    assert "at most 230 bytes" in done
+    done = call("--prompt", "x", "--output", "o.png", "--seed", f"-1,{2**63}", check=False)
+    assert "greater than or equal to 0" in done and "less than 9223372036854775808" in done
 
 
 def test_the_checkpoint_or_a_setting_picks_the_family(sd, checkpoints, tmp_path):

@@ -537,8 +537,9 @@ def test_a_report_on_demand(edit_run, tmp_path):
     done = run(ROOT / "utils.py", "report", edit_run)
     assert done.stdout.strip() == str(edit_run / "report.html")
     assert (edit_run / "report.html").read_text() == whole
-    done = run(ROOT / "utils.py", "report", tmp_path, check=False)
-    assert done.returncode == 2 and "no run here" in done.stderr
+    for folder in (tmp_path, ROOT / "utils.py"):
+        done = run(ROOT / "utils.py", "report", folder, check=False)
+        assert done.returncode == 2 and "no run here" in done.stderr
 
 
 def test_the_report_in_the_browser(browser, edit_run):

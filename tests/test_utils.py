@@ -288,3 +288,16 @@ def test_utils_needs_no_model_library():
     code = f"import sys, utils; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"), [("train_x.py", "resume_from_checkpoint"), ("generate.py", "run it again")]
+)
+def test_ctrl_c_says_how_to_go_on(script, words, monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as stopped:
+        utils.run_script(stop)
+    assert stopped.value.code == 130 and words in capsys.readouterr().err
