@@ -118,7 +118,7 @@ def test_the_demo_moves_the_hair_on_new_faces_and_on_photos(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name)
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    run("demo.py", "dreambooth", cwd=tmp_path)
+    run("demo.py", "dreambooth", cwd=tmp_path, timeout=1200)
     folder = tmp_path / demo.HAIR_OUTPUT_DIR
     found = json.loads((folder / "demo.json").read_text())
     change, after_only, photos = (found[name] for name in ("lora", "after_only", "photos"))
