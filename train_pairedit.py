@@ -252,7 +252,7 @@ class Config(Section):
     use_random_seed: bool = False
     """Seeds drawn from 0..32768 (by `seed`) instead of counted up."""
     html: bool = False
-    """generate.py also writes page.html beside its sheets."""
+    """Also write page.html beside the sheet: a divider to drag, a slider over the scales."""
     output_folder_gen: Path = Path("output/eval/image/")
     """Where generate.py draws."""
     semantic_lora_path: str = ""
