@@ -983,23 +983,23 @@ def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
 def comparison_rows(
     rows: Sequence[Result], figures: Sequence[Figures], shown: str | None
 ) -> list[PageRow]:
-    """A view per picture and seed: before, every column, after; the figure `shown` of each."""
-    seeds: dict[str, set[int | None]] = {}
-    for row in rows:
-        seeds.setdefault(row.name, set()).add(row.seed)
+    """A view per picture, seed and prompt: before, every column, after; the figure `shown`."""
+    by_name: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_name.setdefault(row.name, []).append(number)
     found = []
-    for name, own in seeds.items():
-        for seed in sorted(own - {None}, key=str) or [None]:  # without a seed: beside each of them
-            there = [
-                n for n, row in enumerate(rows) if row.name == name and row.seed in (seed, None)
-            ]
+    for name, numbers in by_name.items():
+        drawn = [rows[n] for n in numbers if rows[n].seed is not None]
+        views = dict.fromkeys((row.seed, row.prompt) for row in drawn)
+        for view in views or [(None, None)]:  # what has no seed stands beside each of them
+            there = [n for n in numbers if rows[n].seed is None or rows[n].strip[2:] == view]
             first = rows[there[0]]
             columns = {"before": first.before} if first.before else {}
             columns |= {rows[n].column: rows[n].edited for n in there}
             columns |= {"after": first.after} if first.after else {}
             told = {f"{shown}, {rows[n].column}": figures[n].get(shown or "") for n in there}
             known = {label: value for label, value in told.items() if value is not None}
-            found.append(PageRow(name, columns, first.prompt or "", seed, known))
+            found.append(PageRow(name, columns, view[1] or first.prompt or "", view[0], known))
     return found
 
 

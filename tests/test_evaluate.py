@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -470,6 +471,22 @@ def test_means_leave_out_what_is_undefined():
     columns = evaluate.means_by_column(rows, [{"psnr": 20.0, "ssim": 0.5}, {"psnr": 30.0}])
     assert columns["scale 1"]["means"] == {"psnr": 25.0, "ssim": 0.5}
     assert columns["scale 1"]["pictures"] == 2
+
+
+def test_a_page_has_a_view_for_every_seed_and_prompt():
+    def row(column, seed, prompt):
+        scale = None if column == "true" else 1.0
+        file = Path(f"{column}{seed}{prompt}.png")
+        return evaluate.Result(column, scale, "a", seed, prompt, file, after=Path("after.png"))
+
+    rows = [row("x", *view) for view in ((0, "snow"), (0, "rain"), (1, "snow"))]
+    rows.append(row("true", None, None))
+    views = evaluate.comparison_rows(rows, [{"psnr": float(n)} for n in range(4)], "psnr")
+    assert [(view.seed, view.prompt) for view in views] == [(0, "snow"), (0, "rain"), (1, "snow")]
+    for number, view in enumerate(views):
+        assert list(view.columns) == ["x scale 1", "true", "after"]
+        assert view.columns["x scale 1"] == rows[number].edited
+        assert view.figures == {"psnr, x scale 1": number, "psnr, true": 3}
 
 
 def test_ranking_takes_a_figure_that_all_have():
