@@ -1,55 +1,54 @@
-"""What the scripts must agree on at run time, and nothing else.
+"""What the scripts must agree on at run time, and what nobody edits.
 
-Config files, errors, the cache on disk, randomness, run records. What a researcher may want to
-change (objective, pairing, bucketing, LoRA targets, devices) lives in the scripts. A script runs
-with only this file beside it.
+What a researcher may want to change (objective, noise, pairing, bucketing, LoRA targets, devices)
+lives in the scripts. A script runs with only this file beside it.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import difflib
 import hashlib
-import html
+import importlib.util
 import itertools
 import json
-import math
-import mimetypes
+import logging
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
-import sqlite3
-import string
 import subprocess
 import sys
+import tempfile
 import time
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
-from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
-from urllib.parse import quote
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
 import yaml
-from PIL import Image
-from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
+from filelock import FileLock, Timeout
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pydantic import BaseModel, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
-CACHE_FORMAT = (
-    1  # raise it when the meaning of an entry changes: every old entry is then built again
-)
+CACHE_FORMAT = 2  # raise it when entries change their meaning: every old one is then built again
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
+log = logging.getLogger("utils")
 
-# --- 1. errors ------------------------------------------------------------------------------------
+
+# --- 1. errors and signals ------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -78,10 +77,18 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def listed(problems: list[str], shown: int = 10) -> str:
+def listed(problems: Sequence[str], shown: int = 10) -> str:
     """Join problems one per line, the first `shown` in full, with a count of the rest."""
     rest = [f"  ... and {len(problems) - shown} more"] if len(problems) > shown else []
     return "\n".join([f"  - {problem}" for problem in problems[:shown]] + rest)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return ", did you mean '...'?", or the list of the names there are."""
+    names = list(names)
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
+        return f", did you mean '{close[0]}'?"
+    return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
 
 
 class StopSignal:
@@ -94,18 +101,14 @@ class StopSignal:
         self.requested = False
         self._process = os.getpid()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker: it goes on until the loop has ended
             return
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        name = signal.Signals(number).name
-        print(
-            f"\n{name}: finishing this step, then saving (again: stop at once)",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = "finishing this step, then saving (again: stop at once)"
+        print(f"\n{signal.Signals(number).name}: {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> StopSignal:
         self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -115,80 +118,60 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agreed(self, accelerator: Any, ask: bool) -> bool:
+        """Return whether any process got a signal; several ask each other (and wait) on `ask`."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        if ask and self.requested:
+            accelerator.set_trigger()
+        return ask and accelerator.check_trigger()
+
 
 # --- 2. config: pydantic sections <- YAML or JSON <- dotted overrides -----------------------------
 
 
 class Section(
-    BaseModel,
-    extra="forbid",
-    frozen=True,
-    use_attribute_docstrings=True,
-    coerce_numbers_to_str=True,
-    allow_inf_nan=False,
+    BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
 ):
     """Base of every config class: unknown keys are errors; a field's docstring is its help."""
 
-    not_here: ClassVar[dict[str, str]] = {}  # names that users may expect: why there is no such one
+    newcomer: ClassVar[tuple[str, ...]] = ()  # settings that --help shows first
+    not_here: ClassVar[dict[str, str]] = {}  # names that users may expect: what to do instead
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse a bare `--steps`, which is true, where a number is wanted (it would become 1)."""
-        kind = cls.model_fields[info.field_name].annotation if info.field_name else None
-        kinds = {kind, *get_args(kind)}
-        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
-            raise ValueError("wanted a number")
-        return value
+    def rules(self) -> dict[str, Any]:
+        """Return {problem: whether it is there} of settings that depend on one another."""
+        return {}
+
+    @model_validator(mode="after")
+    def _follows_rules(self) -> Any:
+        if wrong := [problem for problem, there in self.rules().items() if there]:
+            raise ValueError("\n".join(wrong))
+        return self
 
 
 C = TypeVar("C", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars (`no` is text, 1e-4 a number); duplicate keys are errors."""
+    """Every scalar but null is text, so that the type of the setting decides what `no` is."""
 
     yaml_implicit_resolvers = {  # type: ignore[misc]
-        first: [
-            (t, r) for t, r in pairs if not t.endswith((":bool", ":int", ":float", ":timestamp"))
-        ]
+        first: [pair for pair in pairs if pair[0].endswith((":null", ":merge"))]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        named = [key for key, _ in node.value if not key.tag.endswith(":merge")]
-        keys = [self.construct_object(key, deep) for key in named]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(
-                    problem=f"duplicate key '{key}'", problem_mark=node.start_mark
-                )
+        keys = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            problem = f"duplicate key '{twice[0]}'"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile("^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^(?:[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?
-                |[0-9]+[eE][-+]?[0-9]+)|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
-        re.VERBOSE,
-    ),
-    list("-+0123456789."),
-)
 
 
 def settings(kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, field) of every leaf setting, also inside list[...] and dict[...]."""
     for arg in get_args(kind):
-        nested = (
-            isinstance(arg, type) and issubclass(arg, Section) and get_args(kind)[-1] is type(None)
-        )
+        nested = isinstance(arg, type) and issubclass(arg, Section) and type(None) in get_args(kind)
         yield from settings(arg, path if nested else f"{path}.*")
     if isinstance(kind, type) and issubclass(kind, Section):
         for name, field in kind.model_fields.items():
@@ -196,243 +179,188 @@ def settings(kind: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from below or [(f"{path}.{name}".lstrip("."), field)]
 
 
-def help_text(cls: type[Section]) -> str:
-    """All settings of `cls` with type, default and meaning."""
-    text = [
-        f"{cls.__doc__}\n",
-        "  --config FILE    YAML or JSON file, see configs/",
-        "  --print_config   show what would run",
-    ]
-    for path, field in settings(cls):
-        kind = str(field.annotation) if get_args(field.annotation) else field.annotation.__name__
-        default = (
-            "required"
-            if field.is_required()
-            else f"= {field.get_default(call_default_factory=True)}"
-        )
-        text.append(f"  --{path}  {kind.replace('typing.', '').replace('pathlib.', '')}  {default}")
-        text += [f"        {line}" for line in (field.description or "").splitlines()]
-    return "\n".join(text)
-
-
 def _assign(data: Any, key: str, value: Any) -> None:
     """Set a dotted key; missing sections are made, a list may be continued at its end."""
-    parts = key.split(".")
-    last = parts[-1]
-    for part, below in itertools.pairwise(parts):
-        empty: Any = [] if below.isdigit() else {}
-        if isinstance(data, list):
-            data.extend([empty] if int(part) == len(data) else [])
-            data = data[int(part)]
-        else:
-            data = data.setdefault(part, empty)
-    if isinstance(data, list):
-        data[int(last) : int(last) + 1] = [value]
-    else:
-        data[last] = value
+    name, _, rest = key.partition(".")
+    place: Any = int(name) if isinstance(data, list) else name
+    if isinstance(data, list) and place == len(data):
+        data.append(None)
+    if rest:
+        below = data[place] if isinstance(data, list) else data.get(place)
+        if not isinstance(below, dict | list):
+            below = [] if rest.split(".")[0].isdigit() else {}
+        _assign(below, rest, value)
+        value = below
+    data[place] = value
 
 
-def _place(data: Any, error: Any) -> tuple[Any, ...]:
-    """Where in the given settings an error lies (pydantic adds tags of union members)."""
-    place: list[Any] = []
-    for part in error["loc"]:
-        if isinstance(data, list):  # "0,1,2" as a list flag is cut later: it may be shorter here
-            data = dict(enumerate(data))
-        if not isinstance(data, dict) or part not in data:
-            break
-        place.append(part)
-        data = data[part]
-    missing = [error["loc"][-1]] if error["type"] == "missing" else []
-    return (*place, *missing)
-
-
-def _explain(cls: type[Section], error: Any, place: tuple[Any, ...]) -> str:
-    where = ".".join(str(part) for part in place) or "config"
+def _explain(cls: type[Section], data: Any, error: Any) -> list[str]:
+    """Return what a pydantic error says, one line each, with the path as the config has it."""
+    place: list[str] = []
+    for part in error["loc"]:  # pydantic adds the tags of union members
+        data = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(data, dict) and part in data:
+            place, data = [*place, str(part)], data[part]
+    missing = error["type"] == "missing"
+    where = ".".join(place + [str(error["loc"][-1])] * missing) or "config"
     if error["type"] != "extra_forbidden":
-        message = error["msg"].removeprefix("Value error, ")
-        whole = error["type"] == "missing" or isinstance(error["input"], dict | Section)
+        whole = missing or isinstance(error["input"], dict | Section)
         given = "" if whole else f" (got {str(error['input'])[:60]!r})"
-        return f"{where}: {message}{given}"
+        lines = error["msg"].removeprefix("Value error, ").splitlines()
+        return [f"{where}: {line}{given}" for line in lines]
     paths = [path for path, _ in settings(cls)]
-    if elsewhere := [path for path in paths if path.endswith(f".{place[-1]}")]:
-        return f"{where}: not a setting here, but there is {elsewhere[0]}"
     if place[-1] in cls.not_here:
-        return f"{where}: no setting: {cls.not_here[place[-1]]}"
+        return [f"{where}: no such setting: {cls.not_here[place[-1]]}"]
+    if elsewhere := [path for path in paths if path.endswith(f".{place[-1]}")]:
+        return [f"{where}: not a setting here, but there is {elsewhere[0]}"]
     names = {part for path in paths for part in path.split(".")}
-    close = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.5)
-    return f"{where}: unknown setting" + (
-        f", did you mean '{close[0]}'?" if close else " (all settings: --help)"
-    )
+    return [f"{where}: unknown setting{nearest(place[-1], sorted(names))}"]
 
 
-def _without(data: Any, places: set[tuple[Any, ...]]) -> Any:
-    """Copy of `data` without the settings at `places`, so that the rest can still be checked."""
-
-    def below(key: Any) -> set[tuple[Any, ...]]:
-        return {place[1:] for place in places if place and place[0] == key}
-
-    if isinstance(data, dict):
-        return {k: _without(v, below(k)) for k, v in data.items() if () not in below(k)}
-    if isinstance(data, list):
-        return [_without(v, below(i)) for i, v in enumerate(data) if () not in below(i)]
-    return data
+def _value(text: str) -> Any:
+    """Read null, `{...}` and `[...]` as YAML does; all else stays text."""
+    with contextlib.suppress(yaml.YAMLError):
+        if text == "null" or text.lstrip()[:1] in ("{", "["):
+            return yaml.load(text, _Loader)
+    return text
 
 
-def _validate(cls: type[C], data: Any) -> tuple[C | None, list[str]]:
-    """The config, or what is left of it without its wrong settings, and what is wrong."""
-    problems: dict[str, str] = {}
-    for attempt in range(8):  # taking a wrong setting out may make its section incomplete
-        try:
-            return cls.model_validate(data), list(problems.values())
-        except ValidationError as error:
-            wrong = set()
-            for item in error.errors():
-                place = _place(data, item)
-                text = _explain(cls, item, place)
-                if attempt == 0:
-                    key = ".".join(map(str, place))
-                    same = problems.get(key)
-                    problems[key] = f"{same.rsplit(' (got')[0]}; or {item['msg']}" if same else text
-                wrong.add(place[:-1] if item["type"] == "missing" else place)
-            data = {} if () in wrong else _without(data, wrong)
-    return None, list(problems.values())
-
-
-def _override_value(text: str) -> Any:
-    """Numbers, true, false, null, `{...}` and `[...]` as in YAML; all else is text as typed."""
-    if not text:
-        return text
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return text
-    nested = isinstance(value, dict | list) and text.lstrip()[:1] in "{["
-    return value if nested or isinstance(value, int | float | None) else text
-
-
-def parse_args(argv: list[str], lists: set[str]) -> tuple[dict[str, Any], set[str], list[str]]:
-    """Merge `--config FILE` and `--a.b value` overrides -> (settings, {"help", ...}, problems).
-
-    Of a repeated flag the last value counts, but for the settings in `lists`: those collect all.
-    """
-    data: dict[str, Any] = {}
-    overrides: dict[str, list[Any]] = {}
-    flags: set[str] = set()
-    problems: list[str] = []
-    args = list(argv)
-    while args:
-        key, equals, text = args.pop(0).partition("=")
-        if not key.startswith("--"):
-            if key == "-h":
-                flags.add("help")
-            else:
-                problems.append(f"expected --name value, got '{key}'")
-            continue
-        bare = not equals and (not args or args[0].startswith("--"))  # `--flag` is true
-        if not equals and not bare:
-            text = args.pop(0)
-        if key in ("--help", "--print_config"):
-            flags.add(key[2:])
-        elif key == "--config":
-            try:
-                data = yaml.load(Path(text).read_text(encoding="utf-8"), _Loader) or {}
-                if not isinstance(data, dict):
-                    raise yaml.YAMLError("the file must hold `name: value` pairs")
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                data = {}
-                problems.append(f"--config {text or '(no file named)'}: {error}")
+def parse_args(argv: Sequence[str]) -> dict[str, list[list[str]]]:
+    """["--a", "1", "2", "--a=3", "--b"] -> {"a": [["1", "2"], ["3"]], "b": [[]]}."""
+    given: dict[str, list[list[str]]] = {}
+    values: list[str] = []
+    for arg in argv:
+        if arg.startswith("--") or arg == "-h":
+            key, equals, text = ("help" if arg == "-h" else arg[2:]).partition("=")
+            values = [text] if equals else []
+            given.setdefault(key, []).append(values)
+        elif not given:
+            raise UserError(f"expected --name value, got '{arg}'")
         else:
-            value = True if bare else _override_value(text)
-            overrides.setdefault(key[2:], []).append(value)
-    for key, values in overrides.items():
-        value = values[-1]
+            values.append(arg)
+    return given
+
+
+def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str]) -> list[str]:
+    """Put the values of flags into `data`; return the problems.
+
+    Of a repeated flag the last value counts, but for the settings in `lists`, which collect all. A
+    flag without a value is true.
+    """
+    problems = []
+    for key, found in given.items():
+        values = [_value(text) for text in found[-1]] or ["true"]
+        value = values[0]
         if re.sub(r"\.\d+(?=\.|$)", ".*", key) in lists and not isinstance(value, list | None):
-            value = values
+            value = [_value(text) for texts in found for text in texts]
+        elif len(values) > 1:
+            problems.append(f"--{key}: one value is wanted, got {' '.join(found[-1])}")
         try:
             _assign(data, key, value)
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             problems.append(f"cannot set --{key}: {error}")
-    return data, flags, problems
+    return problems
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file. Raises UserError."""
+    try:
+        data = yaml.load(Path(text).read_text(encoding="utf-8"), _Loader) or {}
+        if not isinstance(data, dict):
+            raise yaml.YAMLError("the file must hold `name: value` pairs")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {text or '(no file named)'}: {error}") from error
+    return data
 
 
 def load_config(
-    cls: type[C], argv: list[str] | None = None, check: Callable[[C], list[str]] | None = None
+    cls: type[C], argv: Sequence[str] | None = None, check: Callable[[C], list[str]] | None = None
 ) -> C:
     """Build `cls` from `--config FILE` plus overrides such as `--model.lora.r 32`, which win.
 
-    `check(config)` may name further problems (paths, data). It runs even when settings are
-    misspelt, on what is left of the config, so that one run reports everything.
-
-    Raises:
-        UserError: with every problem found.
+    Raises UserError with every problem of the settings, or else with all that `check(config)` says.
     """
+    given = parse_args(sys.argv[1:] if argv is None else argv)
+    if "help" in given:
+        print(load_tool("settings").help_text(cls, "".join(given["help"][-1])))
+        sys.exit(0)
+    data = read_config("".join(given.pop("config")[-1])) if "config" in given else {}
+    shown = given.pop("print_config", None)
     lists = {path for path, field in settings(cls) if get_origin(field.annotation) is list}
-    data, flags, problems = parse_args(sys.argv[1:] if argv is None else argv, lists)
-    if "help" in flags:
-        print(help_text(cls))
-        sys.exit(0)
-    if unread := [problem for problem in problems if problem.startswith("--config ")]:
-        raise UserError("\n".join(unread))  # without the file everything else would be noise
-    config, wrong = _validate(cls, data)
-    problems += wrong
-    if "print_config" in flags and config and not problems:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
-        sys.exit(0)
-    if config and check:
-        problems += check(config)
-    if problems or config is None:
-        raise UserError(
-            f"{len(problems)} problem(s), nothing was loaded\n"
-            + "\n".join(f"  - {p}" for p in problems)
-        )
+    problems = merge_overrides(data, given, lists)
+    try:
+        config = cls.model_validate(data)
+    except ValidationError as error:
+        problems += [line for item in error.errors() for line in _explain(cls, data, item)]
+    else:
+        if shown and not problems:
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            sys.exit(0)
+        problems = problems or (check(config) if check else [])
+    if problems:
+        count = f"{len(problems)} problem(s), nothing was loaded"
+        raise UserError(f"{count}\n{listed(problems, len(problems))}")
     return config
+
+
+def load_script(path: Path) -> types.ModuleType:
+    """Import a script by its path: a training script, a fork of one, a tool. Raises UserError."""
+    if not path.is_file() or path.suffix != ".py":
+        raise UserError(f"no script {path}")
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # KEEP: pydantic and pickle look classes up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_tool(name: str) -> types.ModuleType:
+    """Import tools/<name>.py beside this file. Raises UserError where it was not copied along."""
+    return load_script(Path(__file__).parent / "tools" / f"{name}.py")
 
 
 # --- 3. randomness: every draw is a function of (seed, purpose, index) ----------------------------
 
 
 def draw_key(*parts: object) -> int:
-    """63-bit hash of the parts: the same on every machine, in every process."""
+    """Return a 63-bit hash of the parts: the same on every machine, in every process."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def uniform(*parts: object) -> float:
-    """A draw from [0, 1) that belongs to the parts, e.g. `uniform(seed, "view", visit)`."""
+    """Return a draw from [0, 1) that belongs to the parts, e.g. `uniform(seed, "view", visit)`."""
     return draw_key(*parts) / 2**63
 
 
 def normal(shape: Iterable[int], *parts: object) -> torch.Tensor:
-    """Standard normal noise that belongs to the parts; (shape), fp32, CPU."""
+    """Return standard normal noise that belongs to the parts; (shape), fp32, CPU."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(draw_key(*parts)))
 
 
 def shuffled(n: int, *parts: object) -> list[int]:
-    """A permutation of range(n) that belongs to the parts."""
+    """Return a permutation of range(n) that belongs to the parts."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(draw_key(*parts))).tolist()
 
 
-# --- 4. files -------------------------------------------------------------------------------------
+# --- 4. files and pictures ------------------------------------------------------------------------
 
 
-def list_images(folder: Path) -> dict[str, list[os.DirEntry[str]]]:
+def list_images(folder: Path) -> dict[str, list[Path]]:
     """{relative stem ("sub/a"): image files}, nested folders included, hidden names left out."""
-    found: dict[str, list[os.DirEntry[str]]] = {}
-    todo = [(folder, "")]
-    while todo:
-        place, prefix = todo.pop()
-        for entry in sorted(os.scandir(place), key=lambda e: e.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                todo.append((Path(entry.path), f"{prefix}{entry.name}/"))
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                found.setdefault(prefix + entry.name.rsplit(".", 1)[0], []).append(entry)
+    found: dict[str, list[Path]] = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
+        for name in sorted(name for name in names if not name.startswith(".")):
+            stem, _, ending = name.rpartition(".")
+            if f".{ending.lower()}" in IMAGE_SUFFIXES:
+                found.setdefault(prefix.removeprefix("./") + stem, []).append(Path(place, name))
     return found
 
 
 def hash_file(path: Path) -> str:
-    """blake2b of a file's bytes, 32 hex digits."""
+    """Return blake2b of a file's bytes, 32 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
@@ -440,66 +368,51 @@ def hash_file(path: Path) -> str:
 class FileIndex:
     """Remembers facts about files (content hash, width ...) by path, size and modification time.
 
-    Kept in `folder/index.sqlite`, which processes may share; `folder=None` keeps it in memory.
+    Kept in `folder/index.jsonl`, where any number of processes append; `None` keeps it in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._db: sqlite3.Connection | None = None
-        self._pending: list[tuple[str, str, str]] = []
-        where = folder / "index.sqlite" if folder else Path(":memory:")
-        try:
-            rows = self._open(where)
-        except sqlite3.OperationalError as error:
-            raise OSError(f"{where}: {error}") from error
-        except sqlite3.DatabaseError:  # damaged: what it remembers is found again
-            where.unlink()
-            rows = self._open(where)
-        self._known = {path: (stamp, json.loads(fact)) for path, stamp, fact in rows}
+        self._facts: dict[str, tuple[str, dict[str, Any]]] = {}  # path: (stamp, facts)
+        self._file = folder / "index.jsonl" if folder else None
+        if self._file and self._file.exists():
+            for line in self._file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # cut off by a kill
+                    path, stamp, facts = json.loads(line)
+                    self._facts[path] = stamp, dict(facts)
 
-    def _open(self, where: Path) -> list[tuple[str, str, str]]:
-        self._db = sqlite3.connect(where, timeout=120)
-        self._db.execute("CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, stamp, fact)")
-        return self._db.execute("SELECT path, stamp, fact FROM files").fetchall()
+    def update(self, paths: Iterable[Path], look: Callable[[Path], dict[str, Any]]) -> list[str]:
+        """Record `look(path)` of every file that is new or has changed; return what it raised."""
+        new: list[tuple[Path, str]] = []
+        for path in paths:
+            stat = path.stat() if path.exists() else None
+            stamp = f"{stat.st_size}:{stat.st_mtime_ns}" if stat else ""
+            if not stat or self._facts.get(str(path), ("", {}))[0] != stamp:
+                new.append((path, stamp))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_known": self._known, "_db": None, "_pending": []}  # a worker only reads
+        def attempt(path: Path) -> dict[str, Any] | str:
+            try:
+                return look(path)
+            except (OSError, ValueError, UserError) as error:
+                return str(error)
 
-    def get(self, path: Path, stat: os.stat_result) -> dict[str, Any] | None:
-        """The facts recorded for this file, unless its size or modification time has changed."""
-        stamp, fact = self._known.get(str(path), ("", {}))
-        return fact if stamp == f"{stat.st_size}:{stat.st_mtime_ns}" else None
+        with ThreadPoolExecutor() as pool:
+            looks = pool.map(attempt, (path for path, _ in new))
+            found = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
+        rows = [(str(p), s, f) for (p, s), f in zip(new, found, strict=True) if isinstance(f, dict)]
+        self._facts |= {path: (stamp, facts) for path, stamp, facts in rows}
+        if self._file and rows:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write("\n".join(["", *map(json.dumps, rows), ""]))
+        return [problem for problem in found if isinstance(problem, str)]
 
-    def known(self, path: Path) -> dict[str, Any]:
-        """The facts last recorded, without a look at the disk."""
-        return self._known[str(path)][1]
-
-    def content(self, path: Path) -> str:
-        """The content hash last recorded."""
-        return self.known(path)["content"]
+    def __getitem__(self, path: Path) -> dict[str, Any]:
+        """Return the facts last recorded, without a look at the disk."""
+        return self._facts[str(path)][1]
 
     def aspect(self, path: Path) -> float:
-        """Width / height last recorded for a picture."""
-        fact = self.known(path)
-        return fact["width"] / fact["height"]
-
-    def put(self, path: Path, stat: os.stat_result, fact: dict[str, Any]) -> None:
-        """Record the facts of a file; `commit` makes them last."""
-        stamp = f"{stat.st_size}:{stat.st_mtime_ns}"
-        self._known[str(path)] = stamp, fact
-        self._pending.append((str(path), stamp, json.dumps(fact)))
-
-    def commit(self) -> None:
-        """Write what was put, in one short transaction: other processes wait for it."""
-        if self._db and self._pending:
-            rows = self._pending
-            try:
-                with self._db:
-                    self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
-            except sqlite3.OperationalError as error:  # read-only, disk full
-                raise UserError(f"index.sqlite of the cache cannot be written: {error}") from error
-        self._pending.clear()
+        """Return width / height of a picture."""
+        return self[path]["width"] / self[path]["height"]
 
 
 def _fsync(path: Path) -> None:
@@ -522,25 +435,95 @@ def save_atomic(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_folder_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary folder)`, fsync every file, rename: the folder is complete or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
+def save_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8: whole or not at all."""
+    save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def check_writable(name: str, folder: Path) -> list[str]:
+    """Make a folder; a problem where nothing can be written into it."""
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for file in sorted(temporary.rglob("*")):
-            _fsync(file)
-    except BaseException:  # disk full, Ctrl-C: the half is of no use and takes room
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(path)
-    temporary.rename(path)
-    _fsync(path.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        return [f"{name}: cannot write there: {error}"]
 
 
-# --- 5. cache: one safetensors file per entry, named by what went into it -------------------------
+def on_white(image: Image.Image) -> Image.Image:
+    """Return RGB; what is transparent becomes white."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Any still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK ...
+
+    Raises UserError where it is unreadable or cut off.
+    """
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
+            deep = image.convert("F")
+            scale = 255 / max(65535 if image.mode != "F" else 255, np.asarray(deep).max())
+            image = deep.point(lambda v: v * scale).convert("L")
+        return on_white(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"picture {path} cannot be read: {error}") from error
+
+
+def look_at_picture(path: Path) -> dict[str, Any]:
+    """Return width, height (upright), and hashes of the file and of its pixels.
+
+    One picture may lie there in two formats. Raises UserError.
+    """
+    image = open_rgb(path)
+    pixels = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
+    size = {"width": image.width, "height": image.height}
+    return {**size, "content": hash_file(path), "pixels": pixels}
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    heads: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    cell_px: int = 256,
+) -> Image.Image:
+    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row.
+
+    None leaves a cell empty; text that is too long is cut with an ellipsis.
+    """
+    font, gap, line = ImageFont.load_default(size=15), 8, 24
+    fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
+    below = gap + (line if captions else 0)
+    heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
+    width = max(map(len, rows)) * (cell_px + gap) + gap
+    top = line if heads else gap
+    sheet = Image.new("RGB", (width, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def write(x: int, y: int, text: str, colour: str, width_px: float) -> None:
+        text = " ".join(text.split())
+        if (length := font.getlength(text)) > width_px:
+            text = text[: int(len(text) * width_px / length) - 1] + "…"
+        draw.text((x, y), text, colour, font)
+
+    for x, head in enumerate(heads):
+        write(gap + x * (cell_px + gap), 3, head, "black", cell_px)
+    for y, row in enumerate(fitted):
+        for x, image in enumerate(row):
+            if image:
+                sheet.paste(image, (gap + x * (cell_px + gap), top))
+        top += heights[y]
+        if captions:
+            write(gap, top - below + 3, captions[y], "dimgray", width - 2 * gap)
+    return sheet
+
+
+# --- 5. cache (a safetensors file per entry, named by what went into it), base models -------------
 
 
 def cache_key(kind: str, **inputs: object) -> str:
@@ -562,25 +545,16 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a file for read_entry atomically; several processes may write the same one."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_atomic(path, lambda file: save_file(tensors, file, metadata={"crc32": _checksum(tensors)}))
-
-
 def write_entry(cache_dir: Path, key: str, tensors: dict[str, torch.Tensor]) -> Path:
     """Write an entry atomically, with a checksum; several processes may write the same one."""
     path = entry_path(cache_dir, key)
-    write_tensors(path, tensors)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_atomic(path, lambda file: save_file(tensors, file, metadata={"crc32": _checksum(tensors)}))
     return path
 
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of an entry, checked.
-
-    Raises:
-        ValueError: the file is missing, cut off or altered; the message names it.
-    """
+    """Tensors of an entry. Raises ValueError, with its name, where it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -592,498 +566,235 @@ def read_entry(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# --- 6. the run: record and metrics ---------------------------------------------------------------
+def fetch_checkpoint(name: str, *patterns: str) -> Path:
+    """Folder of a checkpoint; from the Hub as far as the patterns go. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"no folder {name}")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", *patterns] if patterns else None
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=4))
+    except Exception as error:  # network, rights, disk, spelling: the hub library has many classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"no folder {name}, and not on the Hub: {reason}") from error
 
 
-def _git(*args: str) -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(sys.argv[0]).resolve().parent
-        return subprocess.run(
-            ["git", *args], cwd=here, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-    return ""
+def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint folder or Hub repository. Raises UserError."""
+    path = fetch_checkpoint(name_or_path, file) / file
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: no diffusers checkpoint: {error}") from error
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
+    """A progress bar on the first process, none on the others."""
+    options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=label, **options)
 
 
-def _read_record(output_dir: Path) -> dict[str, Any]:
-    """run.json of a run; {} if there is none yet or it is damaged."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
-    return {}
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# --- 6. a run: its checkpoints, its record, its log -----------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoint-<step>/ folders of a run: complete or absent, every file hash-checked.
+
+    state.json holds the step, the hashes, and `trained_as`: what decides the result (settings,
+    data), which a run that goes on must share.
+    """
+
+    def __init__(self, output_dir: Path, limit: int | None = None) -> None:
+        self.output_dir, self.limit = output_dir, limit  # limit: so many are kept
+
+    @contextlib.contextmanager
+    def only_run(self) -> Iterator[None]:
+        """Inside, no other run may write into output_dir. Raises UserError where one does."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.output_dir / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            text = f"another run writes into {self.output_dir}; wait for it or name another folder"
+            raise UserError(text) from error
+
+    def folders(self) -> list[Path]:
+        """Return the checkpoint folders, oldest first; half-written ones have another name."""
+        names = (folder.name.rpartition("-") for folder in self.output_dir.glob("checkpoint-*"))
+        steps = sorted(int(step) for head, _, step in names if step.isdecimal())
+        return [self.output_dir / f"checkpoint-{step}" for step in steps]
+
+    @staticmethod
+    def state(folder: Path) -> dict[str, Any] | None:
+        """Return state.json of a checkpoint; None where a file is missing or altered."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if all(hash_file(folder / name) == h for name, h in state["files"].items()):
+                return {"step": int(state["step"]), "trained_as": dict(state["trained_as"])}
+        return None
+
+    def find(self, wanted: str | None, trained_as: dict[str, Any]) -> tuple[Path, int] | None:
+        """Return (folder, step) of the newest valid checkpoint ("latest") or of the one named.
+
+        Raises UserError where that is missing, damaged or older than others, or settings differ.
+        """
+        there = self.folders()
+        named = Path(wanted or "")
+        named = named if named.is_dir() else self.output_dir / named
+        found = None
+        for folder in reversed(there if wanted == "latest" else [named] if wanted else []):
+            if found := self.state(folder):
+                break
+            if wanted != "latest":
+                names = nearest(named.name, [f.name for f in there])
+                raise UserError(f"resume_from_checkpoint: no valid checkpoint {named}{names}")
+            log.warning("%s is damaged; looking for an older one", folder)
+        if not found:
+            log.info("no checkpoint in %s: starting from step 0", self.output_dir)
+            return None
+        newer = [f.name for f in there if int(f.name.rpartition("-")[2]) > found["step"]]
+        if newer and wanted != "latest":
+            text = (
+                f"{', '.join(newer)} in {self.output_dir} are newer than {wanted}: delete them, or"
+            )
+            raise UserError(f"{text} name another output folder")
+        before, keys = found["trained_as"], trained_as.keys() | found["trained_as"].keys()
+        was_is = {key: (before.get(key), trained_as.get(key)) for key in sorted(keys)}
+        if changed := [f"{k}: was {a}, is {b}" for k, (a, b) in was_is.items() if a != b]:
+            raise UserError(
+                f"{folder} was trained with other settings; set them back, or start anew without "
+                f"resume_from_checkpoint\n{listed(changed)}"
+            )
+        return folder, found["step"]
+
+    def set_aside(self, *patterns: str) -> None:
+        """Move what an earlier run left (checkpoints, `patterns`) into earlier-<n>/."""
+        names = ("checkpoint-*", "samples", "metrics.jsonl", "report.html", *patterns)
+        old = [path for name in names for path in self.output_dir.glob(name)]
+        if not old:
+            return
+        numbered = (self.output_dir / f"earlier-{n}" for n in itertools.count(1))
+        place = next(folder for folder in numbered if not folder.exists())
+        place.mkdir()
+        for path in old:
+            path.rename(place / path.name)
+        text = "%s holds an earlier run: it is now in %s (to go on with it, move it back)"
+        log.warning(text, self.output_dir, place.name)
+
+    def save(
+        self,
+        step: int,
+        trained_as: dict[str, Any],
+        training: dict[str, Any],
+        write: Callable[[Path], object],
+    ) -> None:
+        """Write checkpoint-<step>/: training_state.pt and what `write(folder)` adds to it.
+
+        Older ones go when it is safe. Raises UserError where it cannot be written.
+        """
+        place = self.output_dir / f"checkpoint-{step}"
+        half = place.with_name(f".{place.name}.tmp")
+        shutil.rmtree(half, ignore_errors=True)  # left by a run that was killed here
+        try:
+            half.mkdir(parents=True)
+            write(half)
+            torch.save(training, half / "training_state.pt")
+            state = {"step": step, "files": {f.name: hash_file(f) for f in half.iterdir()}}
+            save_text(half / "state.json", json.dumps(state | {"trained_as": trained_as}, indent=2))
+            for file in half.iterdir():
+                _fsync(file)
+            if place.exists():  # damaged
+                shutil.rmtree(place)
+            half.rename(place)
+            _fsync(place.parent)
+        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
+            raise UserError(
+                f"{place} cannot be written: {error}. What was saved before is complete; make "
+                "room, then go on with resume_from_checkpoint latest"
+            ) from error
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+        kept = self.folders()
+        kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts for nothing
+        for old in kept[: -self.limit] if self.limit else []:
+            shutil.rmtree(old)
 
 
 def run_record(output_dir: Path, config: Section, script: Path) -> None:
     """Write run.json (argv, config, versions, git, hashes), config.yaml, the script and utils.py.
 
-    In a copy-and-modify project the code is part of the config. Earlier records of the same folder
-    stay in run.json under `earlier`.
+    In a copy-and-modify project the code is part of the config.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     code = {path.name: path for path in (script.resolve(), Path(__file__).resolve())}
-    earlier = _read_record(output_dir)
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "optimum-quanto"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    commit = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    cpu = f"cpu, {torch.get_num_threads()} threads"
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
         "config": config.model_dump(mode="json"),
-        "versions": _versions(
-            ["torch", "diffusers", "transformers", "peft", "accelerate", "optimum-quanto"]
-        ),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {torch.get_num_threads()} threads",
-        "git": {
-            "commit": _git("rev-parse", "HEAD"),
-            "changed": _git("status", "--porcelain").splitlines(),
-        },
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "git_commit": commit,
         "code_blake2b": {name: hash_file(path) for name, path in code.items()},
-        "earlier": [*earlier.pop("earlier", []), earlier] if earlier else [],
     }
-    text = json.dumps(record, indent=2)
-    save_atomic(output_dir / "run.json", lambda file: file.write_text(text, encoding="utf-8"))
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    save_atomic(output_dir / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
+    save_text(output_dir / "run.json", json.dumps(record, indent=2))
+    text = yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True)
+    save_text(output_dir / "config.yaml", text)
     for name, path in code.items():
         if path != (output_dir / name).resolve():
             shutil.copyfile(path, output_dir / name)
 
 
-class MetricLog:
-    """Appends one JSON object per line; on resume, lines after the checkpoint are dropped."""
+class RunLog:
+    """What a loop tells: figures in metrics.jsonl, pictures in samples/, both to the trackers."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a kill
-                kept += [line] if json.loads(line)["step"] <= resume_step else []
-        save_atomic(
-            path,
-            lambda file: file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8"),
-        )
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, accelerator: Any, output_dir: Path, config: Section, step: int) -> None:
+        self.accelerator, self.output_dir = accelerator, output_dir
+        about = {"config": config.model_dump_json()}
+        accelerator.init_trackers(output_dir.name, about, {"wandb": {"dir": str(output_dir)}})
+        self.file = output_dir / "metrics.jsonl"
+        if accelerator.is_main_process:  # a run that goes on keeps the lines up to this step
+            lines = self.file.read_text(encoding="utf-8").splitlines(True) if step else []
+            kept = itertools.takewhile(lambda line: json.loads(line)["step"] <= step, lines)
+            save_text(self.file, "".join(kept))
 
-    def write(self, step: int, **values: float) -> None:
-        """Append {"step": step, **values} and flush, so that a reader sees it at once."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+    def values(self, step: int, values: Mapping[str, float]) -> None:
+        """Write figures to metrics.jsonl, at once, and to the trackers."""
+        if self.accelerator.is_main_process:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(dict(values), step=step)
 
-    def close(self) -> None:
-        """Close the file; `write` must not follow."""
-        self._file.close()
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """Write samples/<name>.png; trackers that take pictures get it, too."""
+        path = self.output_dir / f"samples/{name}.png"
+        save_atomic(path, lambda file: image.save(file, format="PNG"))
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.asarray(image)[None]}, step=step, **layout)
 
-
-# --- 7. pages: pictures side by side, the report of a run -----------------------------------------
-
-
-class PageRow(NamedTuple):
-    """One view of a page: pictures of one scene, and what is known of them."""
-
-    name: str
-    columns: Mapping[str, Path]  # label: picture; the divider starts between the first and the last
-    prompt: str = ""
-    seed: int | None = None
-    figures: Mapping[str, float] = {}
-
-
-def write_page(path: Path, title: str, rows: Sequence[PageRow], embed: bool = False) -> None:
-    """Write a page that compares the pictures of each row, to be opened from disk.
-
-    Pictures stay where they are and are linked relative to `path`; with `embed` they are copied
-    into the page, which can then be sent as one file. Nothing is loaded from elsewhere.
-
-    Raises:
-        UserError: a picture cannot be read.
-    """
-    _save_page(path, title, "".join(_row_html(row, path.parent, embed) for row in rows))
-
-
-def write_report(output_dir: Path) -> Path:
-    """Write report.html of a run: curves, sheets over time, settings; returns where.
-
-    Draws what metrics.jsonl, samples/ and run.json hold, also while the run goes on; what is
-    missing is left out.
-
-    Raises:
-        UserError: the folder holds no run.
-    """
-    there = output_dir.is_dir()
-    series = _read_series(output_dir / "metrics.jsonl") if there else {}
-    about = _read_record(output_dir) if there else {}
-    if not (series or about):
-        raise UserError(f"{output_dir}: no run here (no metrics.jsonl, no run.json)")
-    sheets = sorted(output_dir.glob("samples/*.png"))
-    steps = {int(m[1]): s for s in sheets if (m := re.fullmatch(r"step[_-](\d+)", s.stem))}
-    views = {
-        "What the model sees": {s.stem: s for s in sheets if s.stem in ("first_batch", "pairs")},
-        "Validation over time": {f"step {step}": steps[step] for step in sorted(steps)},
-    }
-    reached = [f"step {max(points[-1][0] for points in series.values())}"] if series else []
-    facts = [*reached, *(str(about[key]) for key in ("device", "started") if key in about)]
-    body = f"<p>{html.escape(' · '.join(facts))}</p>\n{_charts_html(series)}"
-    body += "".join(_row_html(PageRow(n, c), output_dir, False) for n, c in views.items() if c)
-    rest = {key: value for key, value in about.items() if key not in ("config", "earlier")}
-    for name, part in {"Settings": about.get("config"), "Command, code, versions": rest}.items():
-        if part:
-            text = html.escape(yaml.safe_dump(part, sort_keys=False, allow_unicode=True))
-            body += f"<details><summary>{name}</summary><pre>{text}</pre></details>\n"
-    path = output_dir / "report.html"
-    _save_page(path, f"Run {output_dir.resolve().name}", body)
-    return path
-
-
-def track_picture(accelerator: Any, name: str, picture: Any, step: int) -> None:
-    """Send a PIL picture to the trackers that take pictures (TensorBoard, Weights & Biases)."""
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
-
-
-def _save_page(path: Path, title: str, body: str) -> None:
-    text = string.Template(PAGE).substitute(title=html.escape(title), body=body)
-    save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
-    """A section of the page: all pictures in one place, two of them shown."""
-    labels, last = [html.escape(label) for label in row.columns], len(row.columns) - 1
-    files = list(row.columns.values())
-    try:
-        sizes = [_picture_size(file) for file in files]
-        links = [_link(file, folder, embed) for file in files]
-    except OSError as error:  # missing, no picture
-        raise UserError(f"page row '{row.name}': {error}") from error
-    width, height = sizes[-1]
-    pictures = ""
-    for number, (label, link, (w, h)) in enumerate(zip(labels, links, sizes, strict=True)):
-        # a photo that was cropped to its bucket lies on the result; another aspect is shown whole
-        fit = ["cover"] * (abs(math.log(w * height / (h * width))) < 0.15)
-        classes = " ".join(["left"] * (number == 0) + ["right"] * (number == last) + fit)
-        pictures += f'<img class="{classes}" src="{link}" alt="{label}" loading="lazy">\n'
-    seed = "" if row.seed is None else f" <span>seed {row.seed}</span>"
-    about = (
-        f"<figcaption>{html.escape(row.prompt)}{seed}</figcaption>" if row.prompt or seed else ""
-    )
-    figures = " · ".join(f"{html.escape(name)} {value:.4g}" for name, value in row.figures.items())
-    slider = (
-        f'<input type="range" max="{last}" value="{last}" aria-label="right picture" '
-        f'aria-valuetext="{labels[-1]}">\n<ol>{"".join(f"<li>{label}" for label in labels)}</ol>\n'
-    )
-    return (
-        f'<section class="{"" if last else "single"}" '
-        f'style="--x: 50%; --w: {width}; --h: {height}; --n: {last + 1}">\n'
-        f"<h2>{html.escape(row.name)} <small>{figures}</small></h2>\n"
-        f"<p><b>{labels[0]}</b> <b>{labels[-1]}</b></p>\n<figure>\n{pictures}"
-        '<i role="slider" tabindex="0" aria-label="divider, percent" aria-valuemin="0" '
-        f'aria-valuemax="100" aria-valuenow="50"></i>\n{about}</figure>\n'
-        f"{slider if last else ''}</section>\n"
-    )
-
-
-def _picture_size(file: Path) -> tuple[int, int]:
-    """(W, H) px, upright."""
-    with Image.open(file) as image:
-        exif = Image.Image.getexif(image)  # KEEP: a PNG's own getexif() decodes the picture
-        turned = exif.get(0x0112, 1) >= 5  # orientation: by 90 degrees
-        return image.size[::-1] if turned else image.size
-
-
-def _link(file: Path, folder: Path, embed: bool) -> str:
-    """What an <img> takes: the way from `folder` to the file, or the file itself."""
-    if not embed:
-        return quote(Path(os.path.relpath(file, folder)).as_posix())
-    kind = mimetypes.guess_type(file.name)[0]
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-
-
-CHARTS = {  # values of metrics.jsonl whose names begin so share a chart of this title
-    "loss": "loss",
-    "validation_loss": "validation loss (q1: the least noise)",
-    "validation_loss_ema": "validation loss of the moving average",
-    "last_": "loss of the last step, by term",
-    "lr": "learning rate",
-    "seconds_per_step": "seconds per step",
-    "memory_gb": "memory, GB",
-}
-
-
-def _read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """{name: [(step, value)]} of metrics.jsonl; what is no finite number is left out."""
-    series: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
-            values = json.loads(line)
-            step = values.pop("step")
-            for name, value in values.items():
-                if isinstance(value, int | float) and math.isfinite(value):
-                    series.setdefault(name, []).append((step, value))
-    return series
-
-
-def _charts_html(series: Mapping[str, list[tuple[int, float]]]) -> str:
-    """One chart per title of CHARTS, then one for each other value."""
-    charts: dict[str, dict[str, list[tuple[int, float]]]] = {title: {} for title in CHARTS.values()}
-    for name, points in series.items():
-        start = max((start for start in CHARTS if name.startswith(start)), key=len, default="")
-        charts.setdefault(CHARTS.get(start, name.replace("_", " ")), {})[name] = points
-    drawn = "".join(_chart_svg(title, lines) for title, lines in charts.items() if lines)
-    return f'<div class="charts">\n{drawn}</div>\n'
-
-
-def _chart_svg(title: str, lines: Mapping[str, list[tuple[int, float]]]) -> str:
-    """Curves over steps as inline SVG, with a legend that names their last values."""
-    drawn = {name: thinned(points, 400) for name, points in lines.items()}
-    every = [point for points in drawn.values() for point in points]
-    left, right = min(x for x, _ in every), max(x for x, _ in every)
-    low, high = min(y for _, y in every), max(y for _, y in every)
-    is_loss = "loss" in title
-    scale: Callable[[float], float] = math.log10 if is_loss and 0 < 10 * low < high else float
-    low = low if is_loss else min(low, 0.0)  # a level is shown from zero
-    low, high = (low - 1, high + 1) if low == high else (low, high)
-    ticks = _ticks(low, high) if scale is float else _log_ticks(low, high)
-    width, height = max(right - left, 1), scale(high) - scale(low)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        y = (scale(y) - scale(low)) / height
-        return round(56 + 570 * (x - left) / width, 1), round(206 - 190 * y, 1)
-
-    drawing, legend = "", ""
-    for tick in ticks:
-        y = place(left, tick)[1]
-        drawing += f'<path d="M56 {y}H626"/><text x="50" y="{y}">{tick:.4g}</text>\n'
-    for tick in _ticks(left, left + width, 6):
-        if tick == int(tick):  # a step
-            drawing += f'<text class="x" x="{place(tick, low)[0]}" y="224">{tick:g}</text>\n'
-    for number, (name, points) in enumerate(drawn.items()):
-        colour, places = f'class="c{number % 6}"', [place(*point) for point in points]
-        line = " ".join(f"{x},{y}" for x, y in places)
-        drawing += f'<polyline {colour} points="{line}"/>\n'
-        for (x, y), (step, value) in zip(places, points, strict=True) if len(points) <= 60 else ():
-            drawing += f'<circle {colour} cx="{x}" cy="{y}" r="2.5">'
-            drawing += f"<title>step {step:g}: {value:.5g}</title></circle>\n"
-        legend += f"<span {colour}>{html.escape(name)} {lines[name][-1][1]:.4g}</span> "
-    title = html.escape(title)
-    return (
-        f'<div><h2>{title}</h2><svg viewBox="0 0 640 232" role="img" aria-label="{title}, steps '
-        f'{left:g} to {right:g}">\n{drawing}</svg>\n<p>{legend}</p></div>\n'
-    )
-
-
-def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most `most` points: each the mean of as many neighbours as that takes."""
-    size = math.ceil(len(points) / most)
-    groups = (points[at : at + size] for at in range(0, len(points), size))
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers from low to high."""
-    unit = 10.0 ** math.floor(math.log10((high - low) / count))
-    unit *= next(factor for factor in (1, 2, 5, 10) if unit * factor * count >= high - low)
-    return [n * unit for n in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from low to high; where they are few also twice and five times these."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    factors = (1, 2, 5) if len(decades) < 4 else (1,)
-    found = [factor * 10.0**decade for decade in decades for factor in factors]
-    return [value for value in found if low <= value <= high]
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file: data:;
- style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --back: #fbfbfa; --ink: #222; --quiet: #6b6b6b; --rule: #e2e2df;
-  --c0: #2563a8; --c1: #c2611f; --c2: #2f855a; --c3: #8b4fa8; --c4: #a8842c; --c5: #777;
-  --room: min(100vw - 3rem, 1400px); }
-@media (prefers-color-scheme: dark) { :root { --back: #191a1b; --ink: #e4e4e2; --quiet: #9b9b98;
-  --rule: #35373a; --c0: #74aef0; --c1: #f0a06a; --c2: #77c79b; --c3: #c79be0; --c4: #d9bd6e;
-  --c5: #a5a5a5; } }
-body { margin: 0 auto; width: var(--room); background: var(--back); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-header { position: sticky; top: 0; z-index: 3; display: flex; gap: 1.5rem; align-items: baseline;
-  padding: .6rem 0; background: var(--back); border-bottom: 1px solid var(--rule);
-  white-space: nowrap; }
-header > * { overflow: hidden; text-overflow: ellipsis; }
-header small { flex: 1 999 0; }
-select { max-width: 9rem; }
-h1, h2 { margin: 0; font-size: 1rem; font-weight: 600; }
-small { margin: 0; color: var(--quiet); font-size: .85rem; font-weight: 400; }
-section { --ratio: calc(var(--w) / var(--h)); margin: 0 auto; padding: 1rem 0;
-  width: var(--width); scroll-margin-top: 3rem;
-  --width: min(var(--room), 76vh * var(--ratio), max(480px, var(--w) * 1px));
-  content-visibility: auto;
-  contain-intrinsic-size: auto calc(var(--width) / var(--ratio) + 8.5rem); }
-figure { position: relative; margin: 0; aspect-ratio: var(--ratio);
-  overflow: hidden; background: var(--rule); cursor: ew-resize; touch-action: pan-y;
-  user-select: none; -webkit-user-select: none; }
-.same figure { cursor: default; }
-img { display: none; position: absolute; width: 100%; height: 100%; object-fit: contain; }
-.cover { object-fit: cover; }
-.left, .right { display: block; }
-.left { clip-path: inset(0 calc(100% - var(--x)) 0 0); }
-.right { clip-path: inset(0 0 0 var(--x)); }
-.left.right { clip-path: none; }
-section p { display: flex; justify-content: space-between; margin: .3rem 0; font-size: .85rem; }
-section b { max-width: 48%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  font-weight: 500; }
-i { position: absolute; inset: 0 auto 0 var(--x); width: 2px; margin-left: -1px; background: #fff;
-  box-shadow: 0 0 2px #000; }
-i::after { content: "\\2194"; position: absolute; top: 50%; left: 50%; width: 1.7rem; color: #222;
-  font: 1rem/1.7rem system-ui; text-align: center; background: #fff; border-radius: 50%;
-  translate: -50% -50%; box-shadow: 0 0 3px #000; }
-.same i, .same b + b, .single p { display: none; }
-:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
-figcaption { position: absolute; inset: auto 0 0 0; padding: .4rem .6rem; color: #fff;
-  background: #000b; white-space: pre-wrap; opacity: 0; transition: opacity .15s;
-  pointer-events: none; }
-figcaption span, h2 small { margin-left: .6rem; opacity: .75; }
-figure:hover figcaption, i:focus-visible ~ figcaption { opacity: 1; }
-figure:active figcaption { opacity: 0; }
-input { display: block; accent-color: var(--c0); margin: .2rem 0 0;
-  width: calc(100% * (1 - 1 / var(--n)) + 1rem);
-  margin-left: calc(50% / var(--n) - .5rem); }
-ol { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); margin: 0; padding: 0;
-  list-style: none; font-size: .8rem; color: var(--quiet); }
-li { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: center;
-  cursor: pointer; }
-li:nth-child(1):nth-last-child(n + 16) ~ li:not(.on):not(:last-child) { visibility: hidden; }
-li.on { color: var(--ink); font-weight: 600; overflow: visible; }
-.charts { display: grid; gap: 1rem 2rem; padding-top: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
-svg { width: 100%; overflow: visible; }
-svg text { fill: var(--quiet); font-size: 12px; text-anchor: end; dominant-baseline: middle; }
-svg .x { text-anchor: middle; }
-path { stroke: var(--rule); }
-polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; }
-circle { fill: var(--c); }
-.c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) }
-.c3 { --c: var(--c3) } .c4 { --c: var(--c4) } .c5 { --c: var(--c5) }
-.charts p { margin: 0; font-size: .8rem; color: var(--quiet); }
-.charts span { margin-right: .8rem; white-space: nowrap; }
-.charts span::before { content: ""; display: inline-block; width: .7rem; height: .2rem;
-  margin-right: .35rem; vertical-align: middle; background: var(--c); }
-details { padding: .4rem 0; } summary { cursor: pointer; }
-pre { overflow: auto; padding: .8rem; border: 1px solid var(--rule); font-size: .8rem; }
-</style>
-<header><h1>$title</h1>
-<label>left <select></select></label>
-<small>drag the divider &nbsp; ← → picture &nbsp; ↑ ↓ row &nbsp; shift ← → divider</small></header>
-<main>
-$body</main>
-<script>
-"use strict";
-const rows = [...document.querySelectorAll("section")], left = document.querySelector("select");
-let current, dragged;
-
-function show(row) { // one picture on each side of the divider
-  const pictures = [...row.querySelectorAll("img")], slider = row.querySelector("input");
-  const right = pictures[slider ? slider.value : 0];
-  const before = pictures.find(picture => picture.alt === left.value) || pictures[0];
-  for (const picture of pictures) {
-    picture.classList.toggle("left", picture === before);
-    picture.classList.toggle("right", picture === right);
-  }
-  row.classList.toggle("same", before === right);
-  const [leftLabel, rightLabel] = row.querySelectorAll("b");
-  leftLabel.textContent = before.alt;
-  rightLabel.textContent = right.alt;
-  if (slider) slider.setAttribute("aria-valuetext", right.alt);
-  row.querySelectorAll("li").forEach((label, n) => label.classList.toggle("on", n == slider.value));
-}
-function choose(row, number) {
-  const slider = row.querySelector("input");
-  if (slider) slider.value = number;
-  show(use(row));
-}
-function divide(row, percent) {
-  percent = Math.min(100, Math.max(0, percent));
-  row.style.setProperty("--x", percent + "%");
-  row.querySelector("i").setAttribute("aria-valuenow", Math.round(percent));
-}
-function drag(event) {
-  const box = dragged.querySelector("figure").getBoundingClientRect();
-  divide(dragged, 100 * (event.clientX - box.left) / box.width);
-}
-function use(row) { // all its pictures are fetched: the next one shows at once
-  for (const picture of row.querySelectorAll("img")) picture.loading = "eager";
-  return current = row;
-}
-function visible() { // the row that keys act on
-  const box = current && current.getBoundingClientRect();
-  if (box && box.bottom > 0 && box.top < innerHeight) return current;
-  return document.elementFromPoint(innerWidth / 2, innerHeight / 2)?.closest("section");
-}
-addEventListener("pointerdown", event => {
-  const figure = event.target.closest("figure");
-  if (!figure || event.button) return;
-  figure.setPointerCapture(event.pointerId);
-  dragged = use(figure.parentNode);
-  drag(event);
-});
-addEventListener("pointermove", event => dragged && drag(event));
-addEventListener("pointerup", () => dragged = null);
-addEventListener("pointercancel", () => dragged = null);
-addEventListener("dragstart", event => event.preventDefault());
-addEventListener("click", event => {
-  const label = event.target.closest("li");
-  if (label) choose(label.closest("section"), [...label.parentNode.children].indexOf(label));
-});
-addEventListener("focusin", event => {
-  const row = event.target.closest("section");
-  if (row) use(row);
-});
-addEventListener("input", event => {
-  const row = event.target.closest("section");
-  if (row) choose(row, event.target.value);
-});
-left.addEventListener("change", () => rows.forEach(show));
-addEventListener("keydown", event => {
-  const way = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1}[event.key];
-  const row = way && visible();
-  if (!row || event.target === left || event.ctrlKey || event.altKey || event.metaKey) return;
-  if (event.key === "ArrowUp" || event.key === "ArrowDown") {
-    const next = rows[rows.indexOf(row) + way];
-    if (!next) return;
-    (next.querySelector("input") || next.querySelector("i")).focus({preventScroll: true});
-    use(next).scrollIntoView();
-  } else if (event.shiftKey || event.target.matches("i")) {
-    divide(row, parseFloat(row.style.getPropertyValue("--x")) + 2 * way);
-  } else if (row.querySelector("input")) {
-    choose(row, +row.querySelector("input").value + way);
-  }
-  event.preventDefault();
-});
-const divided = document.querySelectorAll("section:not(.single) img");
-for (const label of new Set([...divided].map(picture => picture.alt))) left.add(new Option(label));
-for (const part of document.querySelectorAll("h1 ~ *")) part.hidden = !divided.length;
-rows.forEach(show);
-</script>
-</html>
-"""
-
-
-def main() -> None:
-    """`python utils.py report DIR`: draw report.html of a run again, also while it goes on."""
-    match sys.argv[1:]:
-        case ["report", folder]:
-            print(write_report(Path(folder)))
-        case _:
-            raise UserError("usage: python utils.py report OUTPUT_DIR")
-
-
-if __name__ == "__main__":
-    run_script(main)
+    def report(self) -> None:
+        """Draw report.html with tools/page.py; say the command where that was not copied along."""
+        try:
+            load_tool("page").write_report(self.output_dir)
+        except UserError:
+            log.info("curves and pictures: python tools/page.py report %s", self.output_dir)
