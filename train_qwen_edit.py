@@ -26,7 +26,6 @@ import functools
 import gc
 import importlib
 import importlib.util
-import inspect
 import itertools
 import json
 import logging
@@ -78,7 +77,7 @@ AREA_1MP, VISION_AREA = 1024 * 1024, 384 * 384  # px; VISION: of pictures in Edi
 log = logging.getLogger("train_qwen_edit")
 
 
-# --- 1. objective: what is minimised, at which noise levels ---------------------------------------
+# --- 1. objective ---------------------------------------------------------------------------------
 
 
 class LossConfig(Section):
@@ -93,13 +92,13 @@ class LossConfig(Section):
     mask_loss: bool = False
     """Short for mask: file."""
     foreground_weight: float = Field(2.0, ge=0)
-    """Weight of the loss where the mask is white; the sum is divided by all weights."""
+    """Weight of the loss where the mask is white; divided by the mean weight."""
     background_weight: float = Field(1.0, ge=0)
     """Weight of the loss where the mask is black."""
     difference_threshold: float = Field(0.1, gt=0, le=1)
-    """Mean change of a channel, 0 to 1, that counts as wholly changed (mask: difference)."""
+    """Mean change of a channel, 0 to 1, that counts as wholly changed."""
     timestep_density: Literal["logit_normal", "uniform", "mode", "sigmoid"] = "logit_normal"
-    """Density of sigma before the shift (mode: that of SD3; sigmoid: of sigmoid_scale x normal)."""
+    """Density of sigma before the shift (mode: that of SD3)."""
     logit_mean: float = 0.0
     """Mean of logit_normal; larger means noisier."""
     logit_std: float = Field(1.0, gt=0)
@@ -107,27 +106,16 @@ class LossConfig(Section):
     mode_scale: float = 1.29
     """Scale of mode; above 0 favours the middle."""
     sigmoid_scale: float = Field(1.0, gt=0)
-    """Scale of sigmoid; larger means wider."""
+    """Scale of sigmoid(scale x normal); larger means wider."""
     timestep_shift: Literal["model"] | Annotated[float, Field(gt=0)] = "model"
-    """Shift of sigma: that of inference ("model"), or s in s sigma / (1 + (s - 1) sigma)."""
-    rollout_steps: int = Field(0, ge=0)
-    """Scheduled sampling: Euler steps by which the model itself makes the noisy picture; 0 is off."""
-    rollout_probability: float = Field(0.5, ge=0, le=1)
-    """Share of the samples that are rolled out."""
-    rollout_warmup_steps: int = Field(0, ge=0)
-    """Steps over which the rolled-out share grows from 0."""
-    rollout_span: float = Field(1 / 30, gt=0, le=1)
-    """Sigma that one rollout step covers; 1/30 is a step of an inference with 30."""
-    rollout_target: Literal["corrected", "plain"] = "corrected"
-    """Target after a rollout: (x - x0) / sigma from where it ended (corrected) or noise - x0."""
+    """Shift of sigma: as at inference ("model"), or s in s sigma / (1 + (s - 1) sigma)."""
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
-        weights, region = self.foreground_weight + self.background_weight, self.region != "none"
-        name = self.loss_type
+        weights, name = self.foreground_weight + self.background_weight, self.loss_type
         return {
             f"loss_type: no loss '{name}'{nearest(name, LOSSES)}": name not in LOSSES,
-            "foreground_weight and background_weight are both 0": region and not weights,
+            "foreground_weight and background_weight are both 0": weights == 0,
         }
 
     @property
@@ -155,34 +143,22 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {f.__name__: f for f in (mse, h
 
 
 def compute_loss(
-    trainer: QwenImageEditTrainer,
-    batch: dict[str, Any],
-    transformer: Any = None,
-    shift: bool = True,
+    trainer: QwenImageEditTrainer, batch: dict[str, Any], model: Any = None, shift: bool = True
 ) -> torch.Tensor:
     """Loss per sample, (B,) fp32, of a batch as collate() makes it, with noise and sigma (B,).
 
-    transformer: None is the one being trained, with its distributed wrapper. shift: sigma is still
-    without the timestep shift.
+    model: None is the transformer being trained, with its distributed wrapper.
     """
-    loss, noise = trainer.config.loss, batch["noise"]
-    x0, sigma = batch["pixel_latent"].float(), batch["sigma"].float()
+    loss, noise, sigma = trainer.config.loss, batch["noise"], batch["sigma"].float()
+    x0 = batch["pixel_latent"].float()
     if shift:
         sigma = shift_sigma(sigma, trainer.shift_mu(math.prod(token_grid(x0))))
     noisy = add_noise(batch.get("start_latent", x0).float(), noise, sigma)
-    target = noise - x0
-    if "rollout_chance" in batch:
-        noisy, target = rolled_out(trainer, batch, noisy, target, sigma)
-    velocity = trainer.velocity(batch, noisy, sigma, transformer or trainer.transformer)
-    error = LOSSES[loss.loss_type](velocity.float(), target, loss)
-    return weighted_mean(error, region_weight(batch["region"], loss) if "region" in batch else None)
-
-
-def weighted_mean(error: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Mean over all but the first axis: sum(weight error) / sum(weight)."""
-    if weight is None:
+    velocity = trainer.velocity(batch, noisy, sigma, model or trainer.transformer)
+    error = LOSSES[loss.loss_type](velocity.float(), noise - x0, loss)
+    if "region" not in batch:
         return error.flatten(1).mean(1)
-    weight = weight.expand_as(error).flatten(1)
+    weight = region_weight(batch["region"], loss).expand_as(error).flatten(1)
     # KEEP the minimum: a weight of 0 and an empty mask leave nothing to learn, not a NaN
     return (weight * error.flatten(1)).sum(1) / weight.sum(1).clamp(min=1e-6)
 
@@ -224,69 +200,10 @@ def shift_sigma(sigma: torch.Tensor, mu: float) -> torch.Tensor:
     return math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
 
 
-def per_sample(values: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B, 1, 1, 1, 1), to go with latents."""
-    return values.view(-1, 1, 1, 1, 1)
-
-
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """(1 - sigma) x0 + sigma noise; sigma (B,)."""
-    return (1 - per_sample(sigma)) * x0 + per_sample(sigma) * noise
-
-
-MIN_SIGMA = 0.02  # below, (x - x0) / sigma would blow up what little is left to predict
-
-
-@torch.no_grad()
-def roll_out(
-    predict: Callable[..., torch.Tensor],
-    x0: torch.Tensor,
-    noise: torch.Tensor,
-    sigma: torch.Tensor,
-    loss: LossConfig,
-) -> torch.Tensor:
-    """Scheduled sampling: what the model itself makes of x0 on its way down to sigma.
-
-    Starts at sigma + rollout_steps x rollout_span (at most 1) with the true noise and takes Euler
-    steps with predict(x, sigma (B,)). x0, noise, result (B, 16, 1, h, w) fp32.
-    """
-    steps = loss.rollout_steps
-    start = (sigma + steps * loss.rollout_span).clamp(max=1.0)
-    x = add_noise(x0, noise, start)
-    for number in range(steps):
-        levels = [torch.lerp(start, sigma, (number + i) / steps) for i in (0, 1)]
-        x = x + per_sample(levels[1] - levels[0]) * predict(x, levels[0]).float()
-    return x
-
-
-def rolled_out(
-    trainer: QwenImageEditTrainer,
-    batch: dict[str, Any],
-    noisy: torch.Tensor,
-    target: torch.Tensor,
-    sigma: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (noisy, target velocity) with a rollout of the samples whose chance comes up."""
-    loss, share = trainer.config.loss, trainer.config.loss.rollout_probability
-    if loss.rollout_warmup_steps:
-        share *= min(1.0, trainer.global_step / loss.rollout_warmup_steps)
-    numbers = [i for i, chance in enumerate(batch["rollout_chance"]) if chance < share]
-    if not numbers:
-        return noisy, target
-    # KEEP: indexed with a list, every tensor would wait for the GPU
-    rows = torch.tensor(numbers).to(noisy.device, non_blocking=True)
-    chosen: dict[str, Any] = {k: v[rows] for k, v in batch.items() if isinstance(v, torch.Tensor)}
-    chosen["control_latent"] = [control[rows] for control in batch["control_latent"]]
-    transformer, x0 = trainer.bare_transformer(), chosen["pixel_latent"].float()
-    rolled = roll_out(
-        lambda x, level: trainer.velocity(chosen, x, level, transformer),
-        *(chosen.get("start_latent", x0).float(), chosen["noise"], sigma[rows], loss),
-    )
-    noisy, target = noisy.clone(), target.clone()
-    noisy[rows] = rolled
-    if loss.rollout_target == "corrected":  # the velocity that leads straight to x0
-        target[rows] = (rolled - x0) / per_sample(sigma[rows].clamp(min=MIN_SIGMA))
-    return noisy, target
+    sigma = sigma.view(-1, 1, 1, 1, 1)
+    return (1 - sigma) * x0 + sigma * noise
 
 
 # --- 2. one training step, the loop ---------------------------------------------------------------
@@ -304,7 +221,7 @@ class TrainConfig(Section):
     checkpointing_steps: int = Field(500, ge=1)
     """Steps between two checkpoints."""
     checkpoints_total_limit: int | None = Field(None, ge=1)
-    """Keep only so many of the newest checkpoints (older ones go after a new one is safe)."""
+    """How many of the newest checkpoints are kept."""
     resume_from_checkpoint: str | None = None
     """"latest" (the newest valid one; from step 0 if there is none) or a checkpoint folder."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -314,7 +231,7 @@ class TrainConfig(Section):
     ema_decay: float = Field(0.995, ge=0, lt=1)
     """Share of the moving average that stays per step; at step n at most (1 + n) / (10 + n)."""
     ema_device: Literal["accelerator", "cpu"] = "accelerator"
-    """Where the moving average lives; cpu saves GPU memory, but the loop waits at every update."""
+    """Where the moving average lives; cpu saves GPU memory and waits at every step."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """Of the frozen base; LoRA, loss and optimizer are fp32. (fp16 would overflow.)"""
     gradient_checkpointing: bool = True
@@ -367,10 +284,11 @@ def train_loop(
     trainer: QwenImageEditTrainer, loader: Iterable[Any], run_log: RunLog, stop: utils.StopSignal
 ) -> bool:
     """Train up to total_steps(); return whether a signal ended it early."""
-    config, total = trainer.config, trainer.total_steps()
-    every, validates = config.logging.log_every, config.validation.steps
+    config, accelerator, total = trainer.config, trainer.accelerator, trainer.total_steps()
+    every, saves = config.logging.log_every, config.train.checkpointing_steps
+    validates = config.validation.steps or math.inf
     stopped, ask_every, steps = False, 1, []  # steps since the last log line
-    if validates and trainer.global_step == 0:
+    if config.validation.steps and trainer.global_step == 0:
         validate(trainer, run_log)
     bar = progress(None, "train", total=total, initial=trainer.global_step, unit="step")
     clock = time.monotonic()
@@ -378,13 +296,16 @@ def train_loop(
         steps.append(train_step(trainer, batches if isinstance(batches, list) else [batches]))
         bar.update()
         step = trainer.global_step
-        stopped = stop.agreed(trainer.accelerator, step % ask_every == 0)
+        stopped = stop.agreed(accelerator, step % ask_every == 0)
         last = stopped or step == total
-        saving = last or step % config.train.checkpointing_steps == 0
-        validating = bool(validates) and not stopped and (last or step % (validates or 1) == 0)
+        saving = last or step % saves == 0
+        validating = not stopped and (step % validates == 0 or (last and validates < math.inf))
         if saving or validating or step % every == 0:
             log_steps(trainer, run_log, steps, clock, lr=effective_lr(trainer.optimizer))
-            ask_every = stop_interval(trainer, (time.monotonic() - clock) / len(steps))
+            # KEEP the mean over processes: all ask about a signal at the same steps, every 5 s
+            pace = torch.tensor((time.monotonic() - clock) / len(steps), device=trainer.device)
+            pace = accelerator.reduce(pace, "mean").item()
+            ask_every = max(1, min(every, 100, round(5 / max(pace, 1e-3))))
             steps = []
             if saving:
                 trainer.save_checkpoint(trainer.epoch(), step)
@@ -395,16 +316,6 @@ def train_loop(
             break
     bar.close()
     return stopped
-
-
-def stop_interval(trainer: QwenImageEditTrainer, pace: float) -> int:
-    """Return after how many steps the processes compare whether one received a signal.
-
-    About every 5 s, for a preempted machine has little time; it waits for the GPU.
-    """
-    # KEEP the mean over processes: else they would ask at different steps and wait forever
-    mean = trainer.accelerator.reduce(torch.tensor(pace, device=trainer.device), "mean").item()
-    return max(1, min(trainer.config.logging.log_every, 100, round(5 / max(mean, 1e-3))))
 
 
 def log_steps(
@@ -461,18 +372,15 @@ class LoraConfig(Section):
     """How the factor A starts; B starts at zero, so step 0 is the base model."""
     target_modules: list[str] | str = "attn-image"
     """Layers with an adapter: a name of TARGET_SETS, ends of names, or a regular expression."""
-    exclude_blocks: str = ""
-    """Blocks without an adapter: "59" or "0-10, 50-59"."""
     pretrained_weight: Path | None = None
     """LoRA file to start from (same method, r and target_modules) instead of from nothing."""
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
         try:
-            parse_blocks(self.exclude_blocks)
             re.compile(self.target_modules if isinstance(self.target_modules, str) else "")
-        except (ValueError, re.error) as error:
-            return {f"exclude_blocks, target_modules: {error}": True}
+        except re.error as error:
+            return {f"target_modules: no regular expression: {error}": True}
         return {}
 
 
@@ -485,17 +393,6 @@ TARGET_SETS = {  # EDIT HERE: names for model.lora.target_modules
     "attn+mlp": ATTN_IMAGE + ATTN_TEXT + MLP,
     "all-linear": [*ATTN_IMAGE, *ATTN_TEXT, *MLP, "img_mod.1", "txt_mod.1"],
 }
-
-
-def parse_blocks(text: str) -> set[int]:
-    """ "0-10, 50-59, 7" -> {0, ..., 10, 7, 50, ..., 59}; "" -> {}. Raises ValueError."""
-    found: set[int] = set()
-    for part in filter(None, text.replace(" ", "").split(",")):
-        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part)
-        if not match or int(match[1]) > int(match[2] or match[1]):
-            raise ValueError(f"'{part}' is no block or rising range of blocks such as 0-10")
-        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return found
 
 
 def matches(layer: str, targets: Sequence[str] | str) -> bool:
@@ -511,26 +408,21 @@ def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
     from peft import LoraConfig as PeftLoraConfig
 
     layers = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
-    named = lora.target_modules
-    targets = TARGET_SETS.get(named, named) if isinstance(named, str) else list(named)
-    each = [targets] if isinstance(targets, str) else [[target] for target in targets]
-    wrong = [str(t) for t in each if not any(matches(n, t) for n in layers)]
-    if wrong or not targets:
+    named: Any = lora.target_modules
+    named = TARGET_SETS.get(named, named) if isinstance(named, str) else list(named)
+    each = [named] if isinstance(named, str) else [[name] for name in named]
+    if wrong := [one for one in each if not any(matches(n, one) for n in layers)] or not named:
         short = sorted({n.split(".", 2)[2] for n in layers if n.startswith("transformer_blocks.")})
         raise UserError(
-            f"model.lora.target_modules: no layer matches {', '.join(wrong) or 'an empty list'}; "
-            f"there are the sets {', '.join(TARGET_SETS)} and the layers {', '.join(short)}"
+            f"model.lora.target_modules: no layer matches {wrong}; there are the sets "
+            f"{', '.join(TARGET_SETS)} and the layers {', '.join(short)}"
         )
-    # the last block's text queries and outputs: nothing reads them, so they get no gradient
-    last = len(transformer.transformer_blocks) - 1
+    # the last block's text queries and outputs: nothing reads them, so they get no gradient, and
+    # KEEP: DDP waits forever for parameters that never get one
+    last = rf"transformer_blocks\.{len(transformer.transformer_blocks) - 1}"
     dead = rf"{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
-    blocks = [rf"{number}\..*" for number in sorted(parse_blocks(lora.exclude_blocks))]
-    excluded = rf"transformer_blocks\.({'|'.join([dead, *blocks])})"
-    if not any(matches(n, targets) and not re.fullmatch(excluded, n) for n in layers):
-        raise UserError("model.lora.exclude_blocks: no layer is left to train")
+    common: dict[str, Any] = {"target_modules": named, "exclude_modules": dead, "r": lora.r}
     alpha: Any = lora.lora_alpha or lora.r
-    # KEEP exclude_modules: DDP waits forever for parameters that never get a gradient
-    common: dict[str, Any] = {"r": lora.r, "target_modules": targets, "exclude_modules": excluded}
     if lora.method == "lokr":
         return LoKrConfig(alpha=alpha, decompose_factor=lora.lokr_factor, **common)
     init: Any = True if lora.init_lora_weights == "kaiming" else "gaussian"
@@ -575,14 +467,9 @@ def lora_tensors(transformer: Any) -> dict[str, torch.Tensor]:
 
 
 def strengthen(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
-    """Multiply the adapter's change by `factor`, in lora_B or lokr_w1.
-
-    DoRA's magnitudes stay: it is m (W + s B A) / |W + s B A|, with s only beside B.
-    """
-    return {
-        name: tensor * factor if ".lora_B." in name or name.endswith(".lokr_w1") else tensor
-        for name, tensor in tensors.items()
-    }
+    """Multiply the adapter's change, in lora_B or lokr_w1; DoRA's magnitudes stay."""
+    own = [name for name in tensors if ".lora_B." in name or name.endswith(".lokr_w1")]
+    return {**tensors, **{name: tensors[name] * factor for name in own}}
 
 
 def strength_of(transformer: Any) -> float:
@@ -607,11 +494,9 @@ def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
     weights = strengthen(tensors, strength_of(transformer))
     weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
-        "image_edit_lora": json.dumps(about, sort_keys=True),
-    }
+    told = {"lora_adapter_metadata": adapter, "image_edit_lora": about}
+    metadata = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
+    metadata["format"] = "pt"
     utils.save_atomic(path, lambda file: save_file(weights, file, metadata=metadata))
 
 
@@ -723,7 +608,7 @@ class MovingAverage:
         get_ema_multi_avg_fn(decay)(self.averages, [p.detach().to(a) for p, a in pairs], None)
 
 
-def copy_into(parameters: Iterable[torch.nn.Parameter], values: Iterable[torch.Tensor]) -> None:
+def copy_into(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
     """Overwrite parameters, in place."""
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
@@ -800,17 +685,15 @@ class BatchConfig(Section):
     """Name of the image_config that is white where the loss counts more (loss.mask: file)."""
     caption_dropout: float | None = Field(None, ge=0, le=1)
     """Chance of training without the instruction; null is data.caption_dropout_rate."""
-    reference_dropout: float = Field(0.0, ge=0, le=1)
-    """Chance, at each reference in turn, to leave it and all later ones out of the transformer."""
     weight: float | None = Field(None, gt=0)
-    """Chance of this combination (all together at most 1); those without one share the rest."""
+    """Chance of this combination; those without one share the rest."""
 
 
 class DatasetConfig(Section):
     """One data set: suffix layout (image_configs), folders layout (target_dir) or a table."""
 
     id: str = ""
-    """Name of the data set, for validation.eval_dataset_id and the log; default is its folder's."""
+    """Name of the data set, for validation.eval_dataset_id; default is its folder's."""
     train_data_dir: Path = Path()
     """Folder of the data set; it is only read."""
     resolution: int = Field(1024, ge=64, multiple_of=16)
@@ -852,42 +735,40 @@ class DatasetConfig(Section):
     target_dir: Path | None = None
     """Folders layout: folder of the targets, relative to train_data_dir."""
     reference_dirs: list[Path] = []
-    """Folders layout: folders of the references, in order; same relative stem, any extension."""
+    """Folders layout: folders of the references, in order; same relative stem."""
     mask_dir: Path | None = None
-    """Folders layout: masks of the same stem; without it a_mask.png beside target or reference."""
+    """Folders layout: masks of the same stem; default: a_mask.png beside a.png."""
     caption_ext: str = Field(".txt", pattern=r"^\.[^./\\]+$")
-    """Folders layout: caption files lie beside the targets (or the first references)."""
+    """Folders layout: extension of the caption beside the target (or first reference)."""
     caption: str | None = None
     """One instruction for every sample, instead of files or a column."""
     table: Path | None = None
-    """CSV or JSONL of target, references (list) or reference_1, ..., prompt, mask (pair_table.py)."""
+    """CSV or JSONL: target, references (list) or reference_1, ..., prompt, mask."""
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
-        layouts = {
-            "image_configs": self.image_configs,
-            "target_dir": self.target_dir,
-            "table": self.table,
-        }
-        given = [name for name, value in layouts.items() if value]
+        given = [name for name in ("image_configs", "target_dir", "table") if getattr(self, name)]
         idle = {"caption", "caption_ext", "mask_dir", "conditioning_multidataset_sampling"}
         if self.target_dir or self.table:
-            idle = {"target_configs", "reference_configs", "caption_configs", "batch_configs"}
+            idle = {f"{kind}_configs" for kind in ("target", "reference", "caption", "batch")}
             idle |= {"caption_ext", "mask_dir", "reference_dirs"} if self.table else set()
-        idle = {
-            name for name in idle if getattr(self, name) != type(self).model_fields[name].default
-        }
-        weights = sum(batch.weight or 0 for batch in self.batch_configs)
+        fields = DatasetConfig.model_fields
+        unread = sorted(name for name in idle if getattr(self, name) != fields[name].default)
         crops = self.view_flip or self.view_scale < 1
-        return {
-            f"give one of {', '.join(layouts)}": len(given) != 1,
-            f"{', '.join(sorted(idle))}: not read beside {given[:1]}; leave it out": idle,
-            "reference_dirs: name at least one folder": self.target_dir and not self.reference_dirs,
-            "view_flip and view_scale are about crops: set views above 1": self.views == 1
-            and crops,
+        weights = sum(batch.weight or 0 for batch in self.batch_configs)
+        problems = {
+            "give one of image_configs, target_dir, table": len(given) != 1,
+            f"{', '.join(unread)}: not read beside {given[:1]}; leave it out": unread,
+            "reference_dirs: name at least one": self.target_dir and not self.reference_dirs,
+            "view_flip, view_scale: for crops; set views above 1": self.views == 1 and crops,
             "batch_configs: name one": self.image_configs and not self.batch_configs,
             "batch_configs: the weights sum to more than 1": weights > 1 + 1e-9,
         }
+        for place, kind, name in links(self):
+            there = getattr(self, f"{kind}_configs")
+            text = f"{place}: '{name}' is no {kind}_config{nearest(name, there)}"
+            problems[text] = name not in there
+        return problems
 
     @property
     def name(self) -> str:
@@ -911,8 +792,7 @@ class DataConfig(Section):
     caption_dropout_mode: Literal["empty", "zero"] = "empty"
     """The empty instruction with the same references (as guidance does), or zeros for both."""
     reference_area: Literal["1mp", "target"] | Annotated[int, Field(ge=1024)] = "1mp"
-    """Area of references in the transformer: 1mp as the pipelines do, "target" as large as the
-    target (2.8 times fewer operations at 512 px), or px. generate.py reads it in the LoRA file."""
+    """Area of references: 1mp as the pipelines do, "target" as large as the target, or px."""
 
 
 class Reference(NamedTuple):
@@ -933,7 +813,6 @@ class Variant(NamedTuple):
     start: Path | None = None  # from_image: noised instead of the target
     mask: Path | None = None
     caption_dropout: float = 0.0
-    reference_dropout: float = 0.0
     vision_dropout: float = 0.0
     vision_min: int = 0
     weight: float = 1.0
@@ -966,48 +845,35 @@ Rows = tuple[dict[str, Row], list[str]]  # what a layout finds: rows by name, pr
 
 def links(ds: DatasetConfig) -> Iterator[tuple[str, str, str]]:
     """Yield (place, kind, name) of every name by which one config of a data set means another."""
+    found: list[tuple[str, str, str | None]] = []
     for name, [target] in ds.target_configs.items():
-        for key in ("image", "from_image"):
-            yield f"target_configs.{name}.0.{key}", "image", getattr(target, key)
+        place = f"target_configs.{name}.0"
+        found.append((f"{place}.image", "image", target.image))
+        found.append((f"{place}.from_image", "image", target.from_image))
     for name, references in ds.reference_configs.items():
-        for i, reference in enumerate(references):
-            yield f"reference_configs.{name}.{i}.image", "image", reference.image
+        place = f"reference_configs.{name}"
+        found += [(f"{place}.{i}.image", "image", r.image) for i, r in enumerate(references)]
     for name, caption in ds.caption_configs.items():
         place, shown = f"caption_configs.{name}", caption.reference_list
-        yield f"{place}.image", "image", caption.image
-        if shown:
-            yield f"{place}.reference_list.reference_config", "reference", shown.reference_config
+        found.append((f"{place}.image", "image", caption.image))
+        meant = shown.reference_config if shown else None
+        found.append((f"{place}.reference_list.reference_config", "reference", meant))
     for i, batch in enumerate(ds.batch_configs):
         for kind in ("target", "caption", "reference"):
-            yield f"batch_configs.{i}.{kind}_config", kind, getattr(batch, f"{kind}_config")
-        yield f"batch_configs.{i}.mask", "image", batch.mask or ""
-
-
-def check_names(ds: DatasetConfig, where: str) -> list[str]:
-    """Problems of the names inside one data set: every one must point at something."""
-    kinds = ("image", "target", "reference", "caption")
-    tables = {kind: getattr(ds, f"{kind}_configs") for kind in kinds}
-    named, problems = {place: name for place, _, name in links(ds)}, []
-    for place, kind, name in links(ds):
-        if name and name not in tables[kind]:
-            other = next((k for k, table in tables.items() if name in table), None)
-            wrong = f"is a {other}_config, no {kind}_config" if other else f"is no {kind}_config"
-            # most likely meant: the references that the caption shows
-            caption = named.get(place.replace("reference_config", "caption_config"))
-            shown = named.get(f"caption_configs.{caption}.reference_list.reference_config")
-            hint = f", did you mean '{shown}'?" if shown else nearest(name, tables[kind])
-            problems.append(f"{where}.{place}: '{name}' {wrong}{hint}")
-    return problems
+            key = f"{kind}_config"
+            found.append((f"batch_configs.{i}.{key}", kind, getattr(batch, key)))
+        found.append((f"batch_configs.{i}.mask", "image", batch.mask))
+    yield from ((place, kind, name) for place, kind, name in found if name)
 
 
 def used_roles(ds: DatasetConfig) -> list[str]:
     """Return the image_configs that any combination uses."""
     roles, todo = set(), ["batch_configs."]
     for start in todo:
-        for place, kind, name in links(ds):
-            if name and place.startswith(start) and kind == "image":
+        for _, kind, name in (link for link in links(ds) if link[0].startswith(start)):
+            if kind == "image":
                 roles.add(name)
-            elif name and place.startswith(start):
+            else:
                 todo.append(f"{kind}_configs.{name}.")
     return sorted(roles)
 
@@ -1064,12 +930,16 @@ def group_by_folder(ds: DatasetConfig) -> Rows:
     return rows, problems
 
 
+TABLE_COLUMNS = r"target|references|reference_\d+|prompt|mask"
+
+
 def read_table(ds: DatasetConfig) -> Rows:
     """A CSV or JSONL table; relative paths count from train_data_dir or the table's folder."""
     table = Path(ds.table or "")
     table = table if table.is_file() else ds.train_data_dir / table
     rows: dict[str, Row] = {}
     problems: list[str] = []
+    unread: set[str] = set()
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file) if table.suffix == ".csv" else map(json.loads, file)
@@ -1081,37 +951,34 @@ def read_table(ds: DatasetConfig) -> Rows:
             row = table_row(record, (ds.train_data_dir, table.parent))
             name = row.files["target"].stem
             rows[f"{name}#{number}" if name in rows else name] = row
+            unread |= {c for c in record if not re.fullmatch(TABLE_COLUMNS, c)}
         except ValueError as error:
             problems.append(f"{table}: row {number}: {error}")
-    columns = {column for record in records if isinstance(record, dict) for column in record}
-    if unread := {str(c) for c in columns if not re.fullmatch(TABLE_COLUMNS, str(c))}:
+    if unread:
         log.warning("table %s: columns not read: %s", table, ", ".join(sorted(unread)))
     return rows, problems
-
-
-TABLE_COLUMNS = r"target|references|reference_\d+|prompt|mask"
 
 
 def table_row(record: Any, roots: Sequence[Path]) -> Row:
     """Return the row of a record. Raises ValueError where it is none, or a file is missing."""
     if not isinstance(record, dict) or None in record:  # None: csv.DictReader
         raise ValueError("no record, or more cells than columns (quote a text with commas)")
-    numbered = [column for column in record if re.fullmatch(r"reference_\d+", column)]
-    numbered.sort(key=lambda column: int(column[10:]))
-    listed_ones, prompts = record.get("references") or [], record.get("prompt") or []
-    shown = [listed_ones] if isinstance(listed_ones, str) else [*listed_ones]
-    shown += [record[column] for column in numbered if record[column]]
+    numbered = [column for column in record if column.startswith("reference_")]
+    shown = record.get("references") or []
+    shown = [shown] if isinstance(shown, str) else [*shown]
+    shown += [record[c] for c in sorted(numbered, key=lambda c: (len(c), c)) if record[c]]
     if not record.get("target") or not shown:
         raise ValueError(f"no {'reference' if record.get('target') else 'target'}")
     named = {f"reference {i}": value for i, value in enumerate(shown, 1)}
-    named = {"target": record["target"], "mask": record.get("mask"), **named}
+    named |= {"target": record["target"], "mask": record.get("mask")}
     files = {}
     for role, value in named.items():
-        if value:
-            places = [root / str(value) for root in roots]
-            files[role] = next((place for place in places if place.is_file()), places[0])
-            if not files[role].is_file():
-                raise ValueError(f"no file {files[role]}")
+        places = [root / str(value) for root in roots if value]
+        if there := [place for place in places if place.is_file()]:
+            files[role] = there[0]
+        elif value:
+            raise ValueError(f"no file {places[0]}")
+    prompts = record.get("prompt") or []
     prompts = [prompts] if isinstance(prompts, str) else prompts
     return Row(files, tuple(str(prompt).strip() for prompt in prompts))
 
@@ -1153,36 +1020,39 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
 
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
     """Suffix layout: one variant per batch config and caption. Raises ValueError."""
+    files = row.files
 
     def shown_by(name: str | None) -> tuple[Reference, ...]:
         items = ds.reference_configs[name] if name else []
-        return tuple(Reference(row.files[i.image], i.resize and i.resize**2) for i in items)
+        return tuple(Reference(files[item.image], square(item.resize)) for item in items)
 
     for batch, weight in zip(ds.batch_configs, batch_weights(ds.batch_configs), strict=True):
-        caption, [target] = (
-            ds.caption_configs[batch.caption_config],
-            ds.target_configs[batch.target_config],
-        )
+        caption = ds.caption_configs[batch.caption_config]
+        [target] = ds.target_configs[batch.target_config]
         references, shown = shown_by(batch.reference_config), caption.reference_list
         vision = shown_by(shown.reference_config) if shown else references
-        area = shown.resize**2 if shown and shown.resize else None
-        file = row.files[caption.image].with_suffix(caption.ext)
-        lines, rate = read_captions(file, bool(ds.caption_lines)), batch.caption_dropout
-        for line in lines if weight else ():
+        area, rate = square(shown.resize) if shown else None, batch.caption_dropout
+        text = files[caption.image].with_suffix(caption.ext)
+        lines = read_captions(text, bool(ds.caption_lines)) if weight else ()
+        for line in lines:
             yield Variant(
-                target=row.files[target.image],
+                target=files[target.image],
                 references=references,
                 vision=tuple(Reference(reference.path, area) for reference in vision),
                 caption=line,
                 resolution=target.resize or ds.resolution,
-                start=row.files[target.from_image] if target.from_image else None,
-                mask=row.files[batch.mask] if batch.mask else None,
+                start=files[target.from_image] if target.from_image else None,
+                mask=files[batch.mask] if batch.mask else None,
                 caption_dropout=config.data.caption_dropout_rate if rate is None else rate,
-                reference_dropout=batch.reference_dropout,
                 vision_dropout=shown.dropout if shown else 0.0,
                 vision_min=shown.min_length if shown else 0,
                 weight=weight / len(lines),
             )
+
+
+def square(side_px: int | None) -> int | None:
+    """Return the area of a square, or None."""
+    return side_px and side_px**2
 
 
 def batch_weights(configs: Sequence[BatchConfig]) -> list[float]:
@@ -1196,41 +1066,41 @@ def batch_weights(configs: Sequence[BatchConfig]) -> list[float]:
 
 def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], list[str]]:
     """Samples, problems and skipped samples of one data set."""
-    ds, where = config.data.dataset_configs[number], f"data.dataset_configs.{number}"
-    if not ds.train_data_dir.is_dir():
-        return [], [f"{where}.train_data_dir: folder {ds.train_data_dir} does not exist"], []
-    if problems := check_names(ds, where):
-        return [], problems, []
-    group = (
-        group_by_suffix if ds.image_configs else group_by_folder if ds.target_dir else read_table
+    ds, root = (
+        config.data.dataset_configs[number],
+        config.data.dataset_configs[number].train_data_dir,
     )
-    make = combined_variants if ds.image_configs else plain_variants
+    if not root.is_dir():
+        return [], [f"data.dataset_configs.{number}: folder {root} does not exist"], []
+    group, make = (read_table, plain_variants) if ds.table else (group_by_folder, plain_variants)
+    needed = [role for role in role_folders(ds) if role != "mask"]
+    if ds.image_configs:
+        group, make, needed = group_by_suffix, combined_variants, used_roles(ds)
     rows, problems = group(ds)
-    problems = [f"{where}: {problem}" for problem in problems]
-    needed = used_roles(ds) if ds.image_configs else [r for r in role_folders(ds) if r != "mask"]
     variants, broken = {}, []
     for name, row in sorted(rows.items()):
         lacking = [expected(ds, role, name) for role in needed if role not in row.files]
         if needed and len(lacking) == len(needed):  # only pictures that nothing uses
-            if ds.target_dir and "mask" in row.files:
-                broken.append(f"{where}: mask {row.files['mask']} has no target of its name")
+            mask = row.files.get("mask") if ds.target_dir else None
+            broken += [f"mask {mask} has no target of its name"] if mask else []
         elif lacking:
-            broken.append(f"{where}: sample '{name}' lacks its {' and '.join(lacking)}")
+            broken.append(f"sample '{name}' lacks its {' and '.join(lacking)}")
         else:
             try:
                 variants[name] = tuple(make(config, ds, row))
             except ValueError as error:
-                broken.append(f"{where}: {error}")
+                broken.append(str(error))
     held_out = choose_holdout(config, number, list(variants))
     samples = [Sample(name, number, name in held_out, v) for name, v in variants.items()]
     for name in sorted(set(ds.holdout) - set(rows)):
-        problems.append(f"{where}.holdout: no sample '{name}'{nearest(name, sorted(rows))}")
+        problems.append(f"holdout: no sample '{name}'{nearest(name, sorted(rows))}")
     skipped = broken if ds.on_missing == "skip" else []
     problems += [] if skipped else broken
     evaluated = ds.name in config.validation.eval_dataset_id
     if not problems and not any(s.held_out == evaluated for s in samples):
-        problems.append(f"{where}: no sample to train on in {ds.train_data_dir}")
-    return samples, problems, skipped
+        problems.append(f"no sample to train on in {root}")
+    where = f"data.dataset_configs.{number}: "
+    return samples, [where + p for p in problems], [where + text for text in skipped]
 
 
 def expected(ds: DatasetConfig, role: str, name: str) -> str:
@@ -1259,54 +1129,51 @@ def all_pictures(samples: Iterable[Sample]) -> list[Path]:
 # --- 5. audit -------------------------------------------------------------------------------------
 
 
-def check_regions(config: Config, samples: Sequence[Sample], index: utils.FileIndex) -> list[str]:
-    """Problems of pictures that must lie on their target's pixels, and of masks."""
-    problems, region = [], config.loss.region
-    masked = sum(any(variant.mask for variant in sample.variants) for sample in samples)
-    if region == "file" and samples:
-        problems += [] if masked else ["loss.mask: file, but no sample has a mask (docs/data.md)"]
-        log.info("masks: %d of %d samples have one", masked, len(samples))
-    for sample in samples:
-        number, aligned = sample.dataset, {}
-        ds = config.data.dataset_configs[number]
+def check_regions(data: PairData) -> list[str]:
+    """Problems of pictures that must lie on their target's pixels."""
+    region, wrong = data.config.loss.region, {}
+    for number, sample in enumerate(data.samples):
+        strict = data.dataset(Draw(0, number)).conditioning_type == "reference_strict"
         for v in sample.variants:
-            if region == "file" and v.mask:
-                aligned[v.mask, v.target] = "a mask"
-            if region == "difference" and v.references and not sample.held_out:
-                aligned[v.references[0].path, v.target] = "loss.mask: difference"
-            if ds.conditioning_type == "reference_strict":
-                aligned |= {(r.path, v.target): "reference_strict" for r in v.references}
-        for (path, target), why in aligned.items():
-            aspects = index.aspect(path), index.aspect(target)
-            if not aligns(*aspects):
-                text = f"{path} has aspect {aspects[0]:.3f}, its target {aspects[1]:.3f}"
-                problems.append(f"data.dataset_configs.{number}: {text}; {why} wants one frame")
-    return problems
+            first = [r.path for r in v.references[: None if strict else region == "difference"]]
+            aspect = data.index.aspect(v.target)
+            for path in first + [v.mask] * (region == "file" and v.mask is not None):
+                own = data.index.aspect(path)
+                if not aligns(own, aspect):
+                    text = "must show the same frame (loss.mask, reference_strict)"
+                    wrong[f"{path}: aspect {own:.3f}, its target {aspect:.3f}; {text}"] = True
+    return [*wrong]
 
 
-def open_index(config: Config) -> utils.FileIndex:
-    """The file index of the cache; in memory when there is no cache."""
-    return utils.FileIndex(config.cache.cache_dir if config.cache.use_cache else None)
-
-
-def find_samples(config: Config, index: utils.FileIndex) -> tuple[list[Sample], list[str]]:
-    """Pair, read captions, look at every picture -> (samples, first problems of each kind).
+def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
+    """Pair, read captions, look at every picture -> (data, first problems of each kind).
 
     Everything is in output_dir/audit.json.
     """
+    index = utils.FileIndex(config.cache.cache_dir if config.cache.use_cache else None)
     numbers = range(len(config.data.dataset_configs))
     found = [find_dataset(config, number) for number in numbers]
     samples = [sample for mine, _, _ in found for sample in mine]
     skipped = [text for _, _, left_out in found for text in left_out]
-    general = [] if found else ["data.dataset_configs: no data set is named"]
-    if samples and all(sample.held_out for sample in samples):
-        general.append("data.dataset_configs: every sample is held out, none is left to train on")
-    pictures = all_pictures(samples) + validation_pictures(config)
-    unreadable = index.update(pictures, utils.look_at_picture)
-    groups = [*(wrong for _, wrong, _ in found), general, unreadable]
-    groups += [] if unreadable else [check_regions(config, samples, index)]
+    unreadable = index.update(
+        all_pictures(samples) + validation_pictures(config), utils.look_at_picture
+    )
+    trained = [sample for sample in samples if not sample.held_out]
+    masked = sum(any(variant.mask for variant in sample.variants) for sample in samples)
+    rules = {
+        "data.dataset_configs: no data set is named": not found,
+        "data.dataset_configs: every sample is held out": samples and not trained,
+        "loss.mask: file, but no sample has a mask": config.loss.region == "file" and not masked,
+    }
+    groups = [
+        *(wrong for _, wrong, _ in found),
+        unreadable,
+        [p for p, is_so in rules.items() if is_so],
+    ]
+    data = PairData(config, flavour, samples, index)
+    groups.append([] if unreadable else check_regions(data))
     problems = [problem for group in groups for problem in group]
-    report = {"samples": len(samples), "problems": problems, "skipped": skipped}
+    report = {"samples": len(samples), "masks": masked, "problems": problems, "skipped": skipped}
     with contextlib.suppress(OSError):  # an unwritable output_dir is reported by audit()
         path = config.logging.output_dir / "audit.json"
         utils.save_text(path, json.dumps(report, indent=2, ensure_ascii=False))
@@ -1316,7 +1183,7 @@ def find_samples(config: Config, index: utils.FileIndex) -> tuple[list[Sample], 
     for group in groups:  # ten of each kind by name; a data set may lack thousands of files
         more = [f"... and {len(group) - 10} more, all of them in audit.json"]
         shown += group[:10] + (more if len(group) > 10 else [])
-    return samples, shown
+    return data, shown
 
 
 class Flavour(NamedTuple):
@@ -1332,7 +1199,6 @@ PUBLISHED = {  # so that a plan and an audit need no network
     "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", "QwenImageEditPlusPipeline", VISION_AREA),
     "Qwen/Qwen-Image-Edit-2511": Flavour("edit-v3", "QwenImageEditPlusPipeline", VISION_AREA),
 }
-PARTS = ("scheduler", "tokenizer", "processor", "text_encoder", "vae", "transformer")
 
 
 def transformer_settings(name_or_path: str) -> dict[str, Any]:
@@ -1343,22 +1209,16 @@ def transformer_settings(name_or_path: str) -> dict[str, Any]:
 
 
 def detect_flavour(name_or_path: str) -> Flavour:
-    """2508, 2509 or 2511, from model_index.json and transformer/config.json.
-
-    Raises:
-        UserError: no such checkpoint, or not a Qwen-Image-Edit one.
-    """
+    """2508, 2509 or 2511, from model_index.json and transformer/config.json. Raises UserError."""
     if name_or_path in PUBLISHED:
         return PUBLISHED[name_or_path]
-    pipeline_class = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
-    if pipeline_class == "QwenImageEditPipeline":
-        return Flavour("edit-v1", pipeline_class, None)
-    if pipeline_class == "QwenImageEditPlusPipeline":
-        conditioned = read_model_json(name_or_path, "transformer/config.json").get("zero_cond_t")
-        return Flavour("edit-v3" if conditioned else "edit-v2", pipeline_class, VISION_AREA)
-    raise UserError(
-        f"{name_or_path} is a {pipeline_class or 'checkpoint without a class name'}; "
-        "wanted QwenImageEditPipeline or QwenImageEditPlusPipeline"
+    kind = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
+    named = {flavour.pipeline_class: flavour for flavour in PUBLISHED.values()}
+    if kind not in named:
+        raise UserError(f"{name_or_path} is a {kind or 'folder'}; wanted {' or '.join(named)}")
+    conditioned = transformer_settings(name_or_path).get("zero_cond_t")
+    return (
+        named[kind]._replace(name="edit-v2") if "Plus" in kind and not conditioned else named[kind]
     )
 
 
@@ -1370,73 +1230,63 @@ def check_model(config: Config, precision: str) -> list[str]:
         n_blocks = transformer_settings(name).get("num_layers", 60)
     except UserError as error:
         return [f"model.pretrained_model_name_or_path: {error}"]
-    lacking = [part for part in PARTS if Path(name).is_dir() and not (Path(name) / part).is_dir()]
-    devices = {f"model.devices.{i}": device for i, device in enumerate(model.devices)}
-    problems = [problem for item in devices.items() for problem in check_device(*item)]
-    kinds = {torch.device(device).type for device in model.devices} if not problems else set()
-    processes, beyond = (
-        int(os.environ.get("WORLD_SIZE", "1")),
-        max(parse_blocks(lora.exclude_blocks), default=0),
-    )
+    parts = ("scheduler", "tokenizer", "processor", "text_encoder", "vae", "transformer")
+    lacking = [part for part in parts if Path(name).is_dir() and not (Path(name) / part).is_dir()]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     nf4, dora = precision == "nf4-bnb", lora.method == "dora"
     # modulation is held by quanto in every quantised base, and PEFT has no DoRA for that
     quanto = precision.endswith("quanto") or (nf4 and lora.target_modules == "all-linear")
     rules = {
         f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder": lacking,
-        "devices: wanted devices of one type": len(kinds) > 1,
-        "devices: for one process; several need the whole model each": devices and processes > 1,
+        "devices: for one process; several need it whole": model.devices and processes > 1,
         f"lora.method: no dora on layers in {precision}": dora and quanto,
-        "lora.method: lokr goes with every precision but nf4-bnb": nf4 and lora.method == "lokr",
+        "lora.method: no lokr on nf4-bnb": nf4 and lora.method == "lokr",
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,
-        f"lora.exclude_blocks: no block {beyond}, the last is {n_blocks - 1}": beyond >= n_blocks,
     }
-    problems += [f"model.{problem}" for problem, there in rules.items() if there]
+    problems = [f"model.{problem}" for problem, there in rules.items() if there]
     return problems + check_packages(*(["bitsandbytes"] if nf4 else []))
 
 
 def check_2508(samples: Sequence[Sample]) -> list[str]:
     """Problems of data that 2508 cannot take: its prompt has a place for exactly one picture."""
-    problems = []
-    first = {sample.dataset: sample for sample in reversed(samples)}
-    for number, sample in sorted(first.items()):
+    wrong = set()
+    for sample in samples:
         for v in sample.variants:
             other = [r.path for r in v.vision] != [r.path for r in v.references]
-            fewer = v.reference_dropout or (v.vision_dropout and v.vision_min < 1)
             resized = any(r.area for r in (*v.vision, *v.references))
-            if len(v.references) != 1 or other or fewer or resized:
-                problems.append(
-                    f"data.dataset_configs.{number}: 2508 takes one reference and shows its "
-                    "encoder the picture that the VAE gets: no resize of it, no dropout, no other"
-                )
-                break
-    return problems
+            fewer = v.vision_dropout and v.vision_min < 1
+            if len(v.references) != 1 or other or resized or fewer:
+                wrong.add(sample.dataset)
+    text = (
+        "2508 takes one reference, and shows its encoder what the VAE gets: no resize, no dropout"
+    )
+    return [f"data.dataset_configs.{number}: {text}" for number in sorted(wrong)]
 
 
 def check_validation(config: Config, samples: Sequence[Sample], is_2508: bool) -> list[str]:
     """Problems of the validation settings (their pictures: find_samples)."""
     wanted, names = config.validation, [ds.name for ds in config.data.dataset_configs]
-    problems = [
-        f"validation.eval_dataset_id: {names.count(name)} data sets are '{name}', one is wanted"
-        f"{nearest(name, names)}"
-        for name in wanted.eval_dataset_id
-        if names.count(name) != 1
-    ]
     something = wanted.samples or any(sample.held_out for sample in samples)
-    if wanted.steps and samples and not something:
-        problems.append(
-            "validation.steps is set, but no data set names samples in holdout (or holdout_ratio, "
-            "or eval_dataset_id), and validation.samples is empty"
-        )
-    several = (i for i, sample in enumerate(wanted.samples) if is_2508 and len(sample.images) > 1)
-    return problems + [f"validation.samples.{i}.images: 2508 takes one reference" for i in several]
+    rules: dict[str, Any] = {
+        f"eval_dataset_id: wanted one data set '{name}'{nearest(name, names)}": names.count(name)
+        != 1
+        for name in wanted.eval_dataset_id
+    }
+    rules["steps: nothing to draw; name holdout, holdout_ratio, eval_dataset_id or samples"] = (
+        wanted.steps and samples and not something
+    )
+    for i, sample in enumerate(wanted.samples):
+        rules[f"samples.{i}.images: 2508 takes one"] = is_2508 and len(sample.images) > 1
+    return [f"validation.{problem}" for problem, there in rules.items() if there]
 
 
 # differs: each script audits its own config
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads, one line each."""
-    model, cache = config.model, config.cache
+    model, cache, tracker = config.model, config.cache, config.logging.report_to
     problems = check_model(config, model.precision)
     devices = {f"predict.devices.{part}": device for part, device in config.predict.devices}
+    devices |= {f"model.devices.{i}": device for i, device in enumerate(model.devices)}
     places = {"logging.output_dir": config.logging.output_dir}
     if cache.use_cache:
         devices["cache.vae_encoder_device"] = cache.vae_encoder_device
@@ -1444,15 +1294,14 @@ def audit(config: Config) -> list[str]:
         places["cache.cache_dir"] = cache.cache_dir
     problems += [problem for item in devices.items() for problem in check_device(*item)]
     problems += [problem for item in places.items() for problem in utils.check_writable(*item)]
+    problems += check_packages(*([] if tracker in ("none", "all") else [tracker]))
     if model.lora.pretrained_weight and not model.lora.pretrained_weight.is_file():
         problems.append(f"model.lora.pretrained_weight: no file {model.lora.pretrained_weight}")
-    trackers = {"none": [], "all": []}.get(config.logging.report_to, [config.logging.report_to])
-    samples, wrong = find_samples(config, open_index(config))
-    is_2508 = (
-        detect_flavour(model.pretrained_model_name_or_path)[2] is None if not problems else False
-    )
-    problems += check_packages(*trackers) + wrong + (check_2508(samples) if is_2508 else [])
-    return problems + check_validation(config, samples, is_2508)
+    flavour = detect_flavour(model.pretrained_model_name_or_path) if not problems else None
+    data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
+    is_2508 = flavour is not None and not flavour.vision_area
+    problems += wrong + (check_2508(data.samples) if is_2508 else [])
+    return problems + check_validation(config, data.samples, is_2508)
 
 
 # --- 6. geometry, encoding and cache --------------------------------------------------------------
@@ -1465,15 +1314,10 @@ class CacheConfig(Section):
     """Keep what is encoded on disk; false encodes in every step, with both encoders in memory."""
     cache_dir: Path = Path("cache")
     """Folder of the cache; runs may share it, entries are named by their content."""
-    memory_mb: int = Field(512, ge=0)
-    """Entries that each reading process keeps in memory, so that small data sets are read once."""
     vae_encoder_device: str | None = None
     """Device of the VAE, e.g. cuda:1; null is the training device."""
     text_encoder_device: str | None = None
     """Device of the text encoder, e.g. cuda:2; null is the training device."""
-
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom, relative to a picture
 
 
 class Picture(NamedTuple):
@@ -1482,7 +1326,7 @@ class Picture(NamedTuple):
     source: Path | Image.Image
     content: str  # hash of the file, or of the pixels of a picture in memory
     size: tuple[int, int]  # (W, H) px after the transform
-    box: Box = (0.0, 0.0, 1.0, 1.0)
+    box: tuple[float, ...] = (0.0, 0.0, 1.0, 1.0)  # left, top, right, bottom, relative
     flip: bool = False
 
     @property
@@ -1498,7 +1342,6 @@ class Draw(NamedTuple):
     sample: int
     variant: int = 0
     view: int = 0
-    references: int | None = None  # so many stay, from the first on; None: all
     vision: tuple[int, ...] | None = None  # which vision references stay; None: all
     dropped: bool = False  # train without the instruction
 
@@ -1523,15 +1366,23 @@ class Job(NamedTuple):
     pictures: tuple[Picture, ...]
     caption: str = ""
 
+    def key(self, encoders: dict[str, str]) -> str:
+        """Return the name of the entry; a prompt's pictures are part of it."""
+        pictures = [[p.content, p.size, p.box, p.flip] for p in self.pictures]
+        return cache_key(self.kind, of=encoders[self.kind], pictures=pictures, text=self.caption)
+
 
 def jobs_of(example: Example) -> dict[str, list[Job]]:
     """Return the entries of an example by their names in a batch."""
-    pictures = dict(example.pictures)
-    jobs = {"prompt_embed": [Job("prompt", pictures.pop("vision"), example.caption)]}
-    if region := pictures.pop("region", None):
-        jobs["region"] = [Job("region", region)]
-    latents = {kind: [Job("latent", (one,)) for one in each] for kind, each in pictures.items()}
-    return jobs | {f"{kind}_latent": each for kind, each in latents.items()}
+    jobs = {}
+    for kind, pictures in example.pictures.items():
+        if kind == "vision":
+            jobs["prompt_embed"] = [Job("prompt", pictures, example.caption)]
+        elif kind == "region":
+            jobs[kind] = [Job(kind, pictures)]
+        else:
+            jobs[f"{kind}_latent"] = [Job("latent", (picture,)) for picture in pictures]
+    return jobs
 
 
 def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
@@ -1589,27 +1440,26 @@ class Frame(NamedTuple):
 
     aspect: float  # of the whole target picture
     size: tuple[int, int]  # (W, H) px of the target
-    box: Box | None = None  # None: the middle
+    box: tuple[float, ...] | None = None  # None: the middle
     flip: bool = False
 
-    def on_target(self, whole: Picture) -> tuple[Picture]:
+    def on_target(self, whole: Picture) -> Picture:
         """Return a picture at the target's size: with its crop, or the middle of another frame."""
         same = aligns(whole.aspect, self.aspect)
-        box = (
-            self.box if same and self.box else cover_box(whole.aspect, self.size[0] / self.size[1])
-        )
-        return (whole._replace(size=self.size, box=box, flip=self.flip and same),)
+        middle = cover_box(whole.aspect, self.size[0] / self.size[1])
+        box = self.box if same and self.box else middle
+        return whole._replace(size=self.size, box=box, flip=self.flip and same)
 
     def show(self, whole: Picture, area_px: float, strict: bool = True) -> Picture:
         """Return a reference of about that area: with the target's crop, or its own frame whole."""
         # KEEP: aligned references get the target's crop, or the edit no longer lies on its pixels
         if strict and aligns(whole.aspect, self.aspect):
-            [picture] = self.on_target(whole)
-            return picture._replace(size=pick_size(area_px, self.size[0] / self.size[1]))
+            size = pick_size(area_px, self.size[0] / self.size[1])
+            return self.on_target(whole)._replace(size=size)
         return whole._replace(size=pick_size(area_px, whole.aspect))
 
 
-def whole_picture(source: Path | Image.Image, index: utils.FileIndex) -> Picture:
+def whole_picture(source: Path | Image.Image, index: Any = None) -> Picture:
     """Return a picture as it is: of a file that the index knows, or in memory."""
     if isinstance(source, Image.Image):
         content = f"{draw_key(source.size, source.tobytes()):016x}"
@@ -1618,44 +1468,148 @@ def whole_picture(source: Path | Image.Image, index: utils.FileIndex) -> Picture
     return Picture(source, facts["content"], (facts["width"], facts["height"]))
 
 
-def resolve(
-    config: Config, flavour: Flavour, samples: Sequence[Sample], draw: Draw, index: utils.FileIndex
-) -> Example:
-    """Draw -> pictures with ONE geometric transform for the target and all that lies on it."""
-    sample = samples[draw.sample]
-    variant, ds = sample.variants[draw.variant], config.data.dataset_configs[sample.dataset]
-    whole = functools.partial(whole_picture, index=index)
-    target = whole(variant.target)
-    size = nearest_bucket(*target.size, variant.resolution)
-    wanted = size[0] / size[1]
-    frame = Frame(target.aspect, size, cover_box(target.aspect, wanted))
-    if draw.view:  # EDIT HERE: augmentation (each view is cached); view 0 is the whole picture
-        chance = ("view", config.seed, sample.dataset, sample.name, draw.view)
-        scale = 1 - (1 - ds.view_scale) * uniform("scale", *chance)
-        place = uniform("x", *chance), uniform("y", *chance)
-        flip = ds.view_flip and uniform("flip", *chance) < 0.5
-        frame = frame._replace(box=cover_box(target.aspect, wanted, scale, *place), flip=flip)
+class PairData(torch.utils.data.Dataset):
+    """The samples of a run; as a data set it turns lists of Draws into batches."""
 
-    def show(references: Iterable[Reference], area_px: float) -> tuple[Picture, ...]:
-        strict = ds.conditioning_type != "reference_loose"
-        return tuple(frame.show(whole(r.path), r.area or area_px, strict) for r in references)
+    def __init__(self, config: Config, flavour: Flavour, samples: list[Sample], index: Any) -> None:
+        self.config, self.flavour, self.samples, self.index = config, flavour, samples, index
+        self.encoders: dict[str, str] = {}  # see encoder_hashes(); needed to read the cache
+        self.held_out = [i for i, sample in enumerate(samples) if sample.held_out]
+        self._examples: dict[tuple[Any, ...], Example] = {}
+        self._tensors: dict[Path, torch.Tensor] = {}
+        self._room = 2**29  # bytes left for _tensors: small data sets are read once
 
-    area_px = reference_area_px(config.data.reference_area, size)
-    stay = range(len(variant.vision)) if draw.vision is None else draw.vision
-    pictures = {
-        "pixel": frame.on_target(target),
-        "control": show(variant.references[: draw.references], area_px),
-        "vision": show([variant.vision[i] for i in stay], flavour.vision_area or area_px),
+    def dataset(self, draw: Draw) -> DatasetConfig:
+        """Return the data set that a draw's sample comes from."""
+        return self.config.data.dataset_configs[self.samples[draw.sample].dataset]
+
+    def resolve(self, draw: Draw, resolution: int | None = None) -> Example:
+        """Return what a Draw shows, at `resolution` if given; remembered."""
+        key = (*draw[1:], resolution)
+        if key not in self._examples:
+            self._examples[key] = self._resolve(draw, resolution)
+        return self._examples[key]
+
+    def _resolve(self, draw: Draw, resolution: int | None) -> Example:
+        """ONE geometric transform for the target and all that lies on it."""
+        sample, ds, data = self.samples[draw.sample], self.dataset(draw), self.config.data
+        variant = sample.variants[draw.variant]
+        whole = functools.partial(whole_picture, index=self.index)
+        target = whole(variant.target)
+        size = nearest_bucket(*target.size, resolution or variant.resolution)
+        wanted = size[0] / size[1]
+        frame = Frame(target.aspect, size, cover_box(target.aspect, wanted))
+        if draw.view:  # EDIT HERE: augmentation (each view is cached); view 0 is the whole picture
+            chance = ("view", self.config.seed, sample.dataset, sample.name, draw.view)
+            scale = 1 - (1 - ds.view_scale) * uniform("scale", *chance)
+            place = uniform("x", *chance), uniform("y", *chance)
+            flip = ds.view_flip and uniform("flip", *chance) < 0.5
+            frame = frame._replace(box=cover_box(target.aspect, wanted, scale, *place), flip=flip)
+
+        def show(references: Iterable[Reference], area_px: float) -> tuple[Picture, ...]:
+            strict = ds.conditioning_type != "reference_loose"
+            return tuple(frame.show(whole(r.path), r.area or area_px, strict) for r in references)
+
+        area_px = reference_area_px(data.reference_area, size)
+        stay = range(len(variant.vision)) if draw.vision is None else draw.vision
+        pictures = {
+            "pixel": (frame.on_target(target),),
+            "control": show(variant.references, area_px),
+            "vision": show([variant.vision[i] for i in stay], self.flavour.vision_area or area_px),
+        }
+        if variant.start:
+            pictures["start"] = (frame.on_target(whole(variant.start)),)
+        region = self.config.loss.region
+        if region == "file" and variant.mask:
+            pictures["region"] = (frame.on_target(whole(variant.mask)),)
+        elif region == "difference" and variant.references:
+            before = frame.on_target(whole(variant.references[0].path))
+            pictures["region"] = (before, *pictures["pixel"])
+        empty = draw.dropped and data.caption_dropout_mode == "empty"
+        return Example(sample.name, "" if empty else variant.caption, pictures)
+
+    def shape(self, draw: Draw) -> tuple[Any, ...]:
+        """Return what the samples of a batch share: kinds and sizes of the transformer's input."""
+        pictures = self.resolve(draw._replace(view=0, vision=None, dropped=False)).pictures
+        kinds = sorted(pictures.keys() - {"vision"})
+        return tuple((kind, *(p.size for p in pictures[kind])) for kind in kinds)
+
+    def possible_draws(self) -> Iterator[Draw]:
+        """Yield every Draw that can happen, so that everything it needs is cached."""
+        for number, sample in enumerate(self.samples):
+            trained = not sample.held_out
+            views = self.dataset(Draw(0, number)).views if trained else 1
+            for which, variant in enumerate(sample.variants):
+                subsets: list[tuple[int, ...] | None] = [None]
+                if variant.vision_dropout and trained:
+                    n = len(variant.vision)
+                    sizes = range(min(variant.vision_min, n), n + 1)
+                    subsets = [s for k in sizes for s in itertools.combinations(range(n), k)]
+                dropped = (False, True) if variant.caption_dropout > 0 and trained else (False,)
+                for view, subset, drop in itertools.product(range(views), subsets, dropped):
+                    yield Draw(0, number, which, view, subset, drop)
+
+    def __getitem__(self, micro_batches: list[list[Draw]]) -> list[dict[str, Any]]:
+        try:
+            return [self.batch(draws) for draws in micro_batches]
+        except (UserError, ValueError) as error:  # a worker's own would arrive as a traceback
+            return [{"error": str(error)}]
+
+    def batch(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """One micro-batch, with sigma (B,) before the shift; the noise is drawn here as well."""
+        seed, data, loss = self.config.seed, self.config.data, self.config.loss
+        examples = [self.resolve(draw) for draw in draws]
+        batch: dict[str, Any] = {"examples": examples}
+        if self.config.cache.use_cache:
+            batch = encoded(examples, self.read)
+        width, height = examples[0].pictures["pixel"][0].size
+        shape = (16, 1, height // 8, width // 8)
+        batch |= {
+            "noise": torch.stack([normal(shape, seed, "noise", d.visit) for d in draws]),
+            "sigma": torch.tensor([sample_sigma(loss, seed, "sigma", d.visit) for d in draws]),
+            "names": [example.name for example in examples],
+        }
+        weights = [self.dataset(draw).loss_weight for draw in draws]
+        if any(weight != 1 for weight in weights):
+            batch["loss_weight"] = torch.tensor(weights)
+        if data.caption_dropout_mode == "zero" and any(draw.dropped for draw in draws):
+            batch["zeroed"] = torch.tensor([draw.dropped for draw in draws])
+        return batch
+
+    def read(self, job: Job) -> torch.Tensor:
+        """Return what lies in the cache. Raises ValueError where it is missing or damaged."""
+        path = utils.entry_path(self.config.cache.cache_dir, job.key(self.encoders))
+        if path in self._tensors:
+            return self._tensors[path]
+        [tensor] = utils.read_entry(path).values()
+        if tensor.nbytes <= self._room:
+            self._room -= tensor.nbytes
+            self._tensors[path] = tensor
+        return tensor
+
+
+def encoded(examples: Iterable[Example], encode: Callable[[Job], torch.Tensor]) -> dict[str, Any]:
+    """Tensors of examples of one shape -> a batch; text is padded with zeros.
+
+    prompt_embed (B, T, D); prompt_embeds_mask (B, T) bool, None if nothing is padded;
+    control_latent K x (B, 16, 1, hk, wk); pixel_latent, start_latent (B, 16, 1, h, w); region
+    (B, 1, 1, h, w).
+    """
+    rows = [jobs_of(example) for example in examples]
+    items = [{name: [encode(job) for job in jobs] for name, jobs in row.items()} for row in rows]
+    embeds = [item.pop("prompt_embed")[0] for item in items]
+    lengths = torch.tensor([len(embed) for embed in embeds])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # (B, T)
+    batch: dict[str, Any] = {
+        "prompt_embed": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
+        "prompt_embeds_mask": mask if bool((lengths != lengths[0]).any()) else None,
     }
-    if variant.start:
-        pictures["start"] = frame.on_target(whole(variant.start))
-    if config.loss.region == "file" and variant.mask:
-        pictures["region"] = frame.on_target(whole(variant.mask))
-    elif config.loss.region == "difference" and variant.references:
-        before = frame.on_target(whole(variant.references[0].path))
-        pictures["region"] = (*before, *pictures["pixel"])
-    empty = draw.dropped and config.data.caption_dropout_mode == "empty"
-    return Example(sample.name, "" if empty else variant.caption, pictures)
+    for name in items[0]:
+        stacked = [torch.stack(each) for each in zip(*(item[name] for item in items), strict=True)]
+        batch[name] = stacked if name == "control_latent" else stacked[0]
+    if "region" in batch:
+        batch["region"] = batch["region"][:, :, None]
+    return batch
 
 
 def load_picture(picture: Picture) -> Image.Image:
@@ -1722,36 +1676,6 @@ def vae_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return mean, std
 
 
-@torch.no_grad()
-def encode_image_qwen(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) in [-1, 1] -> normalised posterior mode (B, 16, 1, h, w)."""
-    pixels = pixels.to(vae.device, vae.dtype).unsqueeze(2)  # (B, 3, 1, H, W)
-    latents = vae.encode(pixels).latent_dist.mode()
-    mean, std = vae_statistics(vae, latents)
-    return (latents - mean) / std
-
-
-@torch.no_grad()
-def decode_latents_qwen(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised (B, 16, 1, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
-    latents = latents.to(vae.device, vae.dtype)
-    mean, std = vae_statistics(vae, latents)
-    # KEEP: divided by 1/std as the pipeline does; times std differs in the last bit
-    return vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-
-
-@torch.no_grad()
-def encode_prompt_qwen(
-    pipe: Any, caption: str, images: Sequence[Image.Image], device: torch.device
-) -> torch.Tensor:
-    """Instruction and pictures -> embedding (T, D), through the pipeline's own template."""
-    # 2508's template has one picture slot; the Plus template numbers a list
-    single = type(pipe).__name__ == "QwenImageEditPipeline"
-    shown = (images[0] if single else list(images)) if images else None
-    embeds, _ = pipe.encode_prompt(prompt=caption, image=shown, device=device)
-    return embeds[0]  # (T, D); one prompt has no padding
-
-
 def load_processor(folder: Path) -> Any:
     """Qwen2VLProcessor; without torchvision one that handles stills only (all we need)."""
     from transformers import ProcessorMixin, Qwen2VLProcessor
@@ -1806,49 +1730,37 @@ def encoder_hashes(folder: Path, flavour: Flavour, dtype: torch.dtype) -> dict[s
     return {"latent": fingerprint([folder / "vae"], *kind), "prompt": prompt, "region": ""}
 
 
-def key_of(job: Job, encoders: dict[str, str]) -> str:
-    """Return the name of a job's cache entry; a prompt's pictures are part of it."""
-    pictures = [[p.content, p.size, p.box, p.flip] for p in job.pictures]
-    return cache_key(job.kind, of=encoders[job.kind], pictures=pictures, caption=job.caption)
-
-
-def read_tensor(path: Path) -> torch.Tensor:
-    """Return the one tensor of a cache entry. Raises ValueError."""
-    return next(iter(utils.read_entry(path).values()))
-
-
-def check_entry(path: Path) -> dict[str, Any]:
-    """Read a cache entry; one that is damaged is deleted. Raises ValueError."""
-    try:
-        utils.read_entry(path)
-    except ValueError:
-        path.unlink(missing_ok=True)
-        raise
-    return {}
-
-
-def fill_cache(trainer: QwenImageEditTrainer, jobs: dict[str, Job], again: Iterable[str]) -> int:
+def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> int:
     """Encode what is missing and `again`, a share per process; return how many this one encoded.
 
     VAE and text encoder are loaded one after the other; with nothing to do none is.
     """
-    accelerator, cache_dir = trainer.accelerator, trainer.cache_dir
+    accelerator, index = trainer.accelerator, trainer.data.index
+    places = {key: utils.entry_path(trainer.cache_dir, key) for key in sorted(jobs)}
     # KEEP: shares of ALL entries; what is missing changes while other processes write
-    share = sorted(jobs)[accelerator.process_index :: accelerator.num_processes]
-    paths = {key: utils.entry_path(cache_dir, key) for key in share}
-    for problem in trainer.index.update((p for p in paths.values() if p.exists()), check_entry):
+    share = list(places)[accelerator.process_index :: accelerator.num_processes]
+
+    def check(path: Path) -> dict[str, Any]:
+        """Read an entry; one that is damaged is deleted."""
+        try:
+            return {"tensors": len(utils.read_entry(path))}
+        except ValueError:
+            path.unlink(missing_ok=True)
+            raise
+
+    for problem in index.update([places[key] for key in share if places[key].exists()], check):
         log.warning("%s; it is built again", problem)
-    mine = [key for key in share if key in again or not paths[key].exists()]
+    mine = [key for key in share if key in again or not places[key].exists()]
     log.info("cache: %d entries, process 0 has %d to encode", len(jobs), len(mine))
     for label, is_prompt in (("pictures", False), ("prompts", True)):
         keys = [key for key in mine if (jobs[key].kind == "prompt") == is_prompt]
         for key in progress(keys, f"encode {label}", disable=not keys):
-            utils.write_entry(cache_dir, key, {jobs[key].kind: trainer.encode(jobs[key])})
+            utils.write_entry(trainer.cache_dir, key, {jobs[key].kind: trainer.encode(jobs[key])})
         if keys:  # KEEP: the encoders are never in memory together
             trainer.unload("vae", "text_encoder")
-    trainer.index.update((paths[key] for key in mine), lambda path: {})
+    index.update((places[key] for key in mine), lambda path: {})
     accelerator.wait_for_everyone()
-    if lost := [key for key in jobs if not utils.entry_path(cache_dir, key).exists()]:
+    if lost := [key for key, path in places.items() if not path.exists()]:
         raise UserError(f"{len(lost)} cache entries were not written; run it again")
     return len(mine)
 
@@ -1867,8 +1779,6 @@ class ModelConfig(Section):
     """Weights of the frozen blocks; modulation is 8-bit then, embedders and output stay bf16."""
     quantize: bool = False
     """Short for base_model_precision: fp8-quanto."""
-    quantize_via: Literal["cpu", "accelerator"] = "accelerator"
-    """Where a block is quantised while it loads."""
     devices: list[str] = []
     """Devices that the transformer's blocks are spread over, e.g. [cuda:0, cuda:1]; one process."""
     blocks_to_swap: int = Field(0, ge=0)
@@ -1877,11 +1787,11 @@ class ModelConfig(Section):
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
-        other, swap = self.base_model_precision, self.blocks_to_swap
+        kind, swap = self.base_model_precision, self.blocks_to_swap
+        other = self.quantize and kind not in ("no_change", "fp8-quanto")
         return {
-            "quantize: true means fp8-quanto; leave it out beside another type": self.quantize
-            and other not in ("no_change", "fp8-quanto"),
-            "blocks_to_swap goes with every precision but nf4-bnb": swap and other == "nf4-bnb",
+            "quantize: true means fp8-quanto; leave it out beside another type": other,
+            "blocks_to_swap: not with nf4-bnb": swap and kind == "nf4-bnb",
             "blocks_to_swap or several devices, not both": swap and len(self.devices) > 1,
         }
 
@@ -1892,18 +1802,11 @@ class ModelConfig(Section):
 
 
 def check_device(name: str, value: str | None) -> list[str]:
-    """Problems of a device setting on this machine."""
-    if value is None:
-        return []
+    """Problems of a device setting on this machine; None is the default device."""
     try:
-        device = torch.device(value)
-    except RuntimeError:
-        return [f"{name}: '{value}' is no device (cpu, cuda:0, mps, ...)"]
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return [f"{name}: '{value}', but this machine has {torch.cuda.device_count()} CUDA devices"]
-    here = torch.accelerator.current_accelerator()
-    if device.type not in ("cpu", "cuda", here and here.type):
-        return [f"{name}: '{value}', but this machine has no such device"]
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
     return []
 
 
@@ -1913,62 +1816,57 @@ def check_packages(*names: str) -> list[str]:
     return [f"{name} is not installed: pip install {name}" for name in lacking]
 
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 MODULATION = ("img_mod.", "txt_mod.", "norm")  # how names of modulation begin in a block
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
     """{tensor: file} of a diffusers component, one file or shards. Raises UserError."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if index.is_file():
-        named = read_model_json(str(folder), index.name).get("weight_map", {})
-        return {name: folder / file for name, file in named.items()}
+    name = "diffusion_pytorch_model.safetensors"
+    if (folder / f"{name}.index.json").is_file():
+        named = read_model_json(str(folder), f"{name}.index.json").get("weight_map", {})
+        return {tensor: folder / file for tensor, file in named.items()}
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / WEIGHTS_FILE)
+        with safe_open(folder / name, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / name)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"weights {folder / WEIGHTS_FILE} cannot be read: {error}") from error
+        raise UserError(f"weights {folder / name} cannot be read: {error}") from error
 
 
 def fill_parts(
     model: Any, folder: Path, dtype: torch.dtype, parts: dict[str, torch.device], precision: str
 ) -> Iterator[torch.nn.Module]:
-    """Give a model without weights its parts, one by one, straight to their devices; blocks of a
-    ModuleList are quantised there. Yields each part when it is filled.
+    """Give a model without weights its parts, one by one, on their devices; blocks are quantised.
 
     One block at a time is in memory unquantised. With no_change the model equals
     from_pretrained(dtype=dtype) bit for bit.
 
     Raises:
-        UserError: weights are missing, damaged or of another model; the message names three.
+        UserError: weights are missing, damaged or of another model.
     """
     weights = find_weights(folder)
     if wrong := sorted(weights.keys() ^ model.state_dict().keys()):
         raise UserError(f"{folder}: weights missing or not expected\n{listed(wrong, 3)}")
     for name, device in parts.items():
         part, tensors = model.get_submodule(name), {}
-        mine = [key for key in weights if key.startswith(f"{name}.")]
+        mine = {key: file for key, file in weights.items() if key.startswith(f"{name}.")}
         try:
-            for path in {weights[key] for key in mine}:
-                # KEEP: open only for this part; what was read of an open file counts as memory
+            for key, path in mine.items():
+                # KEEP: closed again; what was read of an open file counts as memory
                 with safe_open(path, framework="pt") as file:
-                    for key in (key for key in mine if weights[key] == path):
-                        tensor = file.get_tensor(key).to(device, dtype, copy=True)
-                        tensors[key.removeprefix(f"{name}.")] = tensor
+                    tensor = file.get_tensor(key).to(device, dtype, copy=True)
+                tensors[key.removeprefix(f"{name}.")] = tensor
             part.load_state_dict(tensors, assign=True)
         except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
             raise UserError(f"{folder}, {name}: {error}") from error
         if name[-1].isdigit() and precision != "no_change":
             quantize_block(part, precision)
-        part.requires_grad_(False)
         return_freed_memory()
-        yield part
+        yield part.requires_grad_(False)
 
 
 def return_freed_memory() -> None:
-    """Call malloc_trim(0): glibc keeps freed pages, so loading would end up larger than the model
-    in full precision."""
+    """Call malloc_trim(0): glibc keeps freed pages, so loading would need twice the memory."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -1994,7 +1892,7 @@ def quantize_linear(linear: Any, precision: str) -> torch.nn.Module:
         layer: Any = Linear4bit(*sizes, compute_dtype=dtype, device="meta", **how)
         # KEEP: some CPUs would repack the weights in eval mode, and nothing could train after that
         layer.support_avx512bf16_for_cpu = False
-        weight = Params4bit(linear.weight.data, module=layer, **how)
+        weight: Any = Params4bit(linear.weight.data, module=layer, **how)
         layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias  # .to() quantises
         return layer
     from optimum import quanto
@@ -2013,13 +1911,12 @@ def quantize_linear(linear: Any, precision: str) -> torch.nn.Module:
 
 
 def unpack_without_compiler() -> None:
-    """Let quanto unpack 4 and 2 bits with torch: its own extension is compiled at the first use, on
-    CUDA with nvcc."""
+    """Let quanto unpack 4 and 2 bits with torch; its own code is compiled at the first use."""
     from optimum import quanto
 
     def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-        mask = 2**bits - 1  # the lowest bits of every byte first
-        return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+        shifted = [packed >> shift for shift in range(0, 8, bits)]  # lowest bits first
+        return torch.cat([part & (2**bits - 1) for part in shifted])
 
     for name in ("quanto_cpp", "quanto_cuda", "quanto_hip", "quanto_mps"):
         if quanto.is_extension_available(name):
@@ -2027,69 +1924,48 @@ def unpack_without_compiler() -> None:
             extension._lib = extension._lib or SimpleNamespace(unpack=unpack)
 
 
-class Layout(NamedTuple):
-    """Where a transformer lives."""
-
-    devices: list[torch.device]  # the blocks are spread over these, in order
-    blocks_to_swap: int = 0  # of a single device: so many blocks wait in CPU memory
+Places = dict[str, tuple[torch.device, torch.device]]
 
 
-def split_blocks(n_blocks: int, devices: Sequence[torch.device]) -> list[torch.device]:
-    """Return the device of each block: runs of equal length (or one apart), in order."""
-    return [devices[number * len(devices) // n_blocks] for number in range(n_blocks)]
+def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> Places:
+    """{block or embedder: (where its weights live, where it computes)}.
 
-
-def swapped_blocks(n_blocks: int, count: int) -> list[int]:
-    """Return which blocks wait in CPU memory: evenly spread, so that there is time to copy."""
-    return [(2 * number + 1) * n_blocks // (2 * count) for number in range(count)]
-
-
-def placement(transformer: Any, layout: Layout) -> dict[str, tuple[torch.device, torch.device]]:
-    """{block or embedder: (where its weights live, where it computes)}."""
-    blocks, devices = transformer.transformer_blocks, layout.devices
-    swapped = swapped_blocks(len(blocks), layout.blocks_to_swap)
-    found = {}
+    Blocks are spread over `devices` in order, in runs of equal length; `swap` of them, evenly
+    spread so that there is time to copy, live in CPU memory.
+    """
+    blocks, found = transformer.transformer_blocks, {}
     for name, part in transformer.named_children():
         if part is not blocks and part.state_dict():
             found[name] = (devices[-1 if name in ("norm_out", "proj_out") else 0],) * 2
-    for number, device in enumerate(split_blocks(len(blocks), devices)):
+    swapped = {(2 * number + 1) * len(blocks) // (2 * swap) for number in range(swap)}
+    for number in range(len(blocks)):
+        device = devices[number * len(devices) // len(blocks)]
         home = torch.device("cpu") if number in swapped else device
         found[f"transformer_blocks.{number}"] = home, device
     return found
 
 
 def empty_transformer(settings: dict[str, Any]) -> Any:
-    """QwenImageTransformer2DModel without weights (meta device); its rope tables are real.
-
-    Raises UserError where this diffusers is too old for the checkpoint.
-    """
+    """QwenImageTransformer2DModel without weights (meta device)."""
     import diffusers
     from accelerate import init_empty_weights
 
-    model_class = diffusers.QwenImageTransformer2DModel
-    accepted = inspect.signature(model_class.__init__).parameters
-    if settings.get("zero_cond_t") and "zero_cond_t" not in accepted:
-        raise UserError(
-            "this checkpoint needs zero_cond_t (2511), which this version of diffusers would "
-            "ignore: pip install -U diffusers"
-        )
     with init_empty_weights():
-        return model_class.from_config(settings)
+        return diffusers.QwenImageTransformer2DModel.from_config(settings)
 
 
 def load_transformer(
-    folder: Path, dtype: torch.dtype, precision: str, layout: Layout, via_cpu: bool = False
+    folder: Path, dtype: torch.dtype, precision: str, devices: Sequence[torch.device], swap: int
 ) -> Any:
     """The transformer, frozen, each part read (and quantised) straight to where it lives."""
     model = empty_transformer(read_model_json(str(folder), "config.json"))
-    homes, plain = placement(model, layout), precision == "no_change"
-    ways = {name: home if plain else device for name, (home, device) in homes.items()}
-    ways = dict.fromkeys(ways, torch.device("cpu")) if via_cpu else ways
+    places, plain = placement(model, devices, swap), precision == "no_change"
+    ways = {name: home if plain else device for name, (home, device) in places.items()}
     parts = fill_parts(model, folder, dtype, ways, precision)
-    for home, _ in progress(homes.values(), "load transformer", leave=False):
+    for home, _ in progress(places.values(), "load transformer", leave=False):
         move(next(parts), home)
     mark_quantized(model.eval().requires_grad_(False), precision)
-    connect(model, layout)
+    connect(model, places)
     return model
 
 
@@ -2126,37 +2002,42 @@ def move(module: torch.nn.Module, device: torch.device) -> None:
     module.to(device)
 
 
-def place(transformer: Any, layout: Layout) -> None:
+def place(transformer: Any, places: Places) -> None:
     """Move a transformer that is already loaded. Raises UserError if its blocks are swapped."""
     if hasattr(transformer, "block_swap"):
         raise UserError("with model.blocks_to_swap the transformer stays on its device")
-    for name, (home, _) in placement(transformer, layout).items():
+    for name, (home, _) in places.items():
         move(transformer.get_submodule(name), home)
-    connect(transformer, layout)
+    connect(transformer, places)
 
 
-def connect(transformer: Any, layout: Layout) -> None:
+def connect(transformer: Any, places: Places) -> None:
     """Add hooks that carry activations between devices, or weights between CPU and device."""
     from accelerate.utils import send_to_device
 
-    transformer.layout = layout
-    blocks, devices = transformer.transformer_blocks, layout.devices
-    if layout.blocks_to_swap:
-        numbers = swapped_blocks(len(blocks), layout.blocks_to_swap)
-        transformer.block_swap = BlockSwap({n: blocks[n] for n in numbers}, devices[0])
+    transformer.places = places
+    blocks = {name: transformer.get_submodule(name) for name in places if name[-1].isdigit()}
+    swapped = {
+        int(name.rpartition(".")[2]): block
+        for name, block in blocks.items()
+        if places[name][0] != places[name][1]
+    }
+    first, last = next(iter(places.values()))[1], places["proj_out"][1]
+    if swapped:
+        transformer.block_swap = BlockSwap(swapped, first)
         transformer.register_forward_pre_hook(lambda *_: transformer.block_swap.begin())
         return_freed_memory()  # pinned memory has taken its place
-    if len(devices) == 1:
+    if first == last:
         return
 
     def carry(device: torch.device, module: Any, args: Any, kwargs: Any) -> Any:
         return send_to_device(args, device), send_to_device(kwargs, device)
 
     # temb, text, rope, mask ... go to each block's device, the result back to the first
-    places = [*split_blocks(len(blocks), devices), devices[-1]]
-    for part, device in zip([*blocks, transformer.norm_out], places, strict=True):
-        part.register_forward_pre_hook(functools.partial(carry, device), with_kwargs=True)
-    transformer.register_forward_hook(lambda *args: send_to_device(args[-1], devices[0]))
+    for name, part in {**blocks, "norm_out": transformer.norm_out}.items():
+        hook = functools.partial(carry, places[name][1])
+        part.register_forward_pre_hook(hook, with_kwargs=True)
+    transformer.register_forward_hook(lambda *args: send_to_device(args[-1], first))
 
 
 class BlockSwap:
@@ -2164,8 +2045,8 @@ class BlockSwap:
 
     While one works, the next is copied; there are never more on the device. Gradient checkpointing
     makes the order known: up in the forward pass, down in the backward pass, where every block is
-    computed once more. A module's parameters are exchanged as objects, not `.data`: autograd keeps
-    the GPU copy until the block's backward, and it goes with that.
+    computed once more. Parameter objects are replaced, not `.data`: autograd keeps the GPU copy
+    until the block's backward, and it goes with that.
     """
 
     def __init__(self, blocks: dict[int, torch.nn.Module], device: torch.device) -> None:
@@ -2176,38 +2057,31 @@ class BlockSwap:
         self.keep: int | None = None  # not to be removed after its turn
         self.last = -1  # the block that worked last in this pass
         for number, block in blocks.items():
-            tables = [part._parameters for part in block.modules()]
-            self.homes[number] = [
-                (table, name, self._pinned(parameter))
-                for table in tables
-                for name, parameter in table.items()
-                if parameter is not None
-            ]
-            self._put(number, [home for *_, home in self.homes[number]])
-            for part in block.modules():  # quanto's scales
-                for name, buffer in part._buffers.items():
+            homes = self.homes[number] = []
+            for part in block.modules():
+                for name, value in part._parameters.items():
+                    if value is not None:
+                        pin = torch.Tensor.pin_memory
+                        home = frozen(map_tensor(value, pin)) if self.stream else value
+                        homes.append((part._parameters, name, home))
+                for name, buffer in part._buffers.items():  # quanto's scales
                     part._buffers[name] = buffer.to(device) if buffer is not None else None
+            self._put(number, [home for *_, home in homes])
             block.register_forward_pre_hook(functools.partial(self._enter, number))
             # KEEP always_call: recomputation ends blocks early, by an exception
             leave = functools.partial(self._leave, number)
             block.register_forward_hook(leave, always_call=True)
-
-    def _pinned(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        return frozen(map_tensor(parameter, torch.Tensor.pin_memory)) if self.stream else parameter
 
     def _put(self, number: int, parameters: Iterable[torch.nn.Parameter]) -> None:
         for (table, name, _), parameter in zip(self.homes[number], parameters, strict=True):
             table[name] = parameter
 
     def begin(self) -> None:
-        """Before each forward pass: the first block starts on its way."""
+        """Start the first block on its way, before each forward pass."""
         self.last = -1
         self._fetch(self.numbers[0])
 
     def _fetch(self, number: int) -> None:
-        if number in self.here:
-            return
-
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             # KEEP: allocated on the computing stream, so that it takes the place of a block that
             # has had its turn, however far the host runs ahead
@@ -2215,14 +2089,13 @@ class BlockSwap:
             with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
                 return there.copy_(tensor, non_blocking=True)
 
-        event = None
+        if number in self.here:
+            return
         if self.stream:  # KEEP: that block may still be at work
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.no_grad():
             copies = [frozen(map_tensor(home, copy)) for *_, home in self.homes[number]]
-        if self.stream:
-            event = self.stream.record_event()
-        self.here[number] = copies, event
+        self.here[number] = copies, self.stream.record_event() if self.stream else None
 
     def _arrive(self, number: int) -> list[torch.nn.Parameter]:
         copies, event = self.here[number]
@@ -2231,7 +2104,7 @@ class BlockSwap:
         return copies
 
     def _next(self, number: int) -> int | None:
-        """The swapped block whose turn comes after this one."""
+        """Return the swapped block whose turn comes after this one."""
         place = self.numbers.index(number)
         if number <= self.last:  # backward pass
             return self.numbers[place - 1] if place else None
@@ -2310,7 +2183,7 @@ class ValidationConfig(Section):
     max_samples: int = Field(4, ge=1)
     """Held-out samples drawn on the sheet; the loss takes all."""
     seed: int = 42
-    """Seed of the noise of the pictures and of the loss; the same every time."""
+    """Seed of the noise of the pictures and of the loss."""
     resolution: int | None = Field(None, ge=64)
     """Side of the square whose area pictures get, px; null is that of training, or of predict()."""
     num_inference_steps: int = Field(20, ge=2)
@@ -2404,63 +2277,72 @@ def denoise(
     return latents
 
 
-def sample_latents(
-    trainer: QwenImageEditTrainer,
-    size: tuple[int, int],
-    references: Sequence[torch.Tensor],
-    prompts: Sequence[torch.Tensor],
-    steps: int,
-    scale: float,
-    seed: int,
-) -> torch.Tensor:
-    """Latents (1, 16, 1, h, w) of a picture of `size` (W, H) px; noise as the pipelines draw it.
+class Sampling(NamedTuple):
+    """How a picture is drawn."""
 
-    references (16, 1, hk, wk) and prompts (T, D) as they lie in the cache; a second prompt is the
-    negative one of guidance.
+    steps: int = 20
+    true_cfg_scale: float = 4.0
+    negative_prompt: str | None = ""  # None: no guidance
+    seed: int = 0
+
+    def jobs(self, example: Example) -> list[Job]:
+        """Return the prompt of an example and, for guidance, the negative one."""
+        [prompt] = jobs_of(example)["prompt_embed"]
+        if self.true_cfg_scale <= 1 or self.negative_prompt is None:
+            return [prompt]
+        return [prompt, prompt._replace(caption=self.negative_prompt)]
+
+
+def draw_edit(
+    trainer: Trainer, example: Example, how: Sampling, encode: Callable[[Job], torch.Tensor]
+) -> Image.Image:
+    """Draw the target of an example: the pixels that the diffusers pipelines give.
+
+    encode(job) gives what lies in the cache.
     """
-    transformer, (width, height) = trainer.bare_transformer(), size
-    device, dtype = transformer.device, prompts[0].dtype
-    shape, generator = (1, 16, 1, height // 8, width // 8), torch.Generator().manual_seed(seed)
+    transformer, (width, height) = trainer.bare_transformer(), example.pictures["pixel"][0].size
+    references = [encode(job)[None] for job in jobs_of(example)["control_latent"]]
+    embeds = [encode(job)[None] for job in how.jobs(example)]
+    device, dtype = transformer.device, embeds[0].dtype
+    generator, shape = torch.Generator().manual_seed(how.seed), (1, 16, 1, height // 8, width // 8)
     noise = torch.randn(shape, generator=generator, dtype=dtype).to(device)
     scheduler = type(trainer.scheduler).from_config(trainer.scheduler.config)
-    latents = [reference[None].to(device, dtype) for reference in references]
-    embeds, *negative = (prompt[None].to(device) for prompt in prompts)
+    references = [reference.to(device, dtype) for reference in references]
+    positive, *negative = (embed.to(device) for embed in embeds)
     # fp32 LoRA on a bf16 base: as in training
     mixed = bool(getattr(transformer, "peft_config", None)) and dtype != torch.float32
     with torch.autocast(device.type, dtype, enabled=mixed):
-        return denoise(
-            *(transformer, scheduler, noise, latents, embeds, steps),
-            *(negative[0] if negative else None, scale),
+        latents = denoise(
+            *(transformer, scheduler, noise, references, positive, how.steps),
+            *(negative[0] if negative else None, how.true_cfg_scale),
         )
+    return Image.fromarray(trainer.decode_vae_latent(latents)[0])
 
 
 def edit_example(
-    trainer: QwenImageEditTrainer,
-    pictures: Sequence[Picture],
-    prompt: str,
-    width: int | None = None,
-    height: int | None = None,
+    trainer: Trainer, pictures: Sequence[Picture], prompt: str, size: Sequence[int | None] = ()
 ) -> Example:
     """What an edit without a target shows the model, by the rules of training.
 
     pictures: each whole, at its own size. `pixel` of the result is the main one (2508: the first,
-    else the last) at the size that is drawn: width x height px, down to a multiple of 16, or 1 MP
+    else the last) at the size that is drawn: `size` (W, H) px, down to a multiple of 16, or 1 MP
     (the training size if references are as large as the target).
     """
     datasets, about = trainer.config.data.dataset_configs, about_lora(trainer)
-    main = pictures[0] if trainer.flavour.name == "edit-v1" else pictures[-1]
-    aligned, size = about["reference_area"] == "target", pick_size(AREA_1MP, main.aspect)
+    main = pictures[-1 if trainer.flavour.vision_area else 0]
+    aligned, usual = about["reference_area"] == "target", pick_size(AREA_1MP, main.aspect)
     if aligned and datasets:
-        size = nearest_bucket(*main.size, datasets[0].resolution)
-    size = (width or size[0]) // 16 * 16, (height or size[1]) // 16 * 16
+        usual = nearest_bucket(*main.size, datasets[0].resolution)
+    given = [side or own for side, own in zip(size or (None, None), usual, strict=True)]
+    width, height = (side // 16 * 16 for side in given)
     aspects = [picture.aspect for picture in pictures]
     # the frame that references share: the main one's, or of the one nearest to width x height
-    near = min(aspects, key=lambda aspect: abs(math.log(aspect / (size[0] / size[1]))))
-    frame = Frame(near if width else main.aspect, size)
-    area_px = reference_area_px(about["reference_area"], size)
+    near = min(aspects, key=lambda aspect: abs(math.log(aspect / (width / height))))
+    frame = Frame(near if any(size) else main.aspect, (width, height))
+    area_px = reference_area_px(about["reference_area"], frame.size)
     areas = {"control": area_px, "vision": float(about["vision_area"] or area_px)}
     shown = {kind: tuple(frame.show(p, a, aligned) for p in pictures) for kind, a in areas.items()}
-    return Example("", prompt, {"pixel": (main._replace(size=size),), **shown})
+    return Example("", prompt, {"pixel": (main._replace(size=frame.size),), **shown})
 
 
 # two in each quarter: fixed noise levels of the validation loss
@@ -2473,83 +2355,73 @@ def validation_pictures(config: Config) -> list[Path]:
     return sorted({path for sample in samples for path in sample.images})
 
 
-def held_out(trainer: QwenImageEditTrainer) -> list[int]:
-    """Return the numbers of the samples that are not trained."""
-    return [number for number, sample in enumerate(trainer.samples) if sample.held_out]
+def validation_sampling(config: Config) -> Sampling:
+    """Return how validation draws."""
+    wanted = config.validation
+    steps, scale = wanted.num_inference_steps, wanted.true_cfg_scale
+    return Sampling(steps, scale, wanted.negative_prompt, wanted.seed)
 
 
-def validation_edits(trainer: QwenImageEditTrainer) -> list[tuple[Example, bool]]:
+def validation_edits(trainer: Trainer) -> list[tuple[Example, bool]]:
     """Rows of the sheet: (example, whether it has a target), held-out pairs, then samples."""
-    config, side_px, edits = trainer.config, trainer.config.validation.resolution, []
-    for number in held_out(trainer)[: config.validation.max_samples]:
-        sample = trainer.samples[number]
-        variant = sample.variants[0]  # another resolution: all sizes follow their rules
-        variant = variant._replace(resolution=side_px or variant.resolution)
-        samples = [sample._replace(variants=(variant,))]
-        edits.append((resolve(config, trainer.flavour, samples, Draw(0, 0), trainer.index), True))
-    for wanted in config.validation.samples:
-        pictures = [whole_picture(path, trainer.index) for path in wanted.images]
-        main = pictures[0] if trainer.flavour.name == "edit-v1" else pictures[-1]
+    wanted, data = trainer.config.validation, trainer.data
+    side_px, numbers = wanted.resolution, data.held_out[: wanted.max_samples]
+    if not wanted.steps:
+        return []
+    edits = [(data.resolve(Draw(0, number), side_px), True) for number in numbers]
+    for sample in wanted.samples:
+        pictures = [whole_picture(path, data.index) for path in sample.images]
+        main = pictures[-1 if trainer.flavour.vision_area else 0]
         size = pick_size(side_px**2, main.aspect) if side_px else ()
-        example = edit_example(trainer, pictures, wanted.prompt, *size)
-        edits.append((example._replace(name=wanted.images[-1].stem), False))
-    return edits if config.validation.steps else []
-
-
-def edit_jobs(trainer: QwenImageEditTrainer, example: Example) -> tuple[list[Job], list[Job]]:
-    """What a validation picture needs: its references; its prompt and, with guidance, another."""
-    settings, jobs = trainer.config.validation, jobs_of(example)
-    [prompt] = jobs["prompt_embed"]
-    negative = prompt._replace(caption=settings.negative_prompt)
-    return jobs["control_latent"], [prompt, negative][: 1 + (settings.true_cfg_scale > 1)]
+        example = edit_example(trainer, pictures, sample.prompt, size)
+        edits.append((example._replace(name=sample.images[-1].stem), False))
+    return edits
 
 
 @torch.no_grad()
-def validate(trainer: QwenImageEditTrainer, run_log: RunLog) -> None:
+def validate(trainer: Trainer, run_log: RunLog) -> None:
     """Losses and the sheet; the work is shared out over the processes."""
-    accelerator, step = trainer.accelerator, trainer.global_step
+    step, main = trainer.global_step, trainer.accelerator.is_main_process
     transformer = trainer.bare_transformer()
     transformer.eval()
     values, rows = validation_losses(trainer), validation_rows(trainer)
     transformer.train()
     if values:
         run_log.values(step, values)
-        if accelerator.is_main_process:
+        if main:
             tqdm.write(f"step {step} validation loss {values['validation_loss']:.4f}")
-    if rows and accelerator.is_main_process:
-        run_log.picture(f"step_{step:06d}", validation_sheet(trainer, rows), step)
-    accelerator.wait_for_everyone()
+    if rows and main:
+        heads = ["base", "LoRA", *(["EMA"] if trainer.ema else [])]
+        heads += ["target"] if trainer.data.held_out else []
+        sheet = edit_sheet([e for e, _ in rows], [row for _, row in rows], heads)
+        run_log.picture(f"step_{step:06d}", sheet, step)
+    trainer.accelerator.wait_for_everyone()
 
 
-def validation_losses(trainer: QwenImageEditTrainer) -> dict[str, float]:
+def validation_losses(trainer: Trainer) -> dict[str, float]:
     """validation_loss, and by quartile of sigma (q1: the least noise); again for the EMA."""
     values = {}
     for suffix in ("", "_ema") if trainer.ema else ("",):
         with trainer.averaged(ema=bool(suffix)):
             losses = fixed_noise_losses(trainer).mean(0).tolist()
-        quarters = {f"_q{i + 1}": losses[2 * i : 2 * i + 2] for i in range(4)}
-        for name, part in {"": losses, **quarters}.items():
-            values[f"validation_loss{suffix}{name}"] = sum(part) / len(part)
-    return values if held_out(trainer) else {}
+        values[f"validation_loss{suffix}"] = sum(losses) / len(losses)
+        for i in range(4):
+            values[f"validation_loss{suffix}_q{i + 1}"] = sum(losses[2 * i : 2 * i + 2]) / 2
+    return values if trainer.data.held_out else {}
 
 
-def fixed_noise_losses(trainer: QwenImageEditTrainer) -> torch.Tensor:
+def fixed_noise_losses(trainer: Trainer) -> torch.Tensor:
     """Loss of every held-out pair at every sigma, (pairs, 8) fp32, on every process.
 
     Always the same noise, so small changes mean something; no dropout, sigma not shifted.
     """
-    seed, accelerator, pairs = (
-        trainer.config.validation.seed,
-        trainer.accelerator,
-        held_out(trainer),
-    )
-    losses = torch.zeros(len(pairs), len(VALIDATION_SIGMAS), device=trainer.device)
-    every = list(itertools.product(range(len(pairs)), range(len(VALIDATION_SIGMAS))))
+    accelerator, data, seed = trainer.accelerator, trainer.data, trainer.config.validation.seed
+    losses = torch.zeros(len(data.held_out), len(VALIDATION_SIGMAS), device=trainer.device)
+    every = list(itertools.product(*map(range, losses.shape)))
     mine = every[accelerator.process_index :: accelerator.num_processes]
     for row, places in itertools.groupby(mine, key=lambda place: place[0]):
-        example, paths = PairDataset(trainer).resolved(Draw(0, pairs[row]))
-        item = {name: [read_tensor(path) for path in each] for name, each in paths.items()}
-        batch = trainer.to_device(collate([item]) if item else trainer.encoded([example]))
+        example = data.resolve(Draw(0, data.held_out[row]))
+        batch = trainer.to_device(encoded([example], trainer.through_cache))
         for _, column in places:
             level = VALIDATION_SIGMAS[column]
             noise = normal(batch["pixel_latent"].shape, seed, example.name, level)
@@ -2560,39 +2432,31 @@ def fixed_noise_losses(trainer: QwenImageEditTrainer) -> torch.Tensor:
     return accelerator.reduce(losses, "sum")  # each is 0 on all processes but one
 
 
-def validation_rows(trainer: QwenImageEditTrainer) -> list[tuple[int, list[Image.Image]]]:
-    """(number of the edit, its pictures) of all rows, drawn by all processes."""
+def validation_rows(trainer: Trainer) -> list[tuple[Example, list[Any]]]:
+    """Rows of the sheet, drawn by all processes: base | LoRA | EMA | target, as far as there."""
     from accelerate.utils import gather_object
 
     accelerator, edits, drawn = trainer.accelerator, validation_edits(trainer), []
     mine = range(accelerator.process_index, len(edits), accelerator.num_processes)
     for number in progress(mine, "validation pictures", leave=False):
+        example, has_target = edits[number]
         try:
-            drawn.append((number, draw_row(trainer, number, edits[number][0])))
+            row: list[Any] = draw_row(trainer, number, example)
+            target = load_picture(example.pictures["pixel"][0]) if has_target else None
+            drawn.append((number, [*row, target] if trainer.data.held_out else row))
         except torch.OutOfMemoryError:
-            name, text = edits[number][0].name, "a smaller validation.resolution helps"
-            tqdm.write(f"validation of {name}: out of memory, left out ({text}); training goes on")
+            text = "out of memory, left out (a smaller validation.resolution helps)"
+            tqdm.write(f"validation of {example.name}: {text}; training goes on")
         if trainer.use_cache:  # KEEP: not in the except clause, where the error holds the tensors
             trainer.unload("vae", "text_encoder")
-    return sorted(gather_object(drawn), key=lambda row: row[0])
+    rows = sorted(gather_object(drawn), key=lambda row: row[0])
+    return [(edits[number][0], row) for number, row in rows]
 
 
-def draw_row(trainer: QwenImageEditTrainer, number: int, example: Example) -> list[Image.Image]:
+def draw_row(trainer: Trainer, number: int, example: Example) -> list[Image.Image]:
     """Base, LoRA and, if there is one, EMA; the base is drawn once in a run."""
-    settings, transformer = trainer.config.validation, trainer.bare_transformer()
-    latents, prompts = edit_jobs(trainer, example)
-    references = [trainer.through_cache(job) for job in latents]
-    embeds = [trainer.through_cache(job) for job in prompts]
-    how = settings.num_inference_steps, settings.true_cfg_scale, settings.seed
-
-    def draw() -> Image.Image:
-        """Draw what predict() gives for the same pictures and settings."""
-        size = example.pictures["pixel"][0].size
-        drawn = sample_latents(trainer, size, references, embeds, *how)
-        trainer.load_model(["vae"])
-        trainer.vae.to(trainer.config.cache.vae_encoder_device or trainer.device)
-        return to_image(decode_latents_qwen(trainer.vae, drawn)[0])
-
+    transformer, how = trainer.bare_transformer(), validation_sampling(trainer.config)
+    draw = functools.partial(draw_edit, trainer, example, how, trainer.through_cache)
     if number not in trainer.base_pictures:
         transformer.disable_adapters()
         try:
@@ -2604,21 +2468,6 @@ def draw_row(trainer: QwenImageEditTrainer, number: int, example: Example) -> li
         with trainer.averaged(ema):
             row.append(draw())
     return row
-
-
-def validation_sheet(
-    trainer: QwenImageEditTrainer, rows: Sequence[tuple[int, list[Image.Image]]]
-) -> Image.Image:
-    """Draw references | base | LoRA | EMA, if there is one | target, if there is one."""
-    edits = validation_edits(trainer)
-    heads = ["base", "LoRA", *(["EMA"] if trainer.ema else [])]
-    heads += ["target"] if any(has_target for _, has_target in edits) else []
-    results = []
-    for number, pictures in rows:
-        example, has_target = edits[number]
-        target = load_picture(example.pictures["pixel"][0]) if has_target else None
-        results.append([*pictures, target][: len(heads)])
-    return edit_sheet([edits[number][0] for number, _ in rows], results, heads)
 
 
 def edit_sheet(
@@ -2634,9 +2483,7 @@ def edit_sheet(
     return utils.contact_sheet(rows, [f"reference {i + 1}" for i in range(most)] + heads, captions)
 
 
-# --- 9. batches -----------------------------------------------------------------------------------
-
-Shape = tuple[tuple[str, tuple[int, int]], ...]  # kind and (W, H) px of what the transformer sees
+# --- 9. the order of samples ----------------------------------------------------------------------
 
 
 class StepPlan:
@@ -2648,102 +2495,74 @@ class StepPlan:
     step of an epoch is filled up from its beginning).
     """
 
-    def __init__(
-        self, trainer: QwenImageEditTrainer, shape_of: Callable[[Draw], Shape], first_step: int
-    ) -> None:
-        config, self.samples, self.shape_of = trainer.config, trainer.samples, shape_of
-        self.config, self.first_step = config, first_step
-        self.rank, self.processes = (
-            trainer.accelerator.process_index,
-            trainer.accelerator.num_processes,
-        )
-        self.size = (
-            config.data.batch_size * config.train.gradient_accumulation_steps * self.processes
-        )
-        datasets = config.data.dataset_configs
-        numbers = [number for number, sample in enumerate(self.samples) if not sample.held_out]
-        self.visits = [n for n in numbers for _ in range(datasets[self.samples[n].dataset].repeats)]
+    def __init__(self, data: PairData, accelerator: Any, first_step: int = 0) -> None:
+        self.data, self.first_step, train = data, first_step, data.config.train
+        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
+        batch_size = data.config.data.batch_size
+        self.size = batch_size * train.gradient_accumulation_steps * self.processes
+        numbers = sorted(set(range(len(data.samples))) - set(data.held_out))
+        repeats = {number: data.dataset(Draw(0, number)).repeats for number in numbers}
+        self.visits = [number for number in numbers for _ in range(repeats[number])]
         self.steps_per_epoch = math.ceil(len(self.visits) / self.size)
-        epochs = config.train.num_epochs or math.inf
-        self.steps = int(min(config.train.max_train_steps, epochs * self.steps_per_epoch))
+        epochs = train.num_epochs or math.inf
+        self.steps = int(min(train.max_train_steps, epochs * self.steps_per_epoch))
 
     def draw(self, visit: int, number: int) -> Draw:
-        """Everything random about one visit but its noise."""
-        seed, sample = self.config.seed, self.samples[number]
-        views = self.config.data.dataset_configs[sample.dataset].views
+        """Return everything random about one visit but its noise."""
+        seed, sample = self.data.config.seed, self.data.samples[number]
+        views = self.data.dataset(Draw(0, number)).views
         chance = uniform(seed, "batch_config", visit) * sum(v.weight for v in sample.variants)
         which = 0
         while which < len(sample.variants) - 1 and chance >= sample.variants[which].weight:
             chance -= sample.variants[which].weight
             which += 1
-        variant = sample.variants[which]
-        return Draw(
-            visit=visit,
-            sample=number,
-            variant=which,
-            view=int(uniform(seed, "view", visit) * views),
-            references=keep_first(variant, seed, visit),
-            vision=keep_references(variant, seed, visit),
-            dropped=uniform(seed, "caption_dropout", visit) < variant.caption_dropout,
-        )
+        variant, view = sample.variants[which], int(uniform(seed, "view", visit) * views)
+        dropped = uniform(seed, "caption_dropout", visit) < variant.caption_dropout
+        return Draw(visit, number, which, view, keep_references(variant, seed, visit), dropped)
 
     def epoch(self, epoch: int) -> list[list[Draw]]:
-        """The steps of an epoch; steps of one shape as far as they fill, the rest mixed."""
-        seed, n = self.config.seed, len(self.visits)
-        order = utils.shuffled(n, seed, "order", epoch) if self.config.data.shuffle else range(n)
+        """Return the steps of an epoch; steps of one shape as far as they fill, the rest mixed."""
+        seed, shuffle = self.data.config.seed, self.data.config.data.shuffle
+
+        def order(n: int, purpose: str) -> Sequence[int]:
+            return utils.shuffled(n, seed, purpose, epoch) if shuffle else range(n)
+
         by_shape: dict[object, list[Draw]] = {}
-        for place in order:
-            draw = self.draw(epoch * n + place, self.visits[place])
-            by_shape.setdefault(self.shape_of(draw), []).append(draw)
+        for place in order(len(self.visits), "order"):
+            draw = self.draw(epoch * len(self.visits) + place, self.visits[place])
+            by_shape.setdefault(self.data.shape(draw), []).append(draw)
         full, rest = [], []
         for draws in by_shape.values():
             whole = len(draws) - len(draws) % self.size
             full += [draws[i : i + self.size] for i in range(0, whole, self.size)]
             rest += draws[whole:]
-        if rest:
-            again = itertools.cycle(rest + [draw for step in full for draw in step])
-            rest += [next(again) for _ in range(-len(rest) % self.size)]
+        again = itertools.cycle(rest + [draw for step in full for draw in step])
+        rest += [next(again) for _ in range(-len(rest) % self.size)]
         steps = full + [rest[i : i + self.size] for i in range(0, len(rest), self.size)]
-        order = range(len(steps))
-        if self.config.data.shuffle:
-            order = utils.shuffled(len(steps), seed, "steps", epoch)
-        return [steps[i] for i in order]
+        return [steps[i] for i in order(len(steps), "steps")]
 
     def __iter__(self) -> Iterator[list[list[Draw]]]:
-        step = self.first_step
+        step, share = self.first_step, self.size // self.processes
         while step < self.steps:
             epoch, place = divmod(step, self.steps_per_epoch)
-            for draws in self.epoch(epoch)[place:]:
-                if step >= self.steps:
-                    return
-                share = self.size // self.processes
+            for draws in self.epoch(epoch)[place : place + self.steps - step]:
                 yield self.micro_batches(draws[self.rank * share : (self.rank + 1) * share])
                 step += 1
 
     def micro_batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
-        """Cut into runs of one shape, at most batch_size each."""
+        """Cut into batches of one shape, at most batch_size each."""
         batches: list[list[Draw]] = []
         for draw in draws:
-            shape = self.shape_of(draw)
-            last = next((b for b in batches if self.shape_of(b[0]) == shape), None)
-            if last is None or len(last) == self.config.data.batch_size:
-                batches.insert(0, [draw])
+            shape = self.data.shape(draw)
+            alike = [batch for batch in batches if self.data.shape(batch[0]) == shape]
+            if alike and len(alike[-1]) < self.data.config.data.batch_size:
+                alike[-1].append(draw)
             else:
-                last.append(draw)
-        return batches[::-1]
+                batches.append([draw])
+        return batches
 
     def __len__(self) -> int:
         return max(0, self.steps - self.first_step)
-
-
-def keep_first(variant: Variant, *parts: object) -> int | None:
-    """How many references the transformer keeps: at each in turn, a chance to stop; None: all."""
-    if not variant.reference_dropout:
-        return None
-    for i in range(len(variant.references)):
-        if uniform("reference_dropout", i, *parts) < variant.reference_dropout:
-            return i
-    return None
 
 
 def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
@@ -2758,145 +2577,15 @@ def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
     return tuple(kept)
 
 
-def possible_draws(config: Config, samples: Sequence[Sample]) -> Iterator[Draw]:
-    """Yield every Draw that can happen, so that everything it needs is cached."""
-    for number, sample in enumerate(samples):
-        trained = not sample.held_out
-        views = config.data.dataset_configs[sample.dataset].views if trained else 1
-        for which, variant in enumerate(sample.variants):
-            subsets: list[tuple[int, ...] | None] = [None]
-            if variant.vision_dropout and trained:
-                n = len(variant.vision)
-                sizes = range(min(variant.vision_min, n), n + 1)
-                subsets = [s for k in sizes for s in itertools.combinations(range(n), k)]
-            dropped = (False, True) if variant.caption_dropout > 0 and trained else (False,)
-            for view, subset, drop in itertools.product(range(views), subsets, dropped):
-                yield Draw(0, number, which, view, None, subset, drop)
-
-
-class PairDataset(torch.utils.data.Dataset):
-    """Micro-batches (lists of Draws) -> batches: cached tensors, or examples to be encoded."""
-
-    def __init__(self, trainer: QwenImageEditTrainer) -> None:
-        self.config, self.samples, self.index = trainer.config, trainer.samples, trainer.index
-        self.flavour, self.encoders = trainer.flavour, trainer.encoders
-        self._held: dict[Path, torch.Tensor] = {}
-        self._room = self.config.cache.memory_mb * 2**20  # bytes left for _held
-        self._known: dict[Draw, tuple[Example, dict[str, list[Path]]]] = {}
-
-    def __getitem__(self, micro_batches: list[list[Draw]]) -> list[dict[str, Any]]:
-        try:
-            return [self.batch(draws) for draws in micro_batches]
-        except (UserError, ValueError) as error:  # a worker's own would arrive as a traceback
-            return [{"error": str(error)}]
-
-    def batch(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """One micro-batch, with sigma (B,) before the shift; the noise is drawn here as well."""
-        seed, data, loss = self.config.seed, self.config.data, self.config.loss
-        known = [self.resolved(draw) for draw in draws]
-        examples = [example for example, _ in known]
-        batch: dict[str, Any] = {"examples": examples}
-        if self.config.cache.use_cache:
-            items = [{k: [self.read(p) for p in v] for k, v in paths.items()} for _, paths in known]
-            batch = collate(items)
-        width, height = examples[0].pictures["pixel"][0].size
-        shape = (16, 1, height // 8, width // 8)
-        batch |= {
-            "noise": torch.stack([normal(shape, seed, "noise", d.visit) for d in draws]),
-            "sigma": torch.tensor([sample_sigma(loss, seed, "sigma", d.visit) for d in draws]),
-            "names": [example.name for example in examples],
-        }
-        datasets = [data.dataset_configs[self.samples[draw.sample].dataset] for draw in draws]
-        if any(ds.loss_weight != 1 for ds in datasets):
-            batch["loss_weight"] = torch.tensor([ds.loss_weight for ds in datasets])
-        if data.caption_dropout_mode == "zero" and any(draw.dropped for draw in draws):
-            batch["zeroed"] = torch.tensor([draw.dropped for draw in draws])
-        if loss.rollout_steps:
-            # KEEP: numbers, not a tensor; to look at one on the GPU would wait for it
-            batch["rollout_chance"] = [uniform(seed, "rollout", draw.visit) for draw in draws]
-        return batch
-
-    def read(self, path: Path) -> torch.Tensor:
-        """Return the tensor of a cache entry, from memory once there was room for it."""
-        if path not in self._held:
-            tensor = read_tensor(path)
-            if tensor.nbytes > self._room:
-                return tensor
-            self._room -= tensor.nbytes
-            self._held[path] = tensor
-        return self._held[path]
-
-    def resolved(self, draw: Draw) -> tuple[Example, dict[str, list[Path]]]:
-        """Return the example of a draw and its cache entries by name in a batch; remembered."""
-        draw, cache = draw._replace(visit=0), self.config.cache
-        if draw not in self._known:
-            example = resolve(self.config, self.flavour, self.samples, draw, self.index)
-            paths: dict[str, list[Path]] = {}
-            for name, jobs in jobs_of(example).items() if cache.use_cache else ():
-                keys = [key_of(job, self.encoders) for job in jobs]
-                paths[name] = [utils.entry_path(cache.cache_dir, key) for key in keys]
-            self._known[draw] = example, paths
-        return self._known[draw]
-
-
-def collate(items: Sequence[dict[str, list[torch.Tensor]]]) -> dict[str, Any]:
-    """Tensors of samples of one shape -> a batch; text is padded with zeros.
-
-    prompt_embed (B, T, D); prompt_embeds_mask (B, T) bool, None if nothing is padded;
-    control_latent K x (B, 16, 1, hk, wk); pixel_latent, start_latent (B, 16, 1, h, w); region
-    (B, 1, 1, h, w).
-    """
-    embeds = [item["prompt_embed"][0] for item in items]
-    lengths = torch.tensor([len(embed) for embed in embeds])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # (B, T)
-    batch: dict[str, Any] = {
-        "prompt_embed": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
-        "prompt_embeds_mask": mask if bool((lengths != lengths[0]).any()) else None,
-    }
-    for name in items[0].keys() - {"prompt_embed"}:
-        stacked = [torch.stack(each) for each in zip(*(item[name] for item in items), strict=True)]
-        batch[name] = stacked if name == "control_latent" else stacked[0]
-    if "region" in batch:
-        batch["region"] = batch["region"][:, :, None]
-    return batch
-
-
-def as_image(value: Any) -> Image.Image:
-    """PIL picture, HWC uint8 array or tensor -> RGB. Raises UserError for other arrays."""
-    if not isinstance(value, Image.Image):
-        array = np.asarray(value)
-        if array.dtype != np.uint8 or array.ndim != 3:
-            raise UserError(f"wanted a picture as (H, W, 3) uint8, got {array.shape} {array.dtype}")
-        value = Image.fromarray(array)
-    return utils.on_white(value)
-
-
-def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
-    """Pass after pass over a loader. Raises UserError when a pass yields nothing."""
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise UserError("the data loader has no more batches: give one that starts again")
-
-
-USER_BATCH = ("image", "control", "prompt")  # pictures and prompts, see examples_of()
-
-
-def batch_size(batch: dict[str, Any]) -> int:
-    """Samples in a batch."""
-    return len(next(batch[k] for k in ("pixel_latent", "examples", "image") if k in batch))
-
-
 # --- 10. the trainer ------------------------------------------------------------------------------
+
+Device = torch.device | str | None
 
 
 class QwenImageEditTrainer:
     """Load, cache, train, sample. Every method can be called alone, e.g. in a notebook:
 
-    >>> trainer = QwenImageEditTrainer(utils.load_config(Config, ["--config", "configs/x.yaml"]))
+    >>> trainer = QwenImageEditTrainer(load_config(Config, ["--config", "configs/x.yaml"]))
     >>> trainer.fit()
     >>> trainer.setup_predict()
     >>> image = trainer.predict(prompt_image, "make it snow")
@@ -2921,41 +2610,33 @@ class QwenImageEditTrainer:
         bf16 = config.train.mixed_precision == "bf16"
         self.weight_dtype = torch.bfloat16 if bf16 else torch.float32
         self.flavour = detect_flavour(config.model.pretrained_model_name_or_path)
-        self.samples: list[Sample] = []
-        self.index = utils.FileIndex(None)
-        output_dir, limit = config.logging.output_dir, config.train.checkpoints_total_limit
-        self.checkpoints = utils.Checkpoints(output_dir, limit)
+        self.data = PairData(config, self.flavour, [], utils.FileIndex(None))
+        limit = config.train.checkpoints_total_limit
+        self.checkpoints = utils.Checkpoints(config.logging.output_dir, limit)
         self.base_pictures: dict[int, Image.Image] = {}  # row of the validation sheet: no LoRA
         self.drawn = 0  # batches of this step, from a loader of the user's, that got noise here
-        self._shapes: dict[tuple[int, int, int | None], Shape] = {}
 
     # -- loading and devices
 
     @property
     def device(self) -> torch.device:
         """Return the training device; of several the first."""
-        if self.config.model.devices:
-            return torch.device(self.config.model.devices[0])
-        if self.accelerator:
-            return self.accelerator.device
         from accelerate import PartialState
 
-        return PartialState(cpu=not torch.accelerator.is_available()).device
+        if self.config.model.devices:
+            return torch.device(self.config.model.devices[0])
+        state = self.accelerator or PartialState(cpu=not torch.accelerator.is_available())
+        return state.device
 
     @property
     def cache_exist(self) -> bool:
         """Return whether cache_dir holds any entry."""
         return any(self.cache_dir.glob("??/??/*.safetensors"))
 
-    @functools.cached_property
-    def encoders(self) -> dict[str, str]:
-        """Return hashes of the encoders, for key_of()."""
-        folder = self.checkpoint("vae/*", "text_encoder/*", "tokenizer/*", "processor/*")
-        return encoder_hashes(folder, self.flavour, self.weight_dtype)
-
-    def checkpoint(self, *patterns: str) -> Path:
-        """Return the folder of the base; from the Hub only what the patterns name is fetched."""
-        return utils.fetch_checkpoint(self.config.model.pretrained_model_name_or_path, *patterns)
+    def checkpoint(self, *parts: str) -> Path:
+        """Return the folder of the base; from the Hub only these parts are fetched."""
+        name = self.config.model.pretrained_model_name_or_path
+        return utils.fetch_checkpoint(name, *(f"{part}/*" for part in parts))
 
     def load_model(
         self, parts: Sequence[str] = ("vae", "text_encoder", "transformer", "scheduler")
@@ -2969,38 +2650,29 @@ class QwenImageEditTrainer:
         how: dict[str, Any] = {"dtype": self.weight_dtype, "use_safetensors": True}
         if "scheduler" in parts and self.scheduler is None:
             kind: Any = diffusers.FlowMatchEulerDiscreteScheduler
-            folder = self.checkpoint("scheduler/*")
+            folder = self.checkpoint("scheduler")
             self.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
         if "vae" in parts and self.vae is None:
             kind = diffusers.AutoencoderKLQwenImage
-            self.vae = kind.from_pretrained(self.checkpoint("vae/*"), subfolder="vae", **how)
+            self.vae = kind.from_pretrained(self.checkpoint("vae"), subfolder="vae", **how)
             encode_stills_in_2d(self.vae.eval().requires_grad_(False))
         if "text_encoder" in parts and self.text_pipeline is None:
-            folder = self.checkpoint("text_encoder/*", "tokenizer/*", "processor/*", "scheduler/*")
-            kind, processor = self.pipeline_class(), load_processor(folder / "processor")
-            pipeline = kind.from_pretrained(
-                folder, transformer=None, vae=None, processor=processor, **how
-            )
+            folder = self.checkpoint("text_encoder", "tokenizer", "processor", "scheduler")
+            how |= {"processor": load_processor(folder / "processor")}
+            kind = getattr(diffusers, self.flavour.pipeline_class)
+            pipeline = kind.from_pretrained(folder, transformer=None, vae=None, **how)
             self.text_pipeline, self.qwen_vl = pipeline, pipeline.text_encoder
             self.qwen_vl.eval().requires_grad_(False)
-            self.tokenizer, self.processor = pipeline.tokenizer, processor
+            self.tokenizer, self.processor = pipeline.tokenizer, pipeline.processor
         if "transformer" in parts and self.transformer is None:
             self.place_transformer(self.device)
 
-    def pipeline_class(self) -> Any:
-        """Return the diffusers pipeline of this checkpoint."""
-        import diffusers
-
-        return getattr(diffusers, self.flavour.pipeline_class)
-
     def unload(self, *parts: str) -> None:
         """Forget components ("vae", "text_encoder", "transformer") and free their memory."""
-        if "vae" in parts:
-            self.vae = None
-        if "text_encoder" in parts:
-            self.qwen_vl = self.text_pipeline = None
-        if "transformer" in parts:
-            self.transformer = None
+        names = {"text_encoder": ("qwen_vl", "text_pipeline")}
+        for part in parts:
+            for name in names.get(part, (part,)):
+                setattr(self, name, None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -3031,76 +2703,86 @@ class QwenImageEditTrainer:
 
     def find_data(self) -> None:
         """Pair, audit and hash the data set. Raises UserError with every problem."""
-        if self.samples:
+        if self.data.samples:
             return
-        with self.accelerator.main_process_first():
-            self.index = open_index(self.config)  # KEEP: inside, to see what process 0 recorded
-            self.samples, problems = find_samples(self.config, self.index)
+        with self.accelerator.main_process_first():  # the others see what process 0 recorded
+            self.data, problems = find_samples(self.config, self.flavour)
         if problems:
             raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
+        self.find_encoders()
+
+    def find_encoders(self) -> None:
+        """Hash the encoders, whose hashes are part of every cache entry's name."""
+        if self.use_cache:
+            folder = self.checkpoint("vae", "text_encoder", "tokenizer", "processor")
+            self.data.encoders = encoder_hashes(folder, self.flavour, self.weight_dtype)
 
     # -- encoding
 
-    def encode_image_embedding(
-        self, image: Any, device: torch.device | str | None = None
-    ) -> torch.Tensor:
-        """Picture (sides a multiple of 16 px) -> normalised latents (1, 16, 1, h, w)."""
+    @torch.no_grad()
+    def encode_image_embedding(self, image: Any, device: Device = None) -> torch.Tensor:
+        """Picture (sides a multiple of 16 px) -> normalised posterior mode (1, 16, 1, h, w)."""
         self.load_model(["vae"])
         self.vae.to(device or self.device)
-        return encode_image_qwen(self.vae, to_pixels(as_image(image)))
+        pixels = to_pixels(as_image(image)).to(self.vae.device, self.vae.dtype).unsqueeze(2)
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        mean, std = vae_statistics(self.vae, latents)
+        return (latents - mean) / std
 
+    @torch.no_grad()
     def encode_prompt_image_embedding(
-        self, prompt: str, image: Any, device: torch.device | str | None = None
+        self, prompt: str, image: Any, device: Device = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Instruction and picture(s) -> embedding (1, T, D), mask (1, T) of ones."""
         self.load_model(["text_encoder"])
         place = torch.device(device or self.device)
         self.qwen_vl.to(place)
-        images = [as_image(i) for i in (image if isinstance(image, list | tuple) else [image])]
-        embeds = encode_prompt_qwen(self.text_pipeline, prompt, images, place)[None]
+        shown: Any = [as_image(i) for i in (image if isinstance(image, list | tuple) else [image])]
+        if not self.flavour.vision_area:  # 2508's template has one picture slot
+            [shown] = shown
+        encode = self.text_pipeline.encode_prompt
+        embeds, _ = encode(prompt=prompt, image=shown or None, device=place)
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
     def _encode_empty_prompt(
-        self, image: Any, device: torch.device | str | None = None
+        self, image: Any, device: Device = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The empty instruction with the same pictures -> embedding (T, D), mask (T,)."""
         embeds, mask = self.encode_prompt_image_embedding("", image, device)
         return embeds[0], mask[0]
 
+    @torch.no_grad()
     def decode_vae_latent(self, latents: torch.Tensor) -> np.ndarray:
         """Normalised latents (B, 16, 1, h, w) -> pictures (B, H, W, 3) uint8."""
         self.load_model(["vae"])
-        return np.stack([np.asarray(to_image(p)) for p in decode_latents_qwen(self.vae, latents)])
+        latents = latents.to(self.vae.device, self.vae.dtype)
+        mean, std = vae_statistics(self.vae, latents)
+        # KEEP: divided by 1/std as the pipeline does; times std differs in the last bit
+        pixels = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        return np.stack([np.asarray(to_image(each)) for each in pixels])
 
-    def encode(self, job: Job, device: torch.device | str | None = None) -> torch.Tensor:
-        """What lies in the cache, on the CPU: latent (16, 1, h, w), prompt (T, D), region (1, h, w).
+    def encode(self, job: Job, vae: Device = None, text_encoder: Device = None) -> torch.Tensor:
+        """Return what lies in the cache: latent (16, 1, h, w), prompt (T, D), region (1, h, w).
 
-        device: of the encoder; None is what cache.*_device says.
+        vae, text_encoder: devices; None is what the config says.
         """
-        cache = self.config.cache
         if job.kind == "region":
             return region_map(job.pictures)
-        images = [load_picture(picture) for picture in job.pictures]
+        cache, images = self.config.cache, [load_picture(picture) for picture in job.pictures]
         if job.kind == "latent":
-            device = device or cache.vae_encoder_device
-            return self.encode_image_embedding(images[0], device)[0].cpu()
-        device = device or cache.text_encoder_device
+            return self.encode_image_embedding(images[0], vae or cache.vae_encoder_device)[0].cpu()
+        device = text_encoder or cache.text_encoder_device
         return self.encode_prompt_image_embedding(job.caption, images, device)[0][0].cpu()
 
-    def encoded(self, examples: Iterable[Example]) -> dict[str, Any]:
-        """Return the batch of these examples, as from the cache."""
-        parts = [jobs_of(example).items() for example in examples]
-        return collate([{name: [*map(self.encode, jobs)] for name, jobs in each} for each in parts])
-
-    def through_cache(self, job: Job, device: torch.device | str | None = None) -> torch.Tensor:
+    def through_cache(self, job: Job, *devices: Device) -> torch.Tensor:
         """Read an entry, or encode and write it."""
         if not self.use_cache:
-            return self.encode(job, device)
-        key = key_of(job, self.encoders)
+            return self.encode(job, *devices)
         with contextlib.suppress(ValueError):  # missing or damaged: encode it
-            return read_tensor(utils.entry_path(self.cache_dir, key))
-        tensors = {job.kind: self.encode(job, device)}
-        return read_tensor(utils.write_entry(self.cache_dir, key, tensors))
+            return self.data.read(job)
+        tensors = {job.kind: self.encode(job, *devices)}
+        utils.write_entry(self.cache_dir, job.key(self.data.encoders), tensors)
+        return self.data.read(job)
 
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
         """Pictures of a batch {"image": [...], "control": [[...]], "prompt": [...]} -> Examples.
@@ -3111,22 +2793,17 @@ class QwenImageEditTrainer:
         rows = zip(batch["image"], batch["control"], batch["prompt"], strict=True)
         for image, control, prompt in rows:
             several = control if isinstance(control, list | tuple) else [control]
-            target, *wholes = (whole_picture(as_image(i), self.index) for i in (image, *several))
+            target, *wholes = (whole_picture(as_image(i)) for i in (image, *several))
             size = pick_size(target.size[0] * target.size[1], target.aspect)
-            frame = Frame(target.aspect, size)
             area_px = reference_area_px(self.config.data.reference_area, size)
             areas = {"control": area_px, "vision": self.flavour.vision_area or area_px}
-            shown = {
-                k: tuple(frame.show(w, area, False) for w in wholes) for k, area in areas.items()
-            }
+            frame = Frame(target.aspect, size)
+            shown = {k: tuple(frame.show(w, a, False) for w in wholes) for k, a in areas.items()}
             found.append(Example("", prompt, {"pixel": (target._replace(size=size),), **shown}))
         return found
 
     def cache_step(
-        self,
-        batch: dict[str, Any],
-        vae_device: torch.device | str | None = None,
-        text_device: torch.device | str | None = None,
+        self, batch: dict[str, Any], vae_device: Device = None, text_device: Device = None
     ) -> list[dict[str, Any]]:
         """Encode the pictures and prompts of a batch and keep them in the cache.
 
@@ -3136,17 +2813,13 @@ class QwenImageEditTrainer:
         items = []
         for example in self.examples_of(batch):
             jobs, item = jobs_of(example), {}
-            jobs["empty_prompt_embed"] = [jobs["prompt_embed"][0]._replace(caption="")]
+            jobs["empty_prompt_embed"] = jobs_of(example._replace(caption=""))["prompt_embed"]
             for name, parts in jobs.items():
-                device = text_device if name.endswith("embed") else vae_device
-                tensors: Any = [self.through_cache(job, device) for job in parts]
+                tensors: Any = [self.through_cache(job, vae_device, text_device) for job in parts]
                 item[name] = tensors if name == "control_latent" else tensors[0]
-            masks = {
-                n.replace("embed", "embeds_mask"): torch.ones(len(item[n])).long()
-                for n in item
-                if n.endswith("embed")
-            }
-            items.append(item | masks)
+                if name.endswith("embed"):
+                    item[f"{name}s_mask"] = torch.ones(len(tensors[0])).long()
+            items.append(item)
         return items
 
     def cache_jobs(self, renewed: bool = False) -> dict[str, Job]:
@@ -3155,14 +2828,13 @@ class QwenImageEditTrainer:
         renewed: only those of data sets with recreate_cache.
         """
         jobs: list[Job] = []
-        for draw in possible_draws(self.config, self.samples):
-            ds = self.config.data.dataset_configs[self.samples[draw.sample].dataset]
-            if ds.recreate_cache or not renewed:
-                example = resolve(self.config, self.flavour, self.samples, draw, self.index)
-                jobs += itertools.chain(*jobs_of(example).values())
+        for draw in self.data.possible_draws():
+            if self.data.dataset(draw).recreate_cache or not renewed:
+                jobs += itertools.chain(*jobs_of(self.data.resolve(draw)).values())
         for example, _ in [] if renewed else validation_edits(self):
-            jobs += itertools.chain(*edit_jobs(self, example))
-        return {key_of(job, self.encoders): job for job in jobs}
+            jobs += jobs_of(example)["control_latent"]
+            jobs += validation_sampling(self.config).jobs(example)
+        return {job.key(self.data.encoders): job for job in jobs}
 
     def cache_embeddings(self, train_dataloader: Iterable[dict[str, Any]] | None = None) -> int:
         """Encode what is missing: all that the config can ask for, or the batches of a loader.
@@ -3173,9 +2845,8 @@ class QwenImageEditTrainer:
         if train_dataloader is None:
             self.find_data()
             return fill_cache(self, self.cache_jobs(), self.cache_jobs(renewed=True))
-        cache = self.config.cache
-        places = cache.vae_encoder_device, cache.text_encoder_device
-        count = sum(len(self.cache_step(batch, *places)) for batch in train_dataloader)
+        self.find_encoders()
+        count = sum(len(self.cache_step(batch)) for batch in train_dataloader)
         self.unload("vae", "text_encoder")
         return count
 
@@ -3187,11 +2858,10 @@ class QwenImageEditTrainer:
         precision = self.config.model.precision
         return "fp8-quanto" if self.quantize and precision == "no_change" else precision
 
-    def quantize_model(self, model: Any, device: torch.device | str | None = None) -> Any:
-        """Quantise the blocks of a loaded transformer in place (no_change: to fp8).
+    def quantize_model(self, model: Any, device: Device = None) -> Any:
+        """Quantise the blocks of a loaded transformer in place (no_change: to fp8), on `device`.
 
-        device: each block moves there before; None: it stays where it is. What the trainer loads
-        itself is quantised while it loads, which takes less memory.
+        What the trainer loads itself is quantised while it loads, which takes less memory.
         """
         if getattr(model, "peft_config", None) or hasattr(model, "block_swap"):
             raise UserError("quantise before that: set trainer.quantize before loading")
@@ -3206,17 +2876,15 @@ class QwenImageEditTrainer:
         model = self.config.model
         # an empty tensor knows the number of "cuda"
         devices = [torch.empty(0, device=n).device for n in model.devices or [str(device)]]
-        layout = Layout(devices, model.blocks_to_swap)
         if self.transformer is None:
-            folder = self.checkpoint("transformer/*") / "transformer"
-            via_cpu = model.quantize_via == "cpu"
-            self.transformer = load_transformer(
-                folder, self.weight_dtype, self.precision, layout, via_cpu
-            )
+            folder = self.checkpoint("transformer") / "transformer"
+            how = self.weight_dtype, self.precision, devices, model.blocks_to_swap
+            self.transformer = load_transformer(folder, *how)
         elif self.precision != "no_change" and not hasattr(self.transformer, "quantized_to"):
             self.quantize_model(self.transformer)
-        if getattr(self.transformer, "layout", None) != layout:
-            place(self.transformer, layout)
+        places = placement(self.transformer, devices, model.blocks_to_swap)
+        if getattr(self.transformer, "places", None) != places:
+            place(self.transformer, places)
 
     def set_lora(self) -> None:
         """Put the transformer on the training device and add the adapter to it."""
@@ -3261,17 +2929,18 @@ class QwenImageEditTrainer:
 
     def load_lora(self, path: str | Path) -> None:
         """Load a LoRA file (or folder) for inference, at the strength it was trained with."""
+        import diffusers
+
         file = Path(path) if Path(path).is_file() else Path(path) / LORA_FILE
         if not file.is_file():
             raise UserError(f"no LoRA file {file}")
         self.load_model(["transformer"])
-        tensors, metadata = self.pipeline_class().lora_state_dict(
-            str(file), use_safetensors=True, return_lora_metadata=True
-        )
+        read = getattr(diffusers, self.flavour.pipeline_class).lora_state_dict
+        tensors, about = read(str(file), use_safetensors=True, return_lora_metadata=True)
         if getattr(self.transformer, "peft_config", None):
             self.transformer.delete_adapters("default")
         # unlike the pipeline's load_lora_weights it takes LoKr files as well
-        self.transformer.load_lora_adapter(tensors, metadata=metadata, adapter_name="default")
+        self.transformer.load_lora_adapter(tensors, metadata=about, adapter_name="default")
         place_adapter(self.transformer)
 
     def merge_lora(self) -> None:
@@ -3334,29 +3003,23 @@ class QwenImageEditTrainer:
         if num_inference_steps < 2:
             raise UserError("num_inference_steps: 2 or more (1 divides by zero in the scheduler)")
         images = prompt_image if isinstance(prompt_image, list | tuple) else [prompt_image]
-        whole = [Picture(image, "", image.size) for image in map(as_image, images)]
-        example = edit_example(self, whole, prompt, width, height)
-        jobs = jobs_of(example)
-        [prompt_job] = jobs["prompt_embed"]
-        asked = [prompt_job]
-        if negative_prompt is not None and true_cfg_scale > 1:
-            asked.append(prompt_job._replace(caption=negative_prompt))
-        references = [self.encode(job, self.vae.device) for job in jobs["control_latent"]]
-        prompts = [self.encode(job, self.qwen_vl.device) for job in asked]
-        size, how = example.pictures["pixel"][0].size, (num_inference_steps, true_cfg_scale, seed)
-        return self.decode_vae_latent(sample_latents(self, size, references, prompts, *how))[0]
+        pictures = [whole_picture(as_image(image)) for image in images]
+        example = edit_example(self, pictures, prompt, (width, height))
+        places = {"vae": self.vae.device, "text_encoder": self.qwen_vl.device}
+        how = Sampling(num_inference_steps, true_cfg_scale, negative_prompt, seed)
+        return np.asarray(draw_edit(self, example, how, functools.partial(self.encode, **places)))
 
     # -- training
 
     def configure_optimizers(self) -> None:
         """Make optimizer, learning rate schedule (counts optimizer steps) and moving average."""
-        self.optimizer = make_optimizer(self.config.optimizer, self.trainable())
+        config = self.config
+        self.optimizer = make_optimizer(config.optimizer, self.trainable())
         # KEEP: accelerate must not wrap it, or it would go as many steps as there are processes
-        self.lr_scheduler = make_schedule(
-            self.config.lr_scheduler, self.optimizer, self.total_steps()
-        )
-        if self.config.train.use_ema:
-            self.ema = MovingAverage(self.trainable(), self.config.train)
+        steps = self.total_steps()
+        self.lr_scheduler = make_schedule(config.lr_scheduler, self.optimizer, steps)
+        if config.train.use_ema:
+            self.ema = MovingAverage(self.trainable(), config.train)
 
     def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Mean loss of a batch: of cached tensors, or of pictures and prompts."""
@@ -3390,8 +3053,7 @@ class QwenImageEditTrainer:
     def _training_step_compute(self, batch: dict[str, Any]) -> torch.Tensor:
         """Encode with the same functions the cache is filled with, then go on as from the cache."""
         examples = batch.get("examples") or self.examples_of(batch)
-        drawn = {k: v for k, v in batch.items() if k not in ("examples", *USER_BATCH)}
-        return self._training_step_cached(self.encoded(examples) | drawn)
+        return self._training_step_cached(batch | encoded(examples, self.encode))
 
     def _compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """Loss per sample, (B,): compute_loss()."""
@@ -3401,7 +3063,9 @@ class QwenImageEditTrainer:
         """Send the tensors of a batch to the training device, without waiting for it."""
         from accelerate.utils import send_to_device
 
-        return send_to_device(batch, self.device, non_blocking=True)
+        pictures = ("examples", "image", "control")
+        tensors = {name: value for name, value in batch.items() if name not in pictures}
+        return send_to_device(tensors, self.device, non_blocking=True)
 
     def shift_mu(self, tokens: int) -> float:
         """Return mu of loss.timestep_shift for so many target tokens."""
@@ -3423,27 +3087,18 @@ class QwenImageEditTrainer:
                 sigma,
             )
 
+    def step_plan(self, first_step: int = 0) -> StepPlan:
+        """Return which samples meet in which step, for this process."""
+        return StepPlan(self.data, self.accelerator, first_step)
+
     def total_steps(self) -> int:
         """Return the optimizer steps of the whole run."""
-        return self.step_plan().steps if self.samples else self.config.train.max_train_steps
+        return self.step_plan().steps if self.data.samples else self.config.train.max_train_steps
 
     def epoch(self) -> int:
         """Return the number of passes over the data that are done."""
-        return self.global_step // self.step_plan().steps_per_epoch if self.samples else 0
-
-    def step_plan(self, first_step: int = 0) -> StepPlan:
-        """Return which samples meet in which step, for this process."""
-
-        def shape_of(draw: Draw) -> Shape:  # crops and what the encoder sees do not change it
-            key = draw.sample, draw.variant, draw.references
-            if key not in self._shapes:
-                example = resolve(self.config, self.flavour, self.samples, draw, self.index)
-                kinds = sorted(example.pictures.keys() - {"vision"})
-                shape = tuple((kind, p.size) for kind in kinds for p in example.pictures[kind])
-                self._shapes[key] = shape
-            return self._shapes[key]
-
-        return StepPlan(self, shape_of, first_step)
+        each = self.step_plan().steps_per_epoch if self.data.samples else math.inf
+        return int(self.global_step // each)
 
     def train_dataloader(self, first_step: int = 0) -> Any:
         """Return the loader fit() uses: a list of micro-batches per optimizer step."""
@@ -3451,7 +3106,7 @@ class QwenImageEditTrainer:
         self.find_data()
         workers = self.config.data.num_workers
         return torch.utils.data.DataLoader(
-            PairDataset(self),
+            self.data,
             sampler=self.step_plan(first_step),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
@@ -3473,9 +3128,6 @@ class QwenImageEditTrainer:
                 add_lora(empty, lora, config.seed)
             if lora.pretrained_weight:
                 start_from_lora(empty, lora.pretrained_weight, lora)
-        except UserError as error:
-            problems.append(str(error))
-        try:
             optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
             if hasattr(optimizer, "eval") and config.train.use_ema:
                 text = f"{config.optimizer.class_path} averages by itself; leave one of the two out"
@@ -3493,18 +3145,17 @@ class QwenImageEditTrainer:
         config's data sets are used.
         """
         self.setup_accelerator()
-        config, accelerator, output_dir = self.config, self.accelerator, self.checkpoints.output_dir
-        with contextlib.ExitStack() as stack:
-            if accelerator.is_main_process:
-                stack.enter_context(self.checkpoints.only_run())
+        config, accelerator, checkpoints = self.config, self.accelerator, self.checkpoints
+        main, output_dir = accelerator.is_main_process, checkpoints.output_dir
+        with checkpoints.only_run() if main else contextlib.nullcontext():
             if train_dataloader is None:
                 self.find_data()
             self.preflight()
             wanted = config.train.resume_from_checkpoint if self.global_step == 0 else None
-            found = self.checkpoints.find(wanted, trained_as(self))
-            if accelerator.is_main_process:
+            found = checkpoints.find(wanted, trained_as(self))
+            if main:
                 if not found and self.global_step == 0:
-                    self.checkpoints.set_aside(LORA_FILE, EMA_FILE)
+                    checkpoints.set_aside(LORA_FILE, EMA_FILE)
                 utils.run_record(output_dir, config, Path(__file__))
             if train_dataloader is None and self.use_cache:
                 self.cache_embeddings()
@@ -3525,9 +3176,8 @@ class QwenImageEditTrainer:
             self.optimizer.train()
             with utils.StopSignal() as stop:
                 stopped = train_loop(self, loader, run_log, stop)
-            if accelerator.is_main_process:
+            if main:
                 self._save_adapters(output_dir)
-                write_card(self)
                 run_log.report()
             self.optimizer.eval()  # what predict() and save_lora() meet is what was saved
             accelerator.wait_for_everyone()
@@ -3565,10 +3215,8 @@ class QwenImageEditTrainer:
     def save_checkpoint(self, epoch: int, global_step: int) -> None:
         """Write checkpoint-<step>/: LoRA files, raw adapter, optimizer, schedule."""
         if not torch.stack([p.isfinite().all() for p in self.trainable()]).all():
-            raise UserError(
-                f"the weights of step {global_step} are not finite; nothing of it was saved. Lower "
-                "the learning rate"
-            )
+            text = "nothing of it was saved. Lower the learning rate"
+            raise UserError(f"the weights of step {global_step} are not finite; {text}")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             adapter = lora_tensors(self.bare_transformer())
@@ -3591,15 +3239,44 @@ class QwenImageEditTrainer:
         set_peft_model_state_dict(self.transformer, saved["adapter"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.lr_scheduler.load_state_dict(saved["lr_scheduler"])
-        for average, value in zip(self.ema.averages, saved["ema"], strict=True) if self.ema else ():
-            average.copy_(value)
+        if self.ema:
+            copy_into(self.ema.averages, saved["ema"])
         self.global_step = step
         log.info("resumed from %s (step %d)", folder, step)
+
+
+Trainer = QwenImageEditTrainer
 
 
 def _as_is(value: Any) -> Any:
     """Collate function of a loader whose data set makes whole batches."""
     return value
+
+
+def as_image(value: Any) -> Image.Image:
+    """PIL picture, HWC uint8 array or tensor -> RGB. Raises UserError for other arrays."""
+    if not isinstance(value, Image.Image):
+        array = np.asarray(value)
+        if array.dtype != np.uint8 or array.ndim != 3:
+            raise UserError(f"wanted a picture as (H, W, 3) uint8, got {array.shape} {array.dtype}")
+        value = Image.fromarray(array)
+    return utils.on_white(value)
+
+
+def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
+    """Pass after pass over a loader. Raises UserError when a pass yields nothing."""
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise UserError("the data loader has no more batches: give one that starts again")
+
+
+def batch_size(batch: dict[str, Any]) -> int:
+    """Samples in a batch."""
+    return len(next(batch[k] for k in ("pixel_latent", "examples", "image") if k in batch))
 
 
 FREE_TO_CHANGE = (  # settings that may differ between a checkpoint and the run that continues it
@@ -3618,9 +3295,9 @@ def flat_settings(value: Any, path: str = "") -> dict[str, Any]:
     return {p: v for key, item in pairs for p, v in flat_settings(item, f"{path}.{key}").items()}
 
 
-def trained_as(trainer: QwenImageEditTrainer) -> dict[str, Any]:
+def trained_as(trainer: Trainer) -> dict[str, Any]:
     """What decides the result; a run that continues must have the same."""
-    config, index = trainer.config, trainer.index
+    config, index = trainer.config, trainer.data.index
     sections = {"model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed"}
     values = flat_settings(config.model_dump(mode="json", include=sections))
     seen = [
@@ -3628,7 +3305,7 @@ def trained_as(trainer: QwenImageEditTrainer) -> dict[str, Any]:
             *(sample.dataset, sample.name, sample.held_out),
             [(v.caption, [index[f]["content"] for f in v.files()]) for v in sample.variants],
         )
-        for sample in trainer.samples
+        for sample in trainer.data.samples
     ]
     size = config.data.batch_size * config.train.gradient_accumulation_steps
     return {
@@ -3638,106 +3315,56 @@ def trained_as(trainer: QwenImageEditTrainer) -> dict[str, Any]:
     }
 
 
-def inference_rules(trainer: QwenImageEditTrainer) -> dict[str, list[Any]]:
+def inference_rules(trainer: Trainer) -> dict[str, list[Any]]:
     """How large references were shown in training; inference takes the first of each."""
-    variants = [v for s in trainer.samples for v in s.variants if not s.held_out]
+    variants = [v for s in trainer.data.samples for v in s.variants if not s.held_out]
     usual = trainer.config.data.reference_area, trainer.flavour.vision_area
-    counted: dict[str, Counter[Any]] = {
-        "reference_area": Counter(r.area or usual[0] for v in variants for r in v.references),
-        "vision_area": Counter(r.area or usual[1] for v in variants for r in v.vision),
-    }
-    defaults = dict(zip(counted, usual, strict=True))
-    return {n: [v for v, _ in c.most_common()] or [defaults[n]] for n, c in counted.items()}
+    shown = Counter(r.area or usual[0] for v in variants for r in v.references)
+    seen = Counter(r.area or usual[1] for v in variants for r in v.vision)
+    rules = {"reference_area": [v for v, _ in shown.most_common()] or [usual[0]]}
+    return rules | {"vision_area": [v for v, _ in seen.most_common()] or [usual[1]]}
 
 
-def about_lora(trainer: QwenImageEditTrainer) -> dict[str, Any]:
-    """What generate.py must know to sample as this LoRA was trained."""
-    data, lora = trainer.config.data, trainer.config.model.lora
+def about_lora(trainer: Trainer) -> dict[str, Any]:
+    """What generate.py must know to sample as this LoRA was trained, and the model card says."""
+    datasets, lora = trainer.config.data.dataset_configs, trainer.config.model.lora
+    prompts = {v.caption for sample in trainer.data.samples for v in sample.variants}
     return {
+        "script": Path(__file__).name,
         "base_model": trainer.config.model.pretrained_model_name_or_path,
         "flavour": trainer.flavour.name,
         **{name: values[0] for name, values in inference_rules(trainer).items()},
-        "resolution": data.dataset_configs[0].resolution if data.dataset_configs else None,
+        "resolution": datasets[0].resolution if datasets else None,
         "step": trainer.global_step,
         "method": lora.method,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha or lora.r,
+        "prompts": sorted(prompts)[:5],
     }
 
 
-def announce(trainer: QwenImageEditTrainer, run_log: RunLog) -> None:
+def announce(trainer: Trainer, run_log: RunLog) -> None:
     """Log what is about to happen; draw the first step's pictures."""
     for name, (first, *others) in inference_rules(trainer).items():
         if others:
             text = "several %s are trained (%s): predict() and generate.py use the first"
             log.warning(text, name, ", ".join(map(str, (first, *others))))
-    plan, step, out = trainer.step_plan(trainer.global_step), trainer.global_step, held_out(trainer)
+    data, plan = trainer.data, trainer.step_plan(trainer.global_step)
     log.info(
-        "%s on %s, %s | %d samples (%d held out) | %d a step, %d steps an epoch | steps %d..%d",
+        "%s on %s, %s | %d samples, %d held out | %d a step, %d steps an epoch | steps %d..%d",
         *(trainer.flavour.name, trainer.device, trainer.weight_dtype),
-        *(len(trainer.samples) - len(out), len(out)),
-        *(plan.size, plan.steps_per_epoch, step, plan.steps),
+        *(len(data.samples), len(data.held_out), plan.size, plan.steps_per_epoch),
+        *(plan.first_step, plan.steps),
     )
-    if step == 0 and trainer.accelerator.is_main_process:
+    if plan.first_step == 0 and trainer.accelerator.is_main_process:
         draws = [draw for batch in next(iter(plan), []) for draw in batch][:8]
-        examples = [
-            resolve(trainer.config, trainer.flavour, trainer.samples, draw, trainer.index)
-            for draw in draws
-        ]
+        examples = [data.resolve(draw) for draw in draws]
         heads = {"start": "from", "region": "mask", "pixel": "target"}
-        shown = [
-            {k: p[0] for k, p in e.pictures.items() if k in heads and len(p) == 1} for e in examples
-        ]
-        kinds = [kind for kind in heads if any(kind in row for row in shown)]
-        rows = [[load_picture(row[k]) if k in row else None for k in kinds] for row in shown]
-        sheet = edit_sheet(examples, rows, [heads[kind] for kind in kinds])
-        run_log.picture("first_batch", sheet, 0)
-
-
-LOAD_LORA = 'pipe.load_lora_weights("{file}")'
-
-
-LOAD_LOKR = """# load_lora_weights refuses LoKr files, the transformer takes them
-tensors, metadata = pipe.lora_state_dict("{file}", return_lora_metadata=True)
-pipe.transformer.load_lora_adapter(tensors, metadata=metadata)"""
-
-
-MODEL_CARD = """---
-base_model: {base_model}
-library_name: diffusers
-tags: [image-to-image, lora, qwen-image-edit, {flavour}]
----
-# LoRA for {base_model}
-
-Trained with train_qwen_edit.py to step {step}; {method}, r {r}, alpha {lora_alpha} (folded into
-the weights: load it at scale 1). References were encoded with `reference_area: {reference_area}`;
-generate.py applies that by itself.
-
-```python
-import torch
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
-{load}
-```
-
-Instructions it was trained with:
-{prompts}
-"""
-
-
-def write_card(trainer: QwenImageEditTrainer) -> None:
-    """Write README.md: the model card."""
-    about = about_lora(trainer)
-    load = LOAD_LOKR if about["method"] == "lokr" else LOAD_LORA
-    prompts = sorted({v.caption for s in trainer.samples for v in s.variants})[:5]
-    text = MODEL_CARD.format(
-        **about,
-        prompts="\n".join(f"- {prompt}" for prompt in prompts),
-        pipeline=trainer.flavour.pipeline_class,
-        load=load.format(file=LORA_FILE),
-    )
-    utils.save_text(trainer.checkpoints.output_dir / "README.md", text)
+        heads = {
+            k: v for k, v in heads.items() if all(len(e.pictures.get(k, ())) == 1 for e in examples)
+        }
+        rows = [[load_picture(e.pictures[kind][0]) for kind in heads] for e in examples]
+        run_log.picture("first_batch", edit_sheet(examples, rows, list(heads.values())), 0)
 
 
 # --- 11. config, main -----------------------------------------------------------------------------
@@ -3748,40 +3375,15 @@ class Config(Section):
 
     --plan shows data, tokens, memory, disk and time; it loads and downloads nothing."""
 
-    newcomer = (
-        "model.pretrained_model_name_or_path",
-        "model.base_model_precision",
-        "model.lora.r",
-        "data.dataset_configs.*.train_data_dir",
-        "data.dataset_configs.*.resolution",
-        "data.reference_area",
-        "logging.output_dir",
-        "optimizer.init_args",
-        "train.max_train_steps",
-        "validation.steps",
-    )
-    not_here = dict.fromkeys(
-        (
-            "buckets",
-            "max_tokens_per_batch",
-            "instruction",
-            "sample_type",
-            "suffix",
-            "count",
-            "draws",
-        ),
-        "it is gone; experiments/ shows how a copy of the script gets what it needs",
-    ) | {
-        "hf_dataset": "tools/pair_table.py writes a table of a Hub data set",
+    not_here = {
+        **dict.fromkeys(("hf_dataset", "hf_split"), "tools/pair_table.py writes a table"),
+        **dict.fromkeys(("rollout_steps", "rollout_span"), "experiments/rollout.patch"),
         "selected_control_indexes": "tools/pair_table.py chooses references",
-        "quantize_activations": "weights alone are quantised",
+        "quantize_activations": "only weights are quantised",
         "from_image_mode": "from_image always leads to the target (bridge)",
-        "step_rules": "another lr_scheduler.scheduler_type",
-        "ema_update_interval": "the average is updated every step; ema_decay sets its length",
-        **dict.fromkeys(
-            ("recreate_cache_target", "recreate_cache_reference", "recreate_cache_caption"),
-            "entries are named by their content, so what changed is built again",
-        ),
+        "step_rules": "take another lr_scheduler.scheduler_type",
+        "max_tokens_per_batch": "batches have one shape; set data.batch_size",
+        "exclude_blocks": "target_modules takes a regular expression",
     }
 
     model: ModelConfig = ModelConfig()
@@ -3799,11 +3401,9 @@ class Config(Section):
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
-        return {
-            "model.blocks_to_swap needs train.gradient_checkpointing: without it the backward pass "
-            "holds the weights of every block": self.model.blocks_to_swap
-            and not self.train.gradient_checkpointing
-        }
+        swap, again = self.model.blocks_to_swap, self.train.gradient_checkpointing
+        text = "without it the backward pass holds every block"
+        return {f"blocks_to_swap needs train.gradient_checkpointing: {text}": swap and not again}
 
 
 def main() -> None:

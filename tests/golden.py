@@ -63,7 +63,7 @@ def qwen_settings(folder):
     rich["image_configs"] |= {"second": {"suffix": "_D"}}
     rich["target_configs"]["after"] = [{"image": "after", "from_image": "before"}]
     rich["reference_configs"]["before"] = [{"image": "before"}, {"image": "second", "resize": 64}]
-    rich["batch_configs"] += [{**rich["batch_configs"][0], "reference_dropout": 0.5, "weight": 0.4}]
+    rich["batch_configs"] += [{**rich["batch_configs"][0], "weight": 0.4}]
     rich["caption_configs"]["text"]["reference_list"] |= {"dropout": 0.3, "min_length": 1}
     rich = common | {
         "data.dataset_configs": [rich],
@@ -75,7 +75,6 @@ def qwen_settings(folder):
         "loss.loss_type": "huber",
         "loss.mask": "difference",
         "loss.timestep_density": "mode",
-        "loss.rollout_steps": 2,
     }
     plain = common | {"data.dataset_configs": [suffix_dataset(pairs)]}
     plain_2508 = suffix_dataset(pairs)
