@@ -131,7 +131,8 @@ def compute_loss(
         mu = model_mu(trainer.scheduler.config, math.prod(token_grid(x0)))
         sigma = shift_sigma(sigma, mu if wanted == "model" else math.log(wanted))
     noisy = add_noise(batch.get("start_latent", x0).float(), noise, sigma)
-    velocity = trainer.velocity(batch, noisy, sigma, model or trainer.transformer)
+    with trainer.accelerator.autocast():
+        velocity = predict_velocity(model or trainer.transformer, noisy, sigma, batch)
     error = LOSSES[loss.loss_type](velocity.float(), noise - x0, loss)
     if "region" not in batch:
         return error.flatten(1).mean(1)
@@ -401,21 +402,6 @@ def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
         transformer.add_adapter(settings)
     place_adapter(transformer)
     cast_training_params(transformer)  # KEEP: bf16 would round small updates away
-    if lora.method == "dora":
-        start_magnitudes(transformer)
-
-
-@torch.no_grad()
-def start_magnitudes(transformer: Any) -> None:
-    """DoRA's column norms once more, in fp32: rounded to bf16 they would change step 0."""
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.integrations import dequantize_module_weight
-
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            weight = dequantize_module_weight(layer.get_base_layer()).float()
-            magnitude: Any = layer.lora_magnitude_vector["default"]
-            magnitude.weight.copy_(torch.linalg.norm(weight, dim=1))
 
 
 def strengthen(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
@@ -933,15 +919,9 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
     if not captions:
         raise ValueError(f"no prompt for {files['target']}: fill its column, or set caption")
     for caption in captions:
-        yield Variant(
-            target=files["target"],
-            references=shown,
-            vision=shown,
-            caption=caption,
-            resolution=ds.resolution,
-            mask=files.get("mask"),
-            caption_dropout=config.data.caption_dropout_rate,
-        )
+        variant = Variant(files["target"], shown, shown, caption, ds.resolution)
+        rate = config.data.caption_dropout_rate
+        yield variant._replace(mask=files.get("mask"), caption_dropout=rate)
 
 
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
@@ -1130,7 +1110,7 @@ def check_model(config: Config, precision: str) -> list[str]:
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,
     }
     problems = [f"model.{problem}" for problem, there in rules.items() if there]
-    return problems + (check_packages("bitsandbytes") if nf4 else [])
+    return problems + (utils.check_packages("bitsandbytes") if nf4 else [])
 
 
 def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
@@ -1148,21 +1128,6 @@ def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
     return [f"{place}: {text}" for place in sorted(wrong)]
 
 
-def check_validation(config: Config, samples: Sequence[Sample]) -> list[str]:
-    """Problems of the validation settings (their pictures: find_samples)."""
-    wanted, names = config.validation, [ds.name for ds in config.data.dataset_configs]
-    problems = [
-        f"validation.eval_dataset_id: wanted one data set '{name}'{nearest(name, names)}"
-        for name in wanted.eval_dataset_id
-        if names.count(name) != 1
-    ]
-    something = wanted.samples or any(sample.held_out for sample in samples)
-    if wanted.steps and samples and not something:
-        text = "nothing to draw; name holdout, holdout_ratio, eval_dataset_id or samples"
-        problems.append(f"validation.steps: {text}")
-    return problems
-
-
 # differs: each script audits its own config
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads, one line each."""
@@ -1176,17 +1141,17 @@ def audit(config: Config) -> list[str]:
         devices["cache.text_encoder_device"] = cache.text_encoder_device
         places["cache.cache_dir"] = cache.cache_dir
     for name, device in devices.items():
-        problems += check_device(name, device)
+        problems += utils.check_device(name, device)
     for name, folder in places.items():
         problems += utils.check_writable(name, folder)
-    problems += check_packages(*([] if tracker in ("none", "all") else [tracker]))
+    problems += utils.check_packages(*([] if tracker in ("none", "all") else [tracker]))
     if model.lora.pretrained_weight and not model.lora.pretrained_weight.is_file():
         problems.append(f"model.lora.pretrained_weight: no file {model.lora.pretrained_weight}")
     flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
     if flavour and not flavour.vision_area:
         wrong += check_2508(config, data.samples)
-    return problems + wrong + check_validation(config, data.samples)
+    return problems + wrong
 
 
 # --- 6. geometry, encoding and cache --------------------------------------------------------------
@@ -1301,7 +1266,7 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
 def cover_box(
     aspect: float, wanted: float, scale: float = 1.0, x: float = 0.5, y: float = 0.5
 ) -> tuple[float, ...]:
-    """Crop to aspect `wanted`, `scale` of the largest at x, y -> left, top, right, bottom (0..1)."""
+    """Crop to aspect `wanted`, `scale` of the largest at x, y -> (left, top, right, bottom)."""
     width, height = min(1.0, wanted / aspect) * scale, min(1.0, aspect / wanted) * scale
     left, top = x * (1 - width), y * (1 - height)
     return tuple(round(side, 6) for side in (left, top, left + width, top + height))
@@ -1485,19 +1450,6 @@ def load_picture(picture: Picture) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if picture.flip else image
 
 
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """RGB -> (1, 3, H, W) fp32 in [-1, 1]."""
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = data.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255.0
-    return (2.0 * pixels - 1.0)[None]
-
-
-def to_image(pixels: torch.Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB."""
-    data = (pixels * 0.5 + 0.5).clamp(0, 1).float() * 255
-    return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
 def region_map(pictures: Sequence[Picture]) -> torch.Tensor:
     """Mask, or two pictures -> (1, 1, h, w) fp32 in [0, 1]: mean per latent, or mean change."""
     images = [np.asarray(load_picture(picture), np.float32) / 255 for picture in pictures]
@@ -1636,21 +1588,6 @@ class ModelConfig(Section):
             "blocks_to_swap: not with nf4-bnb": swap and nf4,
             "blocks_to_swap or several devices, not both": swap and len(self.devices) > 1,
         }
-
-
-def check_device(name: str, value: str | None) -> list[str]:
-    """Problems of a device setting on this machine; None is the default device."""
-    try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:
-        return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
-    return []
-
-
-def check_packages(*names: str) -> list[str]:
-    """Problems of packages that the settings need and that are not installed."""
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]
-    return [f"{name} is not installed: pip install {name}" for name in lacking]
 
 
 QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
@@ -2004,63 +1941,26 @@ def token_grid(latents: torch.Tensor) -> tuple[int, int, int]:
 
 
 def predict_velocity(
-    transformer: Any,
-    noisy: torch.Tensor,
-    references: Sequence[torch.Tensor],
-    embeds: torch.Tensor,
-    mask: torch.Tensor | None,
-    sigma: torch.Tensor,
+    transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, batch: dict[str, Any]
 ) -> torch.Tensor:
-    """Velocity of the target, shape of `noisy`.
+    """Velocity of the target at (noisy, sigma (B,)), shape of `noisy`, (B, 16, 1, h, w).
 
-    noisy (B, 16, 1, h, w); references K x (B, 16, 1, hk, wk), never noised; embeds (B, T, D);
-    mask (B, T) or None; sigma (B,).
+    Of the batch: control_latent K x (B, 16, 1, hk, wk), never noised; prompt_embed (B, T, D), whose
+    dtype all get; prompt_embeds_mask (B, T) or None.
     """
-    pictures = [noisy, *references]
+    pictures = [noisy, *batch["control_latent"]]
     tokens = torch.cat([pack_latents(p) for p in pictures], dim=1)  # (B, S + sum Sk, 64)
     velocity = transformer(
-        hidden_states=tokens,
+        hidden_states=tokens.to(batch["prompt_embed"].dtype),
         timestep=sigma,
-        encoder_hidden_states=embeds,
-        encoder_hidden_states_mask=mask,  # KEEP: None when nothing is padded (flash attention)
+        encoder_hidden_states=batch["prompt_embed"],
+        # KEEP: None when nothing is padded (flash attention)
+        encoder_hidden_states_mask=batch.get("prompt_embeds_mask"),
         # KEEP: RoPE takes the shapes of sample 0 for all, so a batch has one shape
         img_shapes=[[token_grid(p) for p in pictures]] * len(noisy),
         return_dict=False,
     )[0]
     return unpack_latents(velocity[:, : math.prod(token_grid(noisy))], noisy)
-
-
-@torch.no_grad()
-def denoise(
-    transformer: Any,
-    scheduler: Any,
-    noise: torch.Tensor,
-    references: Sequence[torch.Tensor],
-    embeds: torch.Tensor,
-    steps: int,
-    negative_embeds: torch.Tensor | None = None,
-    true_cfg_scale: float = 1.0,
-) -> torch.Tensor:
-    """Euler from noise (1, 16, 1, h, w) to latents, step for step what the pipelines do.
-
-    `scheduler` is a copy of its own; guidance is rescaled to the norm of the positive prediction.
-    """
-    mu = model_mu(scheduler.config, math.prod(token_grid(noise)))
-    sigmas = np.linspace(1.0, 1 / steps, steps)
-    scheduler.set_timesteps(sigmas=sigmas, device=noise.device, mu=mu)
-    scheduler.set_begin_index(0)
-    latents = noise
-    for t in scheduler.timesteps:
-        sigma = t.expand(len(latents)).to(latents.dtype) / 1000
-        velocity = predict_velocity(transformer, latents, references, embeds, None, sigma)
-        if negative_embeds is not None:
-            other = predict_velocity(transformer, latents, references, negative_embeds, None, sigma)
-            positive, negative = pack_latents(velocity), pack_latents(other)
-            guided = negative + true_cfg_scale * (positive - negative)  # (1, S, 64)
-            norms = [torch.norm(v, dim=-1, keepdim=True) for v in (positive, guided)]
-            velocity = unpack_latents(guided * (norms[0] / norms[1]), latents)
-        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    return latents
 
 
 def prompt_jobs(example: Example, how: SamplingConfig) -> list[Job]:
@@ -2071,23 +1971,43 @@ def prompt_jobs(example: Example, how: SamplingConfig) -> list[Job]:
     return [prompt, prompt._replace(caption=how.negative_prompt)]
 
 
+@torch.no_grad()
 def draw_edit(
     trainer: Trainer, example: Example, how: SamplingConfig, encode: Callable[[Job], torch.Tensor]
 ) -> Image.Image:
-    """Draw an example: the pixels of the diffusers pipelines. encode(job): what the cache has."""
+    """Draw an example, step for step as the diffusers pipelines; encode(job): what the cache has.
+
+    Guidance is rescaled to the norm of the positive prediction.
+    """
     transformer, (width, height) = trainer.bare_transformer(), example.pictures["pixel"][0].size
-    device, shape = transformer.device, (1, 16, 1, height // 8, width // 8)
+    device, shape, steps = (
+        transformer.device,
+        (1, 16, 1, height // 8, width // 8),
+        how.num_inference_steps,
+    )
     embeds = [encode(job)[None].to(device) for job in prompt_jobs(example, how)]
-    references = [encode(job)[None].to(embeds[0]) for job in jobs_of(example)["control_latent"]]
     dtype, generator = embeds[0].dtype, torch.Generator().manual_seed(how.seed)
-    noise = torch.randn(shape, generator=generator, dtype=dtype).to(device)
+    controls = [encode(job)[None].to(device, dtype) for job in jobs_of(example)["control_latent"]]
+    batches = [{"prompt_embed": each, "control_latent": controls} for each in embeds]
+    latents = torch.randn(shape, generator=generator, dtype=dtype).to(device)
+    # a copy: set_timesteps() changes it
     scheduler = type(trainer.scheduler).from_config(trainer.scheduler.config)
-    negative = embeds[1] if len(embeds) > 1 else None
+    mu = model_mu(scheduler.config, math.prod(token_grid(latents)))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=mu)
+    scheduler.set_begin_index(0)
     # fp32 LoRA on a bf16 base: as in training
     mixed = bool(getattr(transformer, "peft_config", None)) and dtype != torch.float32
     with torch.autocast(device.type, dtype, enabled=mixed):
-        start = transformer, scheduler, noise, references, embeds[0]
-        latents = denoise(*start, how.num_inference_steps, negative, how.true_cfg_scale)
+        for t in scheduler.timesteps:
+            sigma = t.expand(1).to(dtype) / 1000
+            velocities = [predict_velocity(transformer, latents, sigma, b) for b in batches]
+            velocity, *negative = map(pack_latents, velocities)  # (1, S, 64)
+            if negative:
+                guided = negative[0] + how.true_cfg_scale * (velocity - negative[0])
+                norms = [torch.norm(v, dim=-1, keepdim=True) for v in (velocity, guided)]
+                velocity = guided * (norms[0] / norms[1])
+            velocity = unpack_latents(velocity, latents)
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     return Image.fromarray(trainer.decode_vae_latent(latents)[0])
 
 
@@ -2477,9 +2397,12 @@ class QwenImageEditTrainer:
     @torch.no_grad()
     def encode_image_embedding(self, image: Any, device: Any = None) -> torch.Tensor:
         """Picture (sides a multiple of 16 px) -> normalised posterior mode (1, 16, 1, h, w)."""
+        from diffusers.image_processor import VaeImageProcessor
+
         self.load_model(["vae"])
         self.vae.to(device or self.device)
-        pixels = to_pixels(as_image(image)).to(self.vae.device, self.vae.dtype).unsqueeze(2)
+        [pixels] = VaeImageProcessor(do_resize=False).preprocess(as_image(image))  # (3, H, W)
+        pixels = pixels[None, :, None].to(self.vae.device, self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode()
         mean, std = vae_statistics(self.vae, latents)
         return (latents - mean) / std
@@ -2508,12 +2431,14 @@ class QwenImageEditTrainer:
     @torch.no_grad()
     def decode_vae_latent(self, latents: torch.Tensor) -> np.ndarray:
         """Normalised latents (B, 16, 1, h, w) -> pictures (B, H, W, 3) uint8."""
+        from diffusers.image_processor import VaeImageProcessor
+
         self.load_model(["vae"])
         latents = latents.to(self.vae.device, self.vae.dtype)
         mean, std = vae_statistics(self.vae, latents)
         # KEEP: divided by 1/std as the pipeline does; times std differs in the last bit
         pixels = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-        return np.stack([np.asarray(to_image(each)) for each in pixels])
+        return np.stack([np.asarray(image) for image in VaeImageProcessor().postprocess(pixels)])
 
     def encode(self, job: Job, vae: Any = None, text_encoder: Any = None) -> torch.Tensor:
         """Return what the cache holds: latent (16, 1, h, w), prompt (T, D), region (1, 1, h, w)."""
@@ -2747,9 +2672,10 @@ class QwenImageEditTrainer:
             chance = self._loader_chance("noise")
             batch["noise"] = normal(batch["pixel_latent"].shape, *chance).to(self.device)
             self.drawn += 1
+        embeds = batch["prompt_embed"].to(self.weight_dtype)
         if "zeroed" in batch:  # caption_dropout_mode: zero
-            embeds = batch["prompt_embed"]
-            batch["prompt_embed"] = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
+            embeds = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
+        batch["prompt_embed"] = embeds
         loss = self._compute_loss(batch)
         return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()
 
@@ -2767,16 +2693,6 @@ class QwenImageEditTrainer:
         pictures = ("examples", "image", "control")
         tensors = {name: value for name, value in batch.items() if name not in pictures}
         return send_to_device(tensors, self.device, non_blocking=True)
-
-    def velocity(
-        self, batch: dict[str, Any], noisy: torch.Tensor, sigma: torch.Tensor, transformer: Any
-    ) -> torch.Tensor:
-        """What the transformer predicts for a batch at (noisy, sigma (B,))."""
-        dtype = self.weight_dtype
-        references = [latents.to(dtype) for latents in batch["control_latent"]]
-        embeds, mask = batch["prompt_embed"].to(dtype), batch.get("prompt_embeds_mask")
-        with self.accelerator.autocast():
-            return predict_velocity(transformer, noisy.to(dtype), references, embeds, mask, sigma)
 
     def step_plan(self, first_step: int = 0) -> StepPlan:
         """Return which samples meet in which step, for this process."""
@@ -3066,8 +2982,19 @@ class Config(Section):
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
         swap, again = self.model.blocks_to_swap, self.train.gradient_checkpointing
-        text = "without it the backward pass holds every block"
-        return {f"blocks_to_swap needs train.gradient_checkpointing: {text}": swap and not again}
+        datasets, wanted = self.data.dataset_configs, self.validation
+        names = [ds.name for ds in datasets]
+        something = any(ds.holdout or ds.holdout_ratio for ds in datasets)
+        something = something or bool(wanted.samples or wanted.eval_dataset_id)
+        problems: dict[str, Any] = {
+            f"validation.eval_dataset_id: wanted one data set '{n}'{nearest(n, names)}": True
+            for n in wanted.eval_dataset_id
+            if names.count(n) != 1
+        }
+        text = "nothing to draw; name holdout, holdout_ratio, eval_dataset_id or samples"
+        problems[f"validation.steps: {text}"] = datasets and wanted.steps and not something
+        text = "needs train.gradient_checkpointing, or the backward pass holds every block"
+        return problems | {f"model.blocks_to_swap: {text}": swap and not again}
 
 
 def main() -> None:
