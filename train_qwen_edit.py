@@ -75,22 +75,18 @@ class LossConfig(Section):
     """Error of the velocity: a name of LOSSES (mse, huber)."""
     huber_c: float = Field(0.1, gt=0)
     """Error above which huber counts linearly."""
-    mask: Literal["none", "file", "difference"] = "none"
-    """Weigh the loss by region: a mask file, or where the target differs from reference 1."""
+    mask: Literal["none", "file"] = "none"
+    """Weigh the loss by region, with a mask per sample."""
     foreground_weight: float = Field(2.0, ge=0)
     """Weight of the loss where the mask is white; divided by the mean weight."""
     background_weight: float = Field(1.0, ge=0)
     """Weight of the loss where the mask is black."""
-    difference_threshold: float = Field(0.1, gt=0, le=1)
-    """Mean change of a channel, 0 to 1, that counts as wholly changed."""
-    timestep_density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
-    """Density of sigma before the shift (mode: that of SD3)."""
+    timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Density of sigma before the shift."""
     logit_mean: float = 0.0
     """Mean of logit_normal; larger means noisier."""
     logit_std: float = Field(1.0, gt=0)
     """Standard deviation of logit_normal; larger means wider."""
-    mode_scale: float = 1.29
-    """Scale of mode; above 0 favours the middle."""
     timestep_shift: Literal["model"] | Annotated[float, Field(gt=0)] = "model"
     """Shift of sigma: as at inference ("model"), or s in s sigma / (1 + (s - 1) sigma)."""
 
@@ -136,26 +132,17 @@ def compute_loss(
     error = LOSSES[loss.loss_type](velocity.float(), noise - x0, loss)
     if "region" not in batch:
         return error.flatten(1).mean(1)
-    weight = region_weight(batch["region"], loss).expand_as(error).flatten(1)
+    black, white = loss.background_weight, loss.foreground_weight
+    weight = (black + (white - black) * batch["region"]).expand_as(error).flatten(1)
     # KEEP the minimum: a weight of 0 and an empty mask leave nothing to learn, not a NaN
     return (weight * error.flatten(1)).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
-def region_weight(level: torch.Tensor, loss: LossConfig) -> torch.Tensor:
-    """Weight per latent from the mask or the change of a region, (B, 1, 1, h, w) in [0, 1]."""
-    level = level / loss.difference_threshold if loss.mask == "difference" else level
-    black = torch.full_like(level, loss.background_weight)
-    return torch.lerp(black, torch.full_like(level, loss.foreground_weight), level.clamp(0, 1))
-
-
 def sample_sigma(loss: LossConfig, *parts: object) -> float:  # EDIT HERE: timestep density
-    """Draw a noise level in (0, 1), before the shift (Esser et al. 2024, SD3, section 3.1)."""
-    if loss.timestep_density == "logit_normal":
-        return torch.sigmoid(loss.logit_mean + loss.logit_std * normal((), *parts)).item()
-    u = uniform(*parts)
-    if loss.timestep_density == "mode":
-        u = 1 - u - loss.mode_scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
-    return min(max(u, 1e-4), 1 - 1e-4)
+    """Draw a noise level in (0, 1), before the shift, that belongs to the parts."""
+    if loss.timestep_density == "uniform":
+        return min(max(uniform(*parts), 1e-4), 1 - 1e-4)
+    return torch.sigmoid(loss.logit_mean + loss.logit_std * normal((), *parts)).item()
 
 
 def model_mu(scheduler_config: Any, tokens: int) -> float:
@@ -202,8 +189,6 @@ class TrainConfig(Section):
     """Keep a moving average of the adapter in fp32; saved beside it, under its own name."""
     ema_decay: float = Field(0.995, ge=0, lt=1)
     """Share of the moving average that stays per step; at step n at most (1 + n) / (10 + n)."""
-    ema_device: Literal["accelerator", "cpu"] = "accelerator"
-    """Where the moving average lives; cpu saves GPU memory and waits at every step."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """Of the frozen base; LoRA, loss and optimizer are fp32. (fp16 would overflow.)"""
     gradient_checkpointing: bool = True
@@ -304,11 +289,10 @@ def log_steps(
     step, names = trainer.global_step, list(steps[0][1])
     if len(bad := (~losses.isfinite().all(1)).nonzero()):
         first = int(bad[0])
-        kept = ["the start", *(folder.name for folder in trainer.checkpoints.folders())]
         raise UserError(
             f"step {step - len(steps) + first + 1}: {', '.join(names)} = {losses[first].tolist()}; "
-            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. Nothing was "
-            f"saved since {kept[-1]}; lower the learning rate or look at those files"
+            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. It was not saved; "
+            "lower the learning rate or look at those files"
         )
     means = dict(zip(names, losses.mean(0).tolist(), strict=True))
     pace = (time.monotonic() - clock) / len(steps)  # the GPU is done with them
@@ -316,8 +300,7 @@ def log_steps(
     run_log.values(step, means | more)
     if trainer.accelerator.is_main_process:
         figures = " ".join(f"{name} {value:.4g}" for name, value in {**means, **more}.items())
-        left = datetime.timedelta(seconds=round(pace * (trainer.total_steps() - step)))
-        tqdm.write(f"step {step}/{trainer.total_steps()} {figures} eta {left}")
+        tqdm.write(f"step {step}/{trainer.total_steps()} {figures}")
 
 
 # --- 3. adapter -----------------------------------------------------------------------------------
@@ -525,18 +508,14 @@ def effective_lr(optimizer: Any) -> float:
 class MovingAverage:
     """Exponential moving average of parameters, fp32 whatever they are trained in."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], train: TrainConfig) -> None:
-        self.parameters, self.decay = parameters, train.ema_decay
-        cpu = train.ema_device == "cpu"
-        self.averages = [
-            p.detach().to("cpu" if cpu else p.device, torch.float32, copy=True) for p in parameters
-        ]
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.averages = [p.detach().to(torch.float32, copy=True) for p in parameters]
 
     def update(self, step: int) -> None:
         """Move the averages by 1 - d of the way, d = min(decay, (1 + step) / (10 + step))."""
-        pairs = zip(self.parameters, self.averages, strict=True)
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(self.averages, [p.detach().to(a) for p, a in pairs], None)
+        get_ema_multi_avg_fn(decay)(self.averages, [p.detach() for p in self.parameters], None)
 
 
 @torch.no_grad()
@@ -1006,16 +985,15 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
 
 def check_frames(data: PairData) -> list[str]:
     """Problems of pictures that must show the same frame as their target."""
-    kind, wrong = data.config.loss.mask, set()
+    wrong = set()
     for number, sample in enumerate(data.samples):
         strict = data.dataset(Draw(0, number)).conditioning_type == "reference_strict"
         for variant in sample.variants:
-            aligned = [variant.mask] if kind == "file" and variant.mask else []
-            references = [reference.path for reference in variant.references]
-            aligned += references if strict else references[:1] if kind == "difference" else []
+            aligned = [r.path for r in variant.references] if strict else []
+            aligned += [variant.mask] if variant.mask else []
             aspect = data.index.aspect(variant.target)
             wrong |= {path for path in aligned if not aligns(data.index.aspect(path), aspect)}
-    text = "another aspect than its target, but loss.mask or reference_strict wants one frame"
+    text = "another aspect than its target; masks and reference_strict want one frame"
     return [f"{path}: {text}" for path in sorted(wrong)]
 
 
@@ -1200,8 +1178,8 @@ class Example(NamedTuple):
     """What a Draw resolves to: pictures by kind.
 
     pixel (the target), control (references), start (what is noised instead of the target), vision
-    (for the text encoder), region (a mask, or the two pictures whose difference it is). All but the
-    last two go through the VAE and come into the batch as <kind>_latent.
+    (for the text encoder), region (a mask). All but the last two go through the VAE and come into
+    the batch as <kind>_latent.
     """
 
     name: str
@@ -1360,9 +1338,6 @@ class PairData(torch.utils.data.Dataset):
             pictures["start"] = [frame.on_target(whole(variant.start))]
         if config.loss.mask == "file" and variant.mask:
             pictures["region"] = [frame.on_target(whole(variant.mask))]
-        elif config.loss.mask == "difference" and variant.references:
-            before = frame.on_target(whole(variant.references[0].path))
-            pictures["region"] = [before, *pictures["pixel"]]
         empty = draw.dropped and config.data.caption_dropout_mode == "empty"
         pictures = {kind: tuple(each) for kind, each in pictures.items()}
         return Example(sample.name, "" if empty else variant.caption, pictures)
@@ -1450,12 +1425,11 @@ def load_picture(picture: Picture) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if picture.flip else image
 
 
-def region_map(pictures: Sequence[Picture]) -> torch.Tensor:
-    """Mask, or two pictures -> (1, 1, h, w) fp32 in [0, 1]: mean per latent, or mean change."""
-    images = [np.asarray(load_picture(picture), np.float32) / 255 for picture in pictures]
-    level: Any = images[0] if len(images) == 1 else np.abs(images[1] - images[0])
-    height, width = level.shape[:2]
-    level = torch.from_numpy(level.mean(-1)).view(1, 1, height // 8, 8, width // 8, 8)
+def region_map(mask: Picture) -> torch.Tensor:
+    """Mask -> (1, 1, h, w) fp32 in [0, 1], the mean of each latent's pixels."""
+    level: Any = (np.asarray(load_picture(mask), np.float32) / 255).mean(-1)
+    height, width = level.shape
+    level = torch.from_numpy(level).view(1, 1, height // 8, 8, width // 8, 8)
     return level.mean((3, 5))
 
 
@@ -1684,10 +1658,7 @@ def unpack_without_compiler() -> None:
             extension._lib = extension._lib or SimpleNamespace(unpack=unpack)
 
 
-Places = dict[str, tuple[torch.device, torch.device]]
-
-
-def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> Places:
+def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> dict[str, Any]:
     """{block or embedder: (where its weights live, where it computes)}.
 
     Blocks are spread over `devices` in runs of equal length; `swap` of them, evenly spread so that
@@ -1727,7 +1698,7 @@ def load_transformer(
     return model
 
 
-def connect(transformer: Any, places: Places) -> None:
+def connect(transformer: Any, places: dict[str, Any]) -> None:
     """Add hooks that carry activations between devices, or weights between CPU and device."""
     from accelerate.utils import send_to_device
 
@@ -1863,15 +1834,11 @@ class BlockSwap:
 
 
 def place_adapter(transformer: Any) -> None:
-    """The adapter of a swapped block lives on the device, always."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    """Put the adapters of swapped blocks on the device, where they stay."""
     swap: Any = getattr(transformer, "block_swap", None)
-    for number in swap.numbers if swap else ():
-        for layer in transformer.transformer_blocks[number].modules():
-            if isinstance(layer, BaseTunerLayer):
-                for name in layer.adapter_layer_names:
-                    getattr(layer, name).to(swap.device)
+    for name, parameter in transformer.named_parameters():
+        if swap and re.search(r"\.lo(ra|kr)_", name):
+            parameter.data = parameter.data.to(swap.device)
 
 
 # --- 8. sampling and validation -------------------------------------------------------------------
@@ -2209,9 +2176,6 @@ class StepPlan:
                 batches.append([draw])
         return batches
 
-    def __len__(self) -> int:
-        return max(0, self.steps - self.first_step)
-
 
 def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
     """Vision references that survive dropout (at least vision_min of them); None: all."""
@@ -2268,12 +2232,9 @@ class QwenImageEditTrainer:
     @property
     def device(self) -> torch.device:
         """Return the training device; of several the first."""
-        from accelerate import PartialState
-
-        if self.config.model.devices:
-            return torch.device(self.config.model.devices[0])
-        state = self.accelerator or PartialState(cpu=not torch.accelerator.is_available())
-        return state.device
+        self.setup_accelerator()
+        first = self.config.model.devices[:1]
+        return torch.device(first[0]) if first else self.accelerator.device
 
     @property
     def cache_exist(self) -> bool:
@@ -2443,7 +2404,7 @@ class QwenImageEditTrainer:
     def encode(self, job: Job, vae: Any = None, text_encoder: Any = None) -> torch.Tensor:
         """Return what the cache holds: latent (16, 1, h, w), prompt (T, D), region (1, 1, h, w)."""
         if job.kind == "region":
-            return region_map(job.pictures)
+            return region_map(job.pictures[0])
         cache, images = self.config.cache, [load_picture(picture) for picture in job.pictures]
         if job.kind == "latent":
             return self.encode_image_embedding(images[0], vae or cache.vae_encoder_device)[0].cpu()
@@ -2648,7 +2609,7 @@ class QwenImageEditTrainer:
         steps = self.total_steps()
         self.lr_scheduler = make_schedule(config.lr_scheduler, self.optimizer, steps)
         if config.train.use_ema:
-            self.ema = MovingAverage(self.trainable(), config.train)
+            self.ema = MovingAverage(self.trainable(), config.train.ema_decay)
 
     def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Mean loss of a batch: of cached tensors, or of pictures and prompts."""
@@ -2862,13 +2823,12 @@ def as_image(value: Any) -> Image.Image:
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
     """Pass after pass over a loader. Raises UserError when a pass yields nothing."""
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
+    number = 1
+    while number:
+        number = 0
+        for number, batch in enumerate(loader, 1):  # noqa: B007
             yield batch
-        if empty:
-            raise UserError("the data loader has no more batches: give one that starts again")
+    raise UserError("the data loader has no more batches: give one that starts again")
 
 
 def batch_size(batch: dict[str, Any]) -> int:
@@ -2878,7 +2838,7 @@ def batch_size(batch: dict[str, Any]) -> int:
 
 FREE_TO_CHANGE = (  # settings that may differ between a checkpoint and the run that continues it
     r"train\.(max_train_steps|num_epochs|checkpointing_steps|checkpoints_total_limit"
-    r"|resume_from_checkpoint|gradient_checkpointing|gradient_accumulation_steps|ema_device)"
+    r"|resume_from_checkpoint|gradient_checkpointing|gradient_accumulation_steps)"
     r"|data\.(batch_size|num_workers)|data\.dataset_configs\.\d+\.(train_data_dir|recreate_cache)"
     r"|model\.(devices.*|blocks_to_swap)"
 )

@@ -29,6 +29,9 @@ GONE = {  # names that users may expect: what to do instead
     "from_image_mode": "from_image always leads to the target (bridge)",
     "step_rules": "take another lr_scheduler.scheduler_type",
     "max_tokens_per_batch": "batches have one shape; set data.batch_size",
+    "ema_device": "the average lies beside the adapter",
+    "mode_scale": "logit_normal or uniform; sample_sigma() is the place for another density",
+    "difference_threshold": "loss.mask: file, with masks of your own",
     "exclude_blocks": "target_modules takes a regular expression",
 }
 
