@@ -206,9 +206,7 @@ class LoggingConfig(Section):
     """Trackers beside metrics.jsonl, which is always written."""
 
 
-def train_step(
-    trainer: Trainer, batches: list[dict[str, Any]]
-) -> tuple[list[str], dict[str, torch.Tensor]]:
+def train_step(trainer: Trainer, batches: list[Any]) -> tuple[list[str], dict[str, Any]]:
     """Take one optimizer step over micro-batches; return the names of the samples, the losses."""
     if "error" in batches[0]:
         raise UserError(f"{batches[0]['error']}. Repair: cache_embeddings.py --verify")
@@ -234,9 +232,7 @@ def train_step(
     return names, {"loss": loss, "grad_norm": norm}
 
 
-def train_loop(
-    trainer: Trainer, loader: Iterable[Any], run_log: RunLog, stop: utils.StopSignal
-) -> bool:
+def train_loop(trainer: Trainer, loader: Any, run_log: RunLog, stop: utils.StopSignal) -> bool:
     """Train up to total_steps(); return whether a signal ended it early."""
     config, accelerator, total = trainer.config, trainer.accelerator, trainer.total_steps()
     every, saves = config.logging.log_every, config.train.checkpointing_steps
@@ -272,13 +268,7 @@ def train_loop(
     return stopped
 
 
-def log_steps(
-    trainer: Any,
-    run_log: RunLog,
-    steps: Sequence[tuple[Sequence[str], dict[str, torch.Tensor]]],
-    clock: float,
-    **more: float,
-) -> None:
+def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: float) -> None:
     """Log the mean of each loss over these steps and all processes; waits for the GPU.
 
     steps: (names of the samples, losses) of each; clock: time.monotonic() at the first one's start;
@@ -291,8 +281,8 @@ def log_steps(
         first = int(bad[0])
         raise UserError(
             f"step {step - len(steps) + first + 1}: {', '.join(names)} = {losses[first].tolist()}; "
-            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. It was not saved; "
-            "lower the learning rate or look at those files"
+            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. Nothing of it "
+            "was saved; lower the learning rate or look at those files"
         )
     means = dict(zip(names, losses.mean(0).tolist(), strict=True))
     pace = (time.monotonic() - clock) / len(steps)  # the GPU is done with them
@@ -474,8 +464,8 @@ def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Para
     """What the config names. Raises UserError: no such class, or arguments it does not take."""
     module, _, name = settings.class_path.rpartition(".")
     try:
-        optimizer_class = getattr(importlib.import_module(module), name)
-        return optimizer_class(parameters, **{"lr": 1e-4, **settings.init_args})
+        arguments = {"lr": 1e-4, **settings.init_args}
+        return getattr(importlib.import_module(module), name)(parameters, **arguments)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         where = f"optimizer {settings.class_path} with {settings.init_args}"
         missing = f"; pip install {module.split('.')[0]}?" if isinstance(error, ImportError) else ""
@@ -744,24 +734,12 @@ class Row(NamedTuple):
 
 def links(ds: DatasetConfig) -> Iterator[tuple[str, str, str]]:
     """Yield (place, kind, name) of every name by which one config of a data set means another."""
-    found: list[tuple[str, str, str | None]] = []
-    for name, [target] in ds.target_configs.items():
-        found.append((f"target_configs.{name}.0.image", "image", target.image))
-        found.append((f"target_configs.{name}.0.from_image", "image", target.from_image))
-    for name, references in ds.reference_configs.items():
-        for i, reference in enumerate(references):
-            found.append((f"reference_configs.{name}.{i}.image", "image", reference.image))
-    for name, caption in ds.caption_configs.items():
-        found.append((f"caption_configs.{name}.image", "image", caption.image))
-        if shown := caption.reference_list:
-            place = f"caption_configs.{name}.reference_list.reference_config"
-            found.append((place, "reference", shown.reference_config))
-    for i, batch in enumerate(ds.batch_configs):
-        for kind in ("target", "caption", "reference"):
-            name = getattr(batch, f"{kind}_config")
-            found.append((f"batch_configs.{i}.{kind}_config", kind, name))
-        found.append((f"batch_configs.{i}.mask", "image", batch.mask))
-    yield from ((place, kind, name) for place, kind, name in found if name)
+    kinds = dict.fromkeys(("image", "from_image", "mask"), "image")
+    kinds |= {f"{kind}_config": kind for kind in ("target", "reference", "caption")}
+    for place, name in flat_settings(ds.model_dump()).items():
+        kind = kinds.get(place.rpartition(".")[2])
+        if kind and name:
+            yield place, kind, name
 
 
 def used_roles(ds: DatasetConfig) -> list[str]:
@@ -776,12 +754,6 @@ def used_roles(ds: DatasetConfig) -> list[str]:
     return sorted(roles)
 
 
-def role_of(stem: str, suffixes: Iterable[str]) -> str | None:
-    """The longest suffix that `stem` ends with ("" only if no other fits); None if none fits."""
-    fits = [s for s in suffixes if stem.endswith(s) and Path(stem).name != s]
-    return max(fits, key=len) if fits else None
-
-
 def one_file(files: Sequence[Path], problems: list[str]) -> Path:
     """Return the file of a stem; that there are several is a problem."""
     if len(files) > 1:
@@ -793,12 +765,14 @@ def group_by_suffix(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
     """Suffix layout (a_T.png a_R.png a_T.txt); roles are the names of image_configs."""
     rows: dict[str, Row] = {}
     problems: list[str] = []
+    longest_first = sorted((c.suffix for c in ds.image_configs.values()), key=len, reverse=True)
     for stem, files in utils.list_images(ds.train_data_dir).items():
-        suffix = role_of(stem, {config.suffix for config in ds.image_configs.values()})
-        if suffix is not None:
-            row = rows.setdefault(stem[: len(stem) - len(suffix)], Row({}))
-            roles = [role for role, c in ds.image_configs.items() if c.suffix == suffix]
-            row.files.update(dict.fromkeys(roles, one_file(files, problems)))
+        for suffix in longest_first:
+            if stem.endswith(suffix) and Path(stem).name != suffix:
+                row = rows.setdefault(stem[: len(stem) - len(suffix)], Row({}))
+                roles = [role for role, c in ds.image_configs.items() if c.suffix == suffix]
+                row.files.update(dict.fromkeys(roles, one_file(files, problems)))
+                break
     return rows, problems
 
 
@@ -876,8 +850,6 @@ def read_captions(path: Path, lines: bool) -> list[str]:
     """The captions of a file: its lines, or the whole text as one. Raises ValueError."""
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        raise ValueError(f"caption {path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"caption {path} cannot be read: {error}") from error
     if not text:
@@ -1047,19 +1019,13 @@ PUBLISHED = {  # so that a plan and an audit need no network
 }
 
 
-def transformer_settings(name_or_path: str) -> dict[str, Any]:
-    """transformer/config.json; of the published models what differs from diffusers' defaults."""
-    if name_or_path in PUBLISHED:
-        return {"zero_cond_t": PUBLISHED[name_or_path].name == "edit-v3"}
-    return utils.read_model_json(name_or_path, "transformer/config.json")
-
-
 def detect_flavour(name_or_path: str) -> Flavour:
     """2508, 2509 or 2511, from model_index.json and transformer/config.json. Raises UserError."""
     if name_or_path in PUBLISHED:
         return PUBLISHED[name_or_path]
     kind = utils.read_model_json(name_or_path, "model_index.json").get("_class_name")
-    conditioned = bool(transformer_settings(name_or_path).get("zero_cond_t"))
+    settings = utils.read_model_json(name_or_path, "transformer/config.json")
+    conditioned = bool(settings.get("zero_cond_t"))
     for flavour in PUBLISHED.values():
         if flavour.pipeline_class == kind and conditioned == (flavour.name == "edit-v3"):
             return flavour
@@ -1070,13 +1036,16 @@ def detect_flavour(name_or_path: str) -> Flavour:
 def check_model(config: Config, precision: str) -> list[str]:
     """Problems of the model and of its settings that need no weights; `precision` of the blocks."""
     model, lora, name = config.model, config.model.lora, config.model.pretrained_model_name_or_path
+    settings: dict[str, Any] = {}
     try:
         detect_flavour(name)
-        n_blocks = transformer_settings(name).get("num_layers", 60)
+        if name not in PUBLISHED:
+            settings = utils.read_model_json(name, "transformer/config.json")
     except UserError as error:
         return [f"model.pretrained_model_name_or_path: {error}"]
     parts = ("scheduler", "tokenizer", "processor", "text_encoder", "vae", "transformer")
     lacking = [part for part in parts if Path(name).is_dir() and not (Path(name) / part).is_dir()]
+    n_blocks = settings.get("num_layers", 60)
     several, nf4 = os.environ.get("WORLD_SIZE", "1") != "1", precision == "nf4-bnb"
     # modulation is held by quanto in every quantised base, and PEFT has no DoRA for that
     quanto = precision.endswith("quanto") or (nf4 and lora.target_modules == "all-linear")
@@ -1086,6 +1055,8 @@ def check_model(config: Config, precision: str) -> list[str]:
         f"lora.method: no dora on layers in {precision}": lora.method == "dora" and quanto,
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,
+        "blocks_to_swap: not with nf4-bnb": model.blocks_to_swap and nf4,
+        "blocks_to_swap: not with several devices": model.blocks_to_swap and model.devices[1:],
     }
     problems = [f"model.{problem}" for problem, there in rules.items() if there]
     return problems + (utils.check_packages("bitsandbytes") if nf4 else [])
@@ -1093,15 +1064,14 @@ def check_model(config: Config, precision: str) -> list[str]:
 
 def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
     """Problems of data that 2508 cannot take: its prompt has a place for exactly one picture."""
-    wrong = set()
+    edits = enumerate(config.validation.samples)
+    wrong = {f"validation.samples.{i}" for i, edit in edits if len(edit.images) > 1}
     for sample in samples:
         for v in sample.variants:
             one_whole = len(v.references) == 1 and v.references[0].area is None
             fewer = v.vision_dropout and v.vision_min < 1
             if not one_whole or v.vision != v.references or fewer:
                 wrong.add(f"data.dataset_configs.{sample.dataset}")
-    for i, edit in enumerate(config.validation.samples):
-        wrong |= {f"validation.samples.{i}"} if len(edit.images) > 1 else set()
     text = "2508 takes one reference, which its encoder sees as the VAE does: no resize, no dropout"
     return [f"{place}: {text}" for place in sorted(wrong)]
 
@@ -1111,17 +1081,15 @@ def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads, one line each."""
     model, cache, tracker = config.model, config.cache, config.logging.report_to
     problems = check_model(config, model.base_model_precision)
+    problems += utils.check_writable("logging.output_dir", config.logging.output_dir)
     devices = {f"predict.devices.{part}": d for part, d in config.predict.devices.items()}
     devices |= {f"model.devices.{i}": device for i, device in enumerate(model.devices)}
-    places = {"logging.output_dir": config.logging.output_dir}
     if cache.use_cache:
         devices["cache.vae_encoder_device"] = cache.vae_encoder_device
         devices["cache.text_encoder_device"] = cache.text_encoder_device
-        places["cache.cache_dir"] = cache.cache_dir
+        problems += utils.check_writable("cache.cache_dir", cache.cache_dir)
     for name, device in devices.items():
         problems += utils.check_device(name, device)
-    for name, folder in places.items():
-        problems += utils.check_writable(name, folder)
     problems += utils.check_packages(*([] if tracker in ("none", "all") else [tracker]))
     if model.lora.pretrained_weight and not model.lora.pretrained_weight.is_file():
         problems.append(f"model.lora.pretrained_weight: no file {model.lora.pretrained_weight}")
@@ -1481,15 +1449,13 @@ def load_processor(folder: Path) -> Any:
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB.
-
-    KEEP every 4 MB: a LoRA merged into some layers leaves the other layers and the header alone.
-    """
+    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
         size = file.stat().st_size
         parts.append([file.name, size])
         with file.open("rb") as stream:
+            # KEEP every 4 MB: a LoRA merged into some layers leaves the others and the header alone
             for place in range(0, size, 2**16 if size < 2**26 else 2**22):
                 stream.seek(place)
                 parts.append(draw_key(stream.read(2**16)))
@@ -1554,14 +1520,6 @@ class ModelConfig(Section):
     blocks_to_swap: int = Field(0, ge=0)
     """Blocks that wait in CPU memory until they are needed; with gradient checkpointing."""
     lora: LoraConfig = LoraConfig()
-
-    def rules(self) -> dict[str, Any]:
-        """Return {problem: whether it is there}."""
-        swap, nf4 = self.blocks_to_swap, self.base_model_precision == "nf4-bnb"
-        return {
-            "blocks_to_swap: not with nf4-bnb": swap and nf4,
-            "blocks_to_swap or several devices, not both": swap and len(self.devices) > 1,
-        }
 
 
 QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
@@ -1661,8 +1619,7 @@ def unpack_without_compiler() -> None:
 def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> dict[str, Any]:
     """{block or embedder: (where its weights live, where it computes)}.
 
-    Blocks are spread over `devices` in runs of equal length; `swap` of them, evenly spread so that
-    there is time to copy, live in CPU memory.
+    Blocks are spread over `devices` in equal runs; `swap` of them, evenly, live on the CPU.
     """
     blocks, found = transformer.transformer_blocks, {}
     for name, part in transformer.named_children():
@@ -1704,13 +1661,9 @@ def connect(transformer: Any, places: dict[str, Any]) -> None:
 
     first, last = next(iter(places.values()))[1], places["proj_out"][1]
     parts = {name: transformer.get_submodule(name) for name in places}
-    swapped = {
-        int(name.rpartition(".")[2]): parts[name]
-        for name, (home, device) in places.items()
-        if home != device
-    }
-    if swapped:
-        transformer.block_swap = BlockSwap(swapped, first)
+    if swapped := [name for name, (home, device) in places.items() if home != device]:
+        blocks = {int(name.rpartition(".")[2]): parts[name] for name in swapped}
+        transformer.block_swap = BlockSwap(blocks, first)
         transformer.register_forward_pre_hook(lambda *_: transformer.block_swap.begin())
         return_freed_memory()  # pinned memory has taken its place
     if first == last:
@@ -2088,9 +2041,7 @@ def draw_edits(trainer: Trainer, examples: Sequence[Example]) -> list[Image.Imag
     return [image for _, image in sorted(gather_object(drawn), key=lambda pair: pair[0])]
 
 
-def edit_sheet(
-    examples: Sequence[Example], results: Sequence[Any], heads: list[str]
-) -> Image.Image:
+def edit_sheet(examples: Sequence[Example], results: Any, heads: list[str]) -> Image.Image:
     """Draw the references of each row, however many it has | its results, under `heads`."""
     most = max(len(example.pictures["control"]) for example in examples)
     rows = []
@@ -2167,13 +2118,13 @@ class StepPlan:
     def micro_batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
         """Cut into batches of one shape, at most batch_size each."""
         batches: list[list[Draw]] = []
+        filling: dict[object, list[Draw]] = {}
         for draw in draws:
-            shape = self.data.shape(draw)
-            alike = [batch for batch in batches if self.data.shape(batch[0]) == shape]
-            if alike and len(alike[-1]) < self.data.config.data.batch_size:
-                alike[-1].append(draw)
-            else:
-                batches.append([draw])
+            batch = filling.setdefault(self.data.shape(draw), [])
+            if len(batch) % self.data.config.data.batch_size == 0:
+                batch = filling[self.data.shape(draw)] = []
+                batches.append(batch)
+            batch.append(draw)
         return batches
 
 
@@ -2218,6 +2169,7 @@ class QwenImageEditTrainer:
         self.quantize = False  # true: fp8-quanto where the config says no_change
         self.loaded_as: Any = None  # precision and places of the transformer
         self.use_cache, self.cache_dir = config.cache.use_cache, config.cache.cache_dir
+        self.cache_exist = any(self.cache_dir.glob("??/??/*.safetensors"))
         bf16 = config.train.mixed_precision == "bf16"
         self.weight_dtype = torch.bfloat16 if bf16 else torch.float32
         self.flavour = detect_flavour(config.model.pretrained_model_name_or_path)
@@ -2227,19 +2179,12 @@ class QwenImageEditTrainer:
         self.base_pictures: list[Any] = []  # of the validation sheet, without the LoRA
         self.drawn = 0  # batches of this step, from a loader of the user's, that got noise here
 
-    # -- loading and devices
-
     @property
     def device(self) -> torch.device:
         """Return the training device; of several the first."""
         self.setup_accelerator()
         first = self.config.model.devices[:1]
         return torch.device(first[0]) if first else self.accelerator.device
-
-    @property
-    def cache_exist(self) -> bool:
-        """Return whether cache_dir holds any entry."""
-        return any(self.cache_dir.glob("??/??/*.safetensors"))
 
     @property
     def precision(self) -> str:
@@ -2263,8 +2208,9 @@ class QwenImageEditTrainer:
         how: dict[str, Any] = {"dtype": self.weight_dtype, "use_safetensors": True}
         if "scheduler" in parts and self.scheduler is None:
             kind: Any = diffusers.FlowMatchEulerDiscreteScheduler
-            folder = self.checkpoint("scheduler")
-            self.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+            self.scheduler = kind.from_pretrained(
+                self.checkpoint("scheduler"), subfolder="scheduler"
+            )
         if "vae" in parts and self.vae is None:
             kind = diffusers.AutoencoderKLQwenImage
             self.vae = kind.from_pretrained(self.checkpoint("vae"), subfolder="vae", **how)
@@ -2305,14 +2251,12 @@ class QwenImageEditTrainer:
             for name in names:
                 setattr(self, name, None)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def bare_transformer(self) -> Any:
         """Return the transformer without its distributed wrapper."""
-        if self.accelerator and self.transformer is not None:
-            return self.accelerator.unwrap_model(self.transformer)
-        return self.transformer
+        wrapped = self.accelerator and self.transformer is not None
+        return self.accelerator.unwrap_model(self.transformer) if wrapped else self.transformer
 
     def setup_accelerator(self) -> None:
         """Set up devices, precision, processes, trackers."""
@@ -2353,8 +2297,6 @@ class QwenImageEditTrainer:
             folder = self.checkpoint("vae", "text_encoder", "tokenizer", "processor")
             self.data.encoders = encoder_hashes(folder, self.flavour, self.weight_dtype)
 
-    # -- encoding
-
     @torch.no_grad()
     def encode_image_embedding(self, image: Any, device: Any = None) -> torch.Tensor:
         """Picture (sides a multiple of 16 px) -> normalised posterior mode (1, 16, 1, h, w)."""
@@ -2383,9 +2325,7 @@ class QwenImageEditTrainer:
         embeds, _ = encode(prompt=prompt, image=shown or None, device=place)
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
-    def _encode_empty_prompt(
-        self, image: Any, device: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_empty_prompt(self, image: Any, device: Any = None) -> tuple[Any, Any]:
         embeds, mask = self.encode_prompt_image_embedding("", image, device)
         return embeds[0], mask[0]  # (T, D), (T,)
 
@@ -2437,9 +2377,7 @@ class QwenImageEditTrainer:
             found.append(example)
         return found
 
-    def cache_step(
-        self, batch: dict[str, Any], vae_device: Any = None, text_device: Any = None
-    ) -> list[dict[str, Any]]:
+    def cache_step(self, batch: Any, vae_device: Any = None, text_device: Any = None) -> list[Any]:
         """Encode a batch of pictures and prompts, and keep that in the cache.
 
         Returns per sample: pixel_latent, control_latent (list), prompt_embed and empty_prompt_embed
@@ -2481,8 +2419,6 @@ class QwenImageEditTrainer:
         count = sum(len(self.cache_step(batch)) for batch in train_dataloader)
         self.unload("vae", "text_encoder")
         return count
-
-    # -- LoRA and quantisation
 
     def quantize_model(self, model: Any, device: Any = None) -> Any:
         """Quantise the blocks of a loaded transformer in place (no_change: to fp8), on `device`."""
@@ -2552,8 +2488,6 @@ class QwenImageEditTrainer:
         transformer.fuse_lora()
         transformer.unload_lora()
 
-    # -- inference
-
     def setup_predict(self) -> None:
         """Load everything onto predict.devices; takes the LoRA just trained, or the config's."""
         devices, start = self.config.predict.devices, self.config.model.lora.pretrained_weight
@@ -2585,8 +2519,6 @@ class QwenImageEditTrainer:
         """
         if self.transformer is None or self.vae is None or self.qwen_vl is None:
             raise UserError("call setup_predict() first")
-        if num_inference_steps < 2:
-            raise UserError("num_inference_steps: 2 or more (1 divides by zero in the scheduler)")
         images = prompt_image if isinstance(prompt_image, list | tuple) else [prompt_image]
         pictures = [whole_picture(image) for image in images]
         example = edit_example(self, pictures, prompt, (width, height))
@@ -2598,8 +2530,6 @@ class QwenImageEditTrainer:
         )
         places = {"vae": self.vae.device, "text_encoder": self.qwen_vl.device}
         return np.asarray(draw_edit(self, example, how, functools.partial(self.encode, **places)))
-
-    # -- training
 
     def configure_optimizers(self) -> None:
         """Make optimizer, learning rate schedule (counts optimizer steps) and moving average."""
@@ -2755,16 +2685,13 @@ class QwenImageEditTrainer:
         """Swap in the averaged weights (EMA, or schedule-free's) for previews and saving."""
         parameters = self.trainable()
         trained = [p.detach().clone() for p in parameters]
-        try:
-            if ema and self.ema:
-                copy_into(parameters, self.ema.averages)
-            else:
-                self.optimizer.eval()
-            yield
-        finally:
-            self.optimizer.train()
-            # KEEP: schedule-free's own way back is a lerp, right to rounding only
-            copy_into(parameters, trained)
+        self.optimizer.eval()
+        if ema and self.ema:
+            copy_into(parameters, self.ema.averages)
+        yield
+        self.optimizer.train()
+        # KEEP: schedule-free's own way back is a lerp, right to rounding only
+        copy_into(parameters, trained)
 
     def _save_adapters(self, folder: Path) -> None:
         with self.averaged():
@@ -2909,10 +2836,10 @@ def announce(trainer: Trainer, run_log: RunLog) -> None:
         f"{plan.steps_per_epoch} steps an epoch | steps {plan.first_step}..{plan.steps}"
     )
     if plan.first_step == 0 and trainer.accelerator.is_main_process:
-        draws = [draw for batch in next(iter(plan), []) for draw in batch][:8]
-        examples = [data.resolve(draw) for draw in draws]
+        draws = itertools.chain(*next(iter(plan), []))
+        examples = [data.resolve(draw) for draw in itertools.islice(draws, 8)]
         heads = {"start": "from", "region": "mask", "pixel": "target"}
-        shown = [k for k in heads if all(len(e.pictures.get(k, ())) == 1 for e in examples)]
+        shown = [kind for kind in heads if all(kind in e.pictures for e in examples)]
         rows = [[load_picture(e.pictures[kind][0]) for kind in shown] for e in examples]
         sheet = edit_sheet(examples, rows, [heads[kind] for kind in shown])
         run_log.picture("first_batch", sheet, 0)
@@ -2944,8 +2871,8 @@ class Config(Section):
         swap, again = self.model.blocks_to_swap, self.train.gradient_checkpointing
         datasets, wanted = self.data.dataset_configs, self.validation
         names = [ds.name for ds in datasets]
-        something = any(ds.holdout or ds.holdout_ratio for ds in datasets)
-        something = something or bool(wanted.samples or wanted.eval_dataset_id)
+        held_out = any(ds.holdout or ds.holdout_ratio for ds in datasets)
+        something = wanted.samples or wanted.eval_dataset_id or held_out
         problems: dict[str, Any] = {
             f"validation.eval_dataset_id: wanted one data set '{n}'{nearest(n, names)}": True
             for n in wanted.eval_dataset_id

@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-CACHE_FORMAT = 2  # raise it when entries change their meaning: every old one is then built again
+CACHE_FORMAT = 2  # raise it when entries change their meaning: old ones are then built again
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 log = logging.getLogger("utils")
@@ -196,7 +196,7 @@ def _explain(cls: type[Section], data: Any, error: Any) -> list[str]:
         if isinstance(data, dict) and part in data:
             place, data = [*place, str(part)], data[part]
     missing, text = error["type"] == "missing", error["msg"].removeprefix("Value error, ")
-    where = ".".join(place + [str(error["loc"][-1])] * missing) or "config"
+    where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing]) or "config"
     if error["type"] == "extra_forbidden":
         with contextlib.suppress(UserError):
             text = load_tool("settings").instead(cls, place[-1])
