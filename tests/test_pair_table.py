@@ -152,7 +152,7 @@ def test_tables_of_qwen_image_finetune(kind, tmp_path):
     "row",
     [
         {"image": "t.png", "prompt": "x", "edit_image": ["r.png", "s.png"]},  # DiffSynth-Studio
-        {
+        {  # musubi-tuner
             "image_path": "t.png",
             "caption": "x",
             "control_path_0": "r.png",
