@@ -402,7 +402,7 @@ data:
   batch_size: 2
 optimizer: {{class_path: bitsandbytes.optim.Adam8bit, init_args: {{lr: 2e-4, betas: [0.9, 0.99]}}}}
 lr_scheduler: {{scheduler_type: constant_with_warmup, warmup_steps: 10}}
-train: {{max_train_steps: 3000, num_epochs: 3, checkpointing_steps: 250, mixed_precision: "no"}}
+train: {{max_train_steps: 3000, num_epochs: 3, checkpointing_steps: 250, mixed_precision: no}}
 cache:
   vae_encoder_device: cuda:1
   cache_dir: ${{logging.output_dir}}

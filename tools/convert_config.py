@@ -163,7 +163,7 @@ def begin(tool: str, source: Settings, say: Say) -> tuple[Settings, Settings]:
     """Return (source with what it leaves out, which means what it means there; ours so far)."""
     table, source = tables()[tool], dict(source)
     given = {key for key, value in source.items() if value not in (None, "")}
-    if source.get("lr_scheduler") != "cosine_with_restarts" and table["cycles"] in given:
+    if source.get("lr_scheduler") != "cosine_with_restarts" and table.get("cycles") in given:
         say(table["cycles"], "counts with cosine_with_restarts alone -> left out")
         del source[table["cycles"]]
     for key in [key for key in table["missing"] if key not in given]:
