@@ -132,11 +132,11 @@ class FitConfig(Section):
     """The LoRA that is fitted to each of the two pictures; it is kept beside output."""
 
     fit_steps: int = Field(200, ge=1)
-    """Steps of AdamW."""
+    """Steps of AdamW on the LoRA that is fitted to each picture."""
     fit_rank: int = Field(16, ge=1)
-    """Rank of the LoRA."""
+    """Rank of the LoRA that is fitted to each picture."""
     fit_learning_rate: float = Field(2e-4, gt=0)
-    """Learning rate."""
+    """Learning rate of the LoRA that is fitted to each picture."""
 
 
 def fit_file(config: Config, end: int, size: tuple[int, int]) -> Path:
@@ -390,7 +390,7 @@ class Config(FramesConfig, FitConfig):
     resolution: int = Field(512, ge=64, multiple_of=64)
     """Side of the square whose area the frames have, px; the first picture's aspect is kept."""
     seed: int = 0
-    """Seed of the two LoRAs."""
+    """Seed of the LoRAs that are fitted; nothing else is drawn by chance."""
     html: bool = False
     """Also write page.html beside the sheet: a divider to drag, a slider over the frames."""
     device: str | None = None

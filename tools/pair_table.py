@@ -71,7 +71,7 @@ class ColumnsConfig(Section):
     """What the columns of a table or a Hub data set are called."""
 
     columns: dict[Literal["target", "references", "prompt", "mask", "name"], str] = {}
-    """Column names that are not in COLUMNS, e.g. --columns.target edited_image."""
+    """Columns by names that are not known here, e.g. --columns.target edited_image."""
 
 
 COLUMNS = {  # what other trainers call them; the first one that is filled counts
@@ -144,7 +144,7 @@ class TableConfig(Section):
     table: Path | None = None
     """Table to read; relative paths in it count from train_data_dir or from the table's folder."""
     train_data_dir: Path = Path()
-    """Folder that relative paths count from, those of target_dir and reference_dirs as well."""
+    """Folder that relative paths count from, also target_dir and reference_dirs."""
 
 
 def from_table(config: Config) -> Found:
