@@ -207,9 +207,8 @@ class Morph:
             dtype = torch.bfloat16
         images = [fit_photo(file, frame_size(sd, config)) for file in config.image]
         self.pixels = [sd.to_pixels(image).to(device) for image in images]
-        encoder = sd.load_part(folder, "text_encoder", dtype, device)
-        self.embeds = encoder(sd.tokenize(folder, config.said).to(device))[0].split(1)
-        del encoder
+        texts = sd.encode_prompts(folder, config.said, dtype, device)
+        self.embeds = [texts[prompt][1] for prompt in config.said]
         self.vae = sd.load_part(folder, "vae", dtype, device)
         self.latents = [sd.encode_sd(self.vae, x) for x in self.pixels]
         self.kept = [sd.decode_sd(self.vae, x) for x in self.latents]
@@ -228,7 +227,7 @@ class Morph:
         for end, name in enumerate(ENDS):
             file = fit_file(self.config, end, frame_size(self.sd, self.config))
             if not file.is_file():
-                self.sd.save_lora(file, fit_lora(self, end), {"photo": str(self.config.image[end])})
+                self.sd.save_lora(file, fit_lora(self, end), {"photo": self.config.image[end].name})
             self.sd.load_adapter({"unet": self.unet}, self.switch, name, file)
 
     def attach_attention(self) -> dict[str, EndsAttention]:
