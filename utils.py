@@ -196,13 +196,13 @@ def _explain(cls: type[Section], data: Any, error: Any) -> list[str]:
         if isinstance(data, dict) and part in data:
             place, data = [*place, str(part)], data[part]
     missing, text = error["type"] == "missing", error["msg"].removeprefix("Value error, ")
-    where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing]) or "config"
+    where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing])
     if error["type"] == "extra_forbidden":
         with contextlib.suppress(UserError):
             text = load_tool("settings").instead(cls, place[-1])
     elif not (missing or isinstance(error["input"], dict | Section)):
         text = "\n".join(f"{line} (got {str(error['input'])[:60]!r})" for line in text.splitlines())
-    return [f"{where}: {line}" for line in text.splitlines()]
+    return [f"{where}: {line}".removeprefix(": ") for line in text.splitlines()]
 
 
 def _value(text: str) -> Any:
@@ -405,10 +405,8 @@ class FileIndex:
 
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def save_atomic(path: Path, write: Callable[[Path], object]) -> None:
