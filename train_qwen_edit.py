@@ -645,7 +645,7 @@ class DatasetConfig(Section):
         if self.target_dir or self.table:
             idle = {f"{kind}_configs" for kind in ("target", "reference", "caption", "batch")}
             idle |= {"caption_ext", "mask_dir", "reference_dirs"} if self.table else set()
-        unread = sorted(idle & self.model_fields_set)
+        unread = sorted(n for n in idle if getattr(self, n) != type(self).model_fields[n].default)
         crops = self.view_flip or self.view_scale < 1
         weights = sum(batch.weight or 0 for batch in self.batch_configs)
         problems = {
