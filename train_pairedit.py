@@ -65,8 +65,6 @@ log = logging.getLogger("train_pairedit")
 
 
 # --- 1. objective ---------------------------------------------------------------------------------
-
-
 class LossConfig(Section):
     """What is learned, and at which noise levels."""
 
@@ -86,11 +84,6 @@ class LossConfig(Section):
     """Last of the N steps whose noise level is trained (included)."""
     guidance_scale: float = 3.5
     """Embedded guidance of FLUX.1-dev, in training and in pictures."""
-
-    @property
-    def from_text(self) -> bool:
-        """Whether prompts are learned from, not pictures."""
-        return self.python_name == "slider_text"
 
 
 class Active(NamedTuple):
@@ -204,8 +197,6 @@ def adapters_of(objective: str) -> list[str]:
 
 
 # --- 2. one training step, the loop ---------------------------------------------------------------
-
-
 class TrainConfig(Section):
     """How long it trains and what it saves: all of it may change when a run goes on."""
 
@@ -227,15 +218,12 @@ class TrainConfig(Section):
     """Trackers beside metrics.jsonl, which is always written."""
 
 
-Losses = dict[str, torch.Tensor]  # what is logged of a step
-
-
-def training_loss(trainer: PairEditTrainer, draws: Sequence[Draw]) -> tuple[torch.Tensor, Losses]:
-    """Run all passes of these draws in ONE forward; return the loss, and the losses to log."""
-    batch = make_batch(trainer, draws)
+def training_loss(
+    trainer: PairEditTrainer, samples: Sequence[Sample], batch: PairBatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Run all passes of a batch in ONE forward; return the loss, and the losses to log."""
     passes = LOSSES[trainer.config.python_name](batch)
-    text = trainer.texts[trainer.prompts[0]]
-    predict = trainer.predictor(text, draws[0].sample.grid, trainer.transformer)
+    predict = trainer.predictor(trainer.prompts[0], samples[0].grid, trainer.transformer)
     noisy, sigmas = torch.cat([part.noisy for part in passes]), batch.sigma.flatten()
     velocity = predict(noisy, sigmas.repeat(len(passes)), [part.active for part in passes])
     loss, losses = torch.zeros((), device=trainer.device), {}
@@ -246,14 +234,15 @@ def training_loss(trainer: PairEditTrainer, draws: Sequence[Draw]) -> tuple[torc
     return loss, {"loss": loss.detach(), **losses}
 
 
-def train_step(trainer: PairEditTrainer, draws: Sequence[Draw]) -> tuple[list[str], Losses]:
+def train_step(trainer: PairEditTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Take one optimizer step; return the names of its samples and its losses."""
-    loss, losses = training_loss(trainer, draws)
+    samples, batch = draw_batch(trainer)
+    loss, losses = training_loss(trainer, samples, batch)
     trainer.accelerator.backward(loss)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.global_step += 1
-    return [draw.sample.name for draw in draws], losses
+    return [sample.name for sample in samples], losses
 
 
 def train_loop(trainer: PairEditTrainer, run_log: RunLog, stop: utils.StopSignal) -> bool:
@@ -262,7 +251,7 @@ def train_loop(trainer: PairEditTrainer, run_log: RunLog, stop: utils.StopSignal
     bar = utils.progress(None, "train", total=total, initial=trainer.global_step, unit="step")
     steps, clock = [], time.monotonic()  # since the last log line
     while trainer.global_step < total and not stopped:
-        steps.append(train_step(trainer, draw_samples(trainer)))
+        steps.append(train_step(trainer))
         bar.update()
         step = trainer.global_step
         logging_now = step % config.log_every == 0
@@ -324,63 +313,50 @@ class Sample(NamedTuple):
     sigmas: torch.Tensor  # (N + 1,), CPU
 
 
-class Draw(NamedTuple):
-    """One visit of a sample."""
-
-    sample: Sample
-    level: int  # which of the N noise levels
-    noise: torch.Tensor  # (S, 4C)
-
-
-def draw_samples(trainer: PairEditTrainer) -> list[Draw]:
-    """Return this process's share of the next step's draws.
+def draw_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
+    """Return this process's share of the next step: samples, and the batch of them on the device.
 
     The first sample is drawn from all, the others from those of its shape, so each is as likely.
-    Noise levels are drawn from equal parts of start_step..end_step, one part for each draw. Noise
+    Noise levels are drawn from equal parts of start_step..end_step, one part for each sample. Noise
     is drawn in the shape of tokens, as PairEdit does.
     """
-    config, samples, accelerator = trainer.config, trainer.samples, trainer.accelerator
+    config, accelerator = trainer.config, trainer.accelerator
     key = config.seed, trainer.run.version, trainer.global_step
-    first = samples[int(utils.uniform(*key, "pair", 0) * len(samples))]
-    alike = [sample for sample in samples if sample.grid == first.grid]
+    first = trainer.samples[int(utils.uniform(*key, "pair", 0) * len(trainer.samples))]
+    alike = [sample for sample in trainer.samples if sample.grid == first.grid]
     count, shape = config.batch_size, first.tokens.shape[1:]
     total, levels = count * accelerator.num_processes, config.end_step - config.start_step + 1
-    draws = []
+    samples, ends, tokens = [], [], []
     for i in range(count * accelerator.process_index, count * (accelerator.process_index + 1)):
-        sample = alike[int(utils.uniform(*key, "pair", i) * len(alike))] if i else first
-        level = config.start_step + int((i + utils.uniform(*key, "sigma", i)) / total * levels)
+        samples.append(alike[int(utils.uniform(*key, "pair", i) * len(alike))] if i else first)
+        part = (i + utils.uniform(*key, "sigma", i)) / total
+        ends.append(config.start_step + int(part * levels))
         noise = utils.normal(shape, *key, "noise", i)
-        if config.num_noise_seeds:  # KEEP torch's own noise of these seeds
+        if config.num_noise_seeds:  # torch's own noise of these seeds
             seed = int(utils.uniform(*key, "noise", i) * config.num_noise_seeds)
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        draws.append(Draw(sample, level, noise))
-    return draws
-
-
-def make_batch(trainer: PairEditTrainer, draws: Sequence[Draw]) -> PairBatch:
-    """Return pairs, noise and noise levels on the device."""
-    sigma = torch.stack([draw.sample.sigmas[draw.level] for draw in draws])
-    sigma = to_device(sigma.view(-1, 1, 1), trainer.device)
-    tokens = [torch.cat([draw.noise[None], draw.sample.tokens]) for draw in draws]
+        tokens.append(torch.cat([noise[None], samples[-1].tokens]))
+    sigma = to_device(first.sigmas[ends].view(-1, 1, 1), trainer.device)
     # (noise and pictures, B, S, 4C); of a photo source is target, of slider_text both are noise
     noise, *pictures = to_device(torch.stack(tokens, 1), trainer.device)
-    source, target = pictures[0] if pictures else noise, pictures[-1] if pictures else noise
-    beta, eta = trainer.run.noise_scale, trainer.config.cfg_eta
-    batch = PairBatch(source, target, noise, sigma, beta, eta)
-    return batch if pictures else text_batch(trainer, draws, batch)
+    source, target = (pictures[0], pictures[-1]) if pictures else (noise, noise)
+    batch = PairBatch(source, target, noise, sigma, trainer.run.noise_scale, config.cfg_eta)
+    return samples, batch if pictures else text_batch(trainer, first, batch, ends)
 
 
 @torch.no_grad()
-def text_batch(trainer: PairEditTrainer, draws: Sequence[Draw], batch: PairBatch) -> PairBatch:
+def text_batch(
+    trainer: PairEditTrainer, sample: Sample, batch: PairBatch, ends: Sequence[int]
+) -> PairBatch:
     """Draw pictures with the base up to their noise levels, and get its velocities there."""
-    sample, texts = draws[0].sample, [trainer.texts[prompt] for prompt in trainer.prompts]
-    predict, sigmas = trainer.predictor(texts[0], sample.grid), sample.sigmas.tolist()
-    ways = zip(batch.noise[:, None], [draw.level for draw in draws], strict=True)
+    predict, sigmas = trainer.predictor(trainer.prompts[0], sample.grid), sample.sigmas.tolist()
+    ways = zip(batch.noise[:, None], ends, strict=True)
     tokens = torch.cat([draw_strip(predict, x, sigmas[: end + 1], [0.0]) for x, end in ways])
-    each = [torch.cat(x).repeat_interleave(len(draws), 0) for x in zip(*texts, strict=True)]
-    predict = trainer.predictor(Text(*each), sample.grid)
-    teacher = predict(tokens.repeat(3, 1, 1), batch.sigma.flatten().repeat(3), [()])
-    return batch._replace(source=tokens, teacher=teacher.chunk(3))
+    texts, scale = [trainer.texts[p] for p in trainer.prompts], trainer.config.guidance_scale
+    each = {k: torch.cat([t[k] for t in texts]).repeat_interleave(len(ends), 0) for k in texts[0]}
+    predict = flux_velocity(trainer.bare, trainer.switch, each, sample.grid, scale)
+    teacher = predict(tokens.repeat(3, 1, 1), batch.sigma.flatten().repeat(3), [()]).chunk(3)
+    return batch._replace(source=tokens, teacher=teacher)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -389,8 +365,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 # --- 3. adapter -----------------------------------------------------------------------------------
-
-
 class AdapterConfig(Section):
     """The LoRAs and their optimizer, AdamW; everything else stays frozen."""
 
@@ -482,8 +456,7 @@ def add_slider(
 ) -> None:
     """Give layers an adapter, in fp32; factors: {path: (down (r, in), up (out, r))}.
 
-    Raises:
-        UserError: no such layer, or another shape.
+    Raises UserError where there is no such layer, or one of another shape.
     """
     layers, device = dict(transformer.named_modules()), transformer.device
     wrong = []
@@ -560,8 +533,6 @@ def save_original(path: Path, transformer: Any, name: str) -> None:
 
 
 # --- 4. runs and pairs ----------------------------------------------------------------------------
-
-
 class DataConfig(Section):
     """Which sliders are trained, from which folders, and where they go."""
 
@@ -628,13 +599,15 @@ def find_pairs(
     config: Config, dataset: str, index: utils.FileIndex
 ) -> tuple[Pairs, list[str], list[str]]:
     """Return the pictures of equal stem in both folders, what is odd about them, and problems."""
+    if config.python_name == "slider_text":
+        return {}, [], []
     names = [config.source_folder, config.target_folder][: 1 if config.image_ids else 2]
     folders = [config.datasets_folder / dataset / name for name in names]
     pairs: Pairs = {}
     odd: list[str] = []
     problems = [f"{dataset}: no folder {place}" for place in folders if not place.is_dir()]
-    if problems or config.from_text:
-        return pairs, odd, [] if config.from_text else problems
+    if problems:
+        return pairs, odd, problems
     there = [utils.list_images(folder) for folder in folders]
     found: dict[str, list[Path]] = {}
     for stem in config.image_ids or sorted(set().union(*there)):
@@ -713,8 +686,6 @@ def audit(config: Config) -> list[str]:
 
 
 # --- 5. the base model: pictures, prompts, weights ------------------------------------------------
-
-
 class ModelConfig(Section):
     """The base model and its inputs."""
 
@@ -811,11 +782,7 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
 
 
-class Text(NamedTuple):
-    """A prompt as FLUX takes it."""
-
-    embed: torch.Tensor  # (1, T, 4096), T5
-    pooled: torch.Tensor  # (1, 768), CLIP
+Text = dict[str, torch.Tensor]  # a prompt: T5's "embed" (1, T, 4096), CLIP's "pooled" (1, 768)
 
 
 def load_text_encoders(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -829,8 +796,8 @@ def load_text_encoders(folder: Path, dtype: torch.dtype, device: torch.device) -
 @torch.no_grad()
 def encode_prompt_flux(pipeline: Any, prompt: str, max_sequence_length: int) -> Text:
     """T5 states and CLIP's pooled state, as the pipeline makes them."""
-    found = pipeline.encode_prompt(prompt, None, max_sequence_length=max_sequence_length)
-    return Text(*found[:2])
+    embed, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=max_sequence_length)
+    return {"embed": embed, "pooled": pooled}
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
@@ -1046,16 +1013,16 @@ def flux_velocity(
         tokens: torch.Tensor, sigma: float | torch.Tensor, parts: Sequence[BatchPart]
     ) -> torch.Tensor:
         switch.parts = parts
-        n, dtype, device = len(tokens), text.embed.dtype, tokens.device
+        n, dtype, device = len(tokens), text["embed"].dtype, tokens.device
         if not isinstance(sigma, torch.Tensor):  # KEEP full(): a copy would wait for the GPU
             sigma = torch.full((n,), sigma, device=device)
         return transformer(
             hidden_states=tokens.to(dtype),
             timestep=(sigma.expand(n) * 1000).to(dtype) / 1000,
             guidance=torch.full((n,), guidance, device=device) if guided else None,
-            encoder_hidden_states=text.embed.expand(n, -1, -1),
-            pooled_projections=text.pooled.expand(n, -1),
-            txt_ids=torch.zeros(text.embed.shape[1], 3, device=device, dtype=dtype),
+            encoder_hidden_states=text["embed"].expand(n, -1, -1),
+            pooled_projections=text["pooled"].expand(n, -1),
+            txt_ids=torch.zeros(text["embed"].shape[1], 3, device=device, dtype=dtype),
             img_ids=position_ids(grid, device, dtype),
             return_dict=False,
         )[0].float()
@@ -1142,8 +1109,6 @@ def first_noise(
 
 
 # --- 7. validation and results --------------------------------------------------------------------
-
-
 class GenerateConfig(Section):
     """Read by generate.py, which draws what this file trains; previews are drawn with it, too."""
 
@@ -1194,7 +1159,7 @@ def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
         seed, channels = config.start_seed_gen, trainer.bare.config.in_channels // 4
         noise = first_noise(seed, channels, grid, trainer.dtype, trainer.device)
         prompt, name = trainer.preview_prompts[run.dataset], adapters_of(config.python_name)[-1]
-        predict = trainer.predictor(trainer.texts[prompt], grid)
+        predict = trainer.predictor(prompt, grid)
         tokens = draw_strip(predict, noise, sigmas, scales, [Slider(name, start=start)])
         vae = load_vae(trainer.folder, trainer.device)
         row = [to_image(decode_latents(vae, x[None])[0]) for x in unpack_tokens(tokens, grid)]
@@ -1208,7 +1173,9 @@ def draw_pairs(trainer: PairEditTrainer, run_log: RunLog) -> None:
     """Draw samples/pairs.png: what the model sees of the first pairs."""
     pairs = list(trainer.run_pairs(trainer.run).items())[:8]
     if rows := [[fit_picture(*picture) for picture in pair] for _, pair in pairs]:
-        sheet = utils.contact_sheet(rows, captions=[name for name, _ in pairs])
+        both = trainer.config.source_folder, trainer.config.target_folder
+        heads = [f"{name} (scale {k})" for k, name in enumerate(both[: len(rows[0])])]
+        sheet = utils.contact_sheet(rows, heads, [name for name, _ in pairs])
         run_log.picture("pairs", sheet, trainer.global_step)
 
 
@@ -1283,8 +1250,6 @@ def write_card(trainer: PairEditTrainer) -> str:
 
 
 # --- 8. the trainer -------------------------------------------------------------------------------
-
-
 class PairEditTrainer:
     """Cache, train, preview. fit() does it all.
 
@@ -1301,10 +1266,11 @@ class PairEditTrainer:
         self.switch = AdapterSwitch()
         self.pairs: dict[str, Pairs] = {}  # of each data set
         three = [config.target_prompt, config.positive_prompt, config.negative_prompt]
-        self.prompts = three if config.from_text else [config.train_prompt]
+        self.prompts = three if config.python_name == "slider_text" else [config.train_prompt]
         last = len(config.prompt) - 1
         shown = {name: config.prompt[min(k, last)] for k, name in enumerate(config.datasets)}
         self.preview_prompts = shown  # of each data set
+        self.all_prompts = [*self.prompts, *(shown.values() if config.preview else ())]
 
     def setup_accelerator(self) -> None:
         """Set up processes and devices."""
@@ -1377,7 +1343,7 @@ class PairEditTrainer:
 
     def cache_jobs(self) -> dict[str, Picture | str]:
         """Return every entry that training and previews ask for: {key: what is encoded}."""
-        jobs: list[Picture | str] = [*self.prompts, *self.preview_prompts.values()]
+        jobs: list[Picture | str] = [*self.all_prompts]
         pairs = [pair for dataset in self.pairs.values() for pair in dataset.values()]
         return {self.key_of(job): job for job in jobs + [x for pair in pairs for x in pair]}
 
@@ -1407,7 +1373,7 @@ class PairEditTrainer:
             encode = load_text_encoders(self.folder, self.dtype, self.device)
             for key, job in utils.progress(prompts.items(), "encode prompts"):
                 text = encode_prompt_flux(encode, job, self.config.max_sequence_length)
-                utils.write_entry(self.cache_dir, key, text._asdict())
+                utils.write_entry(self.cache_dir, key, text)
             del encode
             accelerator.free_memory()
         accelerator.wait_for_everyone()
@@ -1416,9 +1382,8 @@ class PairEditTrainer:
     def load_models(self) -> None:
         """Load the frozen base, the adapters of this objective and all prompts."""
         config, self.texts = self.config, dict[str, Text]()
-        for prompt in (*self.prompts, *self.preview_prompts.values()):
-            entry = self.cached(prompt)
-            self.texts[prompt] = Text(*(entry[k].to(self.device) for k in Text._fields))
+        for prompt in self.all_prompts:
+            self.texts[prompt] = {k: x.to(self.device) for k, x in self.cached(prompt).items()}
         precision, method, rank = config.base_model_precision, config.train_method, config.rank
         self.bare = load_flux(self.folder, precision, self.dtype, self.device)
         if config.gradient_checkpointing:
@@ -1455,7 +1420,7 @@ class PairEditTrainer:
             latents = torch.stack([self.cached(picture)["latent"] for picture in pair])
             grid = latents.shape[-2] // 2, latents.shape[-1] // 2
             self.samples.append(Sample(name, grid, pack_tokens(latents), self.sigmas(grid)))
-        if config.from_text:
+        if not self.samples:  # slider_text
             grid = self.square_grid()
             tokens = torch.empty(0, math.prod(grid), self.bare.config.in_channels)
             self.samples = [Sample(run.dataset, grid, tokens, self.sigmas(grid))]
@@ -1470,9 +1435,9 @@ class PairEditTrainer:
         """Return the noise levels of a picture of that grid, (N + 1,), CPU."""
         return sigma_table(self.folder, self.config.num_inference_steps, math.prod(grid))
 
-    def predictor(self, text: Text, grid: tuple[int, int], model: Any = None) -> Predict:
+    def predictor(self, prompt: str, grid: tuple[int, int], model: Any = None) -> Predict:
         """Return the velocity of the base and its adapters under a prompt."""
-        guidance = self.config.guidance_scale
+        text, guidance = self.texts[prompt], self.config.guidance_scale
         return flux_velocity(model or self.bare, self.switch, text, grid, guidance)
 
     def fit(self) -> None:
@@ -1531,8 +1496,6 @@ def train_run(
 
 
 # --- 9. config and main ---------------------------------------------------------------------------
-
-
 def split_numbers(value: Any) -> list[str]:
     """Split "0,1,2", alone or in a list, into its numbers."""
     return ",".join(map(str, value if isinstance(value, list) else [value])).split(",")
