@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -444,11 +444,11 @@ def slider_layers(transformer: Any, name: str) -> dict[str, SliderLinear]:
     return {p: x for p, x in layers if isinstance(x, SliderLinear) and name in x.down}
 
 
-def target_layers(transformer: Any, train_method: str) -> list[str]:
-    """Return the paths of the linear layers that get an adapter."""
+def target_layers(transformer: Any, train_method: str) -> dict[str, Any]:
+    """{path: layer} of the linear layers that get an adapter."""
     ends = KEYS_AND_VALUES if train_method == "xattn-strict" else ATTENTION
-    paths = [path for path, _ in transformer.named_modules()]
-    return [path for path in paths if path.endswith(tuple(f"attn.{end}" for end in ends))]
+    attention = tuple(f"attn.{end}" for end in ends)
+    return {p: x for p, x in transformer.named_modules() if p.endswith(attention)}
 
 
 def add_slider(
@@ -1053,10 +1053,8 @@ def slider_velocity(
     Merged: one pass with base and all sliders on. Blended: v_base + sum of gamma (v_slider -
     v_base), where v_slider has only that slider on; K + 1 passes in one batch.
     """
-    if not sliders:
-        return predict(tokens, sigma, [base])
     moved: list[BatchPart] = [(Active(s.adapter, s.scale * positions),) for s in sliders]
-    if not blend:
+    if not (blend and moved):
         return predict(tokens, sigma, [sum(moved, base)])
     parts = [base, *moved]
     plain, *others = predict(tokens.repeat(len(parts), 1, 1), sigma, parts).chunk(len(parts))
@@ -1109,39 +1107,26 @@ def first_noise(
 
 
 # --- 7. validation and results --------------------------------------------------------------------
-class GenerateConfig(Section):
-    """Read by generate.py, which draws what this file trains; previews are drawn with it, too."""
+class PreviewConfig(Section):
+    """Previews, drawn as generate.py does it, which reads these settings from the same file."""
 
     preview: bool = True
     """Draw a strip over `scales` at every save, with the first seed and skip below."""
     prompt: list[str] = Field(["image of a person"], min_length=1)
     """Prompt of the pictures: entry k for data set k, the last one for the rest."""
-    use_prompts_file: bool = False
-    """Take a line of prompts_file for each picture instead of `prompt` (not for previews)."""
-    prompts_file: list[str] = Field(["prompts-person.yaml"], min_length=1)
-    """YAML lists in configs/prompts/ (or paths): entry k for data set k, the last for the rest."""
     scales: Numbers = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], min_length=1)
     """Positions of the slider: "0,0.5,1" or a list. Negative ones reverse the change."""
     skips: list[int] = Field([14], min_length=1)
     """The slider acts in steps i > skip (train_image_real: i >= skip); a set of strips each."""
     start_seed_gen: int = 6666
     """First seed of the pictures."""
-    count_gen: int = Field(2, ge=1)
-    """Number of seeds."""
-    use_random_seed: bool = False
-    """Draw seeds from 0..32768 (by `seed`) instead of counting up."""
-    html: bool = False
-    """Also write page.html beside the sheet: a divider to drag, a slider over the scales."""
-    output_folder_gen: Path = Path("output/eval/image/")
-    """Folder of the pictures."""
-    use_trained_lora_path: bool = False
-    """Draw with trained_lora_path instead of what this file trains."""
-    trained_lora_path: str = ""
-    """LoRA file (train_image_real: of the inversion)."""
-    semantic_lora_path: str = ""
-    """train_image_real: LoRA file of the slider that edits the photo."""
-    semantic_cfg_scale: float = 0.75
-    """train_image_real: share of the slider's velocity, gamma."""
+
+
+GENERATE_ONLY = {  # settings in the same file that only generate.py reads
+    *("use_prompts_file", "prompts_file", "count_gen", "use_random_seed", "output_folder_gen"),
+    *("use_trained_lora_path", "trained_lora_path", "semantic_lora_path", "semantic_cfg_scale"),
+    *("html", "image_format", "dtype", "allow_pickle"),
+}
 
 
 @torch.no_grad()
@@ -1182,7 +1167,7 @@ def draw_pairs(trainer: PairEditTrainer, run_log: RunLog) -> None:
 def trained_as(trainer: PairEditTrainer, run: Run) -> dict[str, Any]:
     """Return all that decides what a run learns: settings, pictures, noise scale."""
     free = {"device", "gradient_checkpointing", "noise_scales"}
-    free |= {*TrainConfig.model_fields, *DataConfig.model_fields, *GenerateConfig.model_fields}
+    free |= {*TrainConfig.model_fields, *DataConfig.model_fields, *PreviewConfig.model_fields}
     files = [file for pair in trainer.run_pairs(run).values() for file, _ in pair]
     return {
         **trainer.config.model_dump(mode="json", exclude=free),
@@ -1388,15 +1373,12 @@ class PairEditTrainer:
         self.bare = load_flux(self.folder, precision, self.dtype, self.device)
         if config.gradient_checkpointing:
             self.bare.enable_gradient_checkpointing()
-        factors = {}
-        for path in target_layers(self.bare, method):
-            layer = self.bare.get_submodule(path)
-            factors[path] = (
-                torch.zeros(rank, layer.in_features),
-                torch.zeros(layer.out_features, rank),
-            )
+        zeros = {
+            path: (torch.zeros(rank, x.in_features), torch.zeros(x.out_features, rank))
+            for path, x in target_layers(self.bare, method).items()
+        }
         for name in adapters_of(config.python_name):
-            add_slider(self.bare, self.switch, name, factors, config.alpha / rank)
+            add_slider(self.bare, self.switch, name, zeros, config.alpha / rank)
             start_slider(self.bare, name, method)  # which factors are trained
         # KEEP: DDP must wrap the transformer itself, or gradients are never averaged
         self.transformer = self.accelerator.prepare(self.bare)
@@ -1457,9 +1439,7 @@ class PairEditTrainer:
                 self.start_run(run)
                 # a signal may have come while models were loaded or the last preview was drawn
                 if stop.agreed(self.accelerator, True) or train_run(self, start, stop):
-                    log.info(
-                        "stopped at step %d; --resume_from_checkpoint latest", self.global_step
-                    )
+                    log.info("stopped; to go on: --resume_from_checkpoint latest")
                     break
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -1473,7 +1453,7 @@ def train_run(
     main = accelerator.is_main_process
     with checkpoints.only_run() if main else contextlib.nullcontext():
         if start:
-            state = torch.load(start[0] / "training_state.pt", map_location="cpu")
+            state = torch.load(start[0] / "training_state.pt", "cpu", weights_only=True)
             for parameter, value in zip(trainer.trained, state["adapters"], strict=True):
                 parameter.data.copy_(value)
             trainer.optimizer.load_state_dict(state["optimizer"])
@@ -1505,7 +1485,7 @@ Numbers = Annotated[list[float], BeforeValidator(split_numbers)]
 Device = Annotated[str | None, AfterValidator(lambda d: f"cuda:{d}" if d and d.isdecimal() else d)]
 
 
-class Config(GenerateConfig, AdapterConfig, TrainConfig, LossConfig, DataConfig, ModelConfig):
+class Config(PreviewConfig, AdapterConfig, TrainConfig, LossConfig, DataConfig, ModelConfig):
     """train_pairedit.py: sliders from pairs, on FLUX.1-dev. generate.py takes the same file.
 
     Names and defaults are those of PairEdit; its hidden constants are settings here.
@@ -1519,6 +1499,11 @@ class Config(GenerateConfig, AdapterConfig, TrainConfig, LossConfig, DataConfig,
         ("stages", "stage_scales"),
         "train a slider for each step of the sequence; generate.py combines them (--lora A B)",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_to_generate(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in data.items() if name not in GENERATE_ONLY}
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
