@@ -9,11 +9,9 @@ Page: docs/train_pairedit.md
     ... --resume_from_checkpoint latest         # go on after a stop; finished runs are skipped
     ... --plan | --print_config | --help | --help loss
 
-One run per data set, version and noise scale, in one process; the models are loaded once.
-generate.py takes the same file and draws the strips. PairEdit: arXiv 2506.07992.
-
-This is no library: copy the file, change it, run it; only utils.py must lie beside it.
-`# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
+One run per data set, version and noise scale, in one process. generate.py draws the strips from the
+same file. PairEdit: arXiv 2506.07992. Copy this file, change it, run it; only utils.py must lie
+beside it. `# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
 
 Shapes: B samples, H W pixels, h w latents (FLUX: H/8 W/8, C = 16 channels), S = (h/2)(w/2) image
 tokens of 4C channels, T text tokens. Pixels lie in [-1, 1], latents are (mode - shift) * scaling,
@@ -223,7 +221,8 @@ def training_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Run all passes of a batch in ONE forward; return the loss, and the losses to log."""
     passes = LOSSES[trainer.config.python_name](batch)
-    predict = trainer.predictor(trainer.prompts[0], samples[0].grid, trainer.transformer)
+    text = trainer.texts[trainer.prompts[0]]
+    predict = trainer.predictor(text, samples[0].size, trainer.transformer)
     noisy, sigmas = torch.cat([part.noisy for part in passes]), batch.sigma.flatten()
     velocity = predict(noisy, sigmas.repeat(len(passes)), [part.active for part in passes])
     loss, losses = torch.zeros((), device=trainer.device), {}
@@ -304,59 +303,69 @@ def log_steps(
         tqdm.write(f"step {step}/{trainer.total_steps()} {figures} eta {left}")
 
 
-class Sample(NamedTuple):
-    """A pair (or a photo) of a run, encoded."""
-
-    name: str
-    grid: tuple[int, int]  # (rows, columns) of tokens
-    tokens: torch.Tensor  # (pictures, S, 4C), fp32, CPU; of slider_text (0, S, 4C)
-    sigmas: torch.Tensor  # (N + 1,), CPU
-
-
 def draw_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
-    """Return this process's share of the next step: samples, and the batch of them on the device.
+    """Return this process's share of the next step: samples, and the batch of them.
 
-    The first sample is drawn from all, the others from those of its shape, so each is as likely.
-    Noise levels are drawn from equal parts of start_step..end_step, one part for each sample. Noise
-    is drawn in the shape of tokens, as PairEdit does.
+    The first sample is drawn from all, the others from those of its size, so each is as likely.
+    Noise levels are drawn from equal parts of start_step..end_step, one part for each sample.
     """
     config, accelerator = trainer.config, trainer.accelerator
     key = config.seed, trainer.run.version, trainer.global_step
     first = trainer.samples[int(utils.uniform(*key, "pair", 0) * len(trainer.samples))]
-    alike = [sample for sample in trainer.samples if sample.grid == first.grid]
-    count, shape = config.batch_size, first.tokens.shape[1:]
-    total, levels = count * accelerator.num_processes, config.end_step - config.start_step + 1
-    samples, ends, tokens = [], [], []
-    for i in range(count * accelerator.process_index, count * (accelerator.process_index + 1)):
-        samples.append(alike[int(utils.uniform(*key, "pair", i) * len(alike))] if i else first)
+    alike = [sample for sample in trainer.samples if sample.size == first.size]
+    total = config.batch_size * accelerator.num_processes
+    start = config.batch_size * accelerator.process_index
+    samples, levels, tokens = [], [], []
+    for i in range(start, start + config.batch_size):
+        sample = alike[int(utils.uniform(*key, "pair", i) * len(alike))] if i else first
         part = (i + utils.uniform(*key, "sigma", i)) / total
-        ends.append(config.start_step + int(part * levels))
-        noise = utils.normal(shape, *key, "noise", i)
-        if config.num_noise_seeds:  # torch's own noise of these seeds
-            seed = int(utils.uniform(*key, "noise", i) * config.num_noise_seeds)
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        tokens.append(torch.cat([noise[None], samples[-1].tokens]))
-    sigma = to_device(first.sigmas[ends].view(-1, 1, 1), trainer.device)
-    # (noise and pictures, B, S, 4C); of a photo source is target, of slider_text both are noise
+        level = config.start_step + int(part * (config.end_step - config.start_step + 1))
+        noise = draw_noise(config, trainer.tokens[sample].shape[1:], *key, "noise", i)
+        samples.append(sample)
+        levels.append(level)
+        tokens.append(torch.cat([noise[None], trainer.tokens[sample]]))
+    sigma = trainer.sigmas(first.size)[levels].view(-1, 1, 1)
+    # noise and pictures, (B, S, 4C) each; a photo is its own target
     noise, *pictures = to_device(torch.stack(tokens, 1), trainer.device)
-    source, target = (pictures[0], pictures[-1]) if pictures else (noise, noise)
-    batch = PairBatch(source, target, noise, sigma, trainer.run.noise_scale, config.cfg_eta)
-    return samples, batch if pictures else text_batch(trainer, first, batch, ends)
+    batch = PairBatch(
+        source=pictures[0] if pictures else noise,
+        target=pictures[-1] if pictures else noise,
+        noise=noise,
+        sigma=to_device(sigma, trainer.device),
+        noise_scale=trainer.run.noise_scale,
+        eta=config.cfg_eta,
+    )
+    return samples, batch if pictures else text_batch(trainer, first, batch, levels)
+
+
+def draw_noise(config: Config, shape: Sequence[int], *parts: object) -> torch.Tensor:
+    """Draw noise in the shape of tokens, as PairEdit does; torch's own of a few seeds."""
+    if not config.num_noise_seeds:
+        return utils.normal(shape, *parts)
+    seed = int(utils.uniform(*parts) * config.num_noise_seeds)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def text_batch(
-    trainer: PairEditTrainer, sample: Sample, batch: PairBatch, ends: Sequence[int]
+    trainer: PairEditTrainer, sample: Sample, batch: PairBatch, levels: Sequence[int]
 ) -> PairBatch:
     """Draw pictures with the base up to their noise levels, and get its velocities there."""
-    predict, sigmas = trainer.predictor(trainer.prompts[0], sample.grid), sample.sigmas.tolist()
-    ways = zip(batch.noise[:, None], ends, strict=True)
-    tokens = torch.cat([draw_strip(predict, x, sigmas[: end + 1], [0.0]) for x, end in ways])
-    texts, scale = [trainer.texts[p] for p in trainer.prompts], trainer.config.guidance_scale
-    each = {k: torch.cat([t[k] for t in texts]).repeat_interleave(len(ends), 0) for k in texts[0]}
-    predict = flux_velocity(trainer.bare, trainer.switch, each, sample.grid, scale)
-    teacher = predict(tokens.repeat(3, 1, 1), batch.sigma.flatten().repeat(3), [()]).chunk(3)
-    return batch._replace(source=tokens, teacher=teacher)
+    sigmas = trainer.sigmas(sample.size).tolist()
+    texts = [trainer.texts[prompt] for prompt in trainer.prompts]
+    predict = trainer.predictor(texts[0], sample.size)
+    drawn = [
+        draw_strip(predict, noise[None], sigmas[: level + 1], [0.0])
+        for noise, level in zip(batch.noise, levels, strict=True)
+    ]
+    tokens, count = torch.cat(drawn), len(drawn)
+    text = {
+        name: torch.cat([text[name] for text in texts]).repeat_interleave(count, 0)
+        for name in texts[0]
+    }
+    predict = trainer.predictor(text, sample.size)
+    velocity = predict(tokens.repeat(3, 1, 1), batch.sigma.flatten().repeat(3), [()])
+    return batch._replace(source=tokens, teacher=velocity.chunk(3))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -532,7 +541,7 @@ def save_original(path: Path, transformer: Any, name: str) -> None:
 # === machinery: read it when you change it ========================================================
 
 
-# --- 4. runs and pairs ----------------------------------------------------------------------------
+# --- 4. runs and samples --------------------------------------------------------------------------
 class DataConfig(Section):
     """Which sliders are trained, from which folders, and where they go."""
 
@@ -578,64 +587,70 @@ def all_runs(config: Any) -> list[Run]:
 
 
 def run_folder(config: Any, run: Run) -> Path:
-    """Return the folder of everything a run leaves; floats as Python writes them: 4.0, 2.25."""
-    middle = f"{float(config.cfg_eta)}eta_{float(run.noise_scale)}ns_{config.train_method}_"
-    photo, middle = (f"_{run.image_id}", "") if run.image_id else ("", middle)
-    name = f"{run.dataset}{photo}_v{config.python_name}_{middle}{config.config_name}_v{run.version}"
-    return config.output_folder / run.dataset / name
+    """Return the folder of all that a run leaves; floats as Python writes them: 4.0, 2.25."""
+    numbers = f"{float(config.cfg_eta)}eta_{float(run.noise_scale)}ns_{config.train_method}"
+    parts = [run.dataset, f"v{config.python_name}", numbers, config.config_name, f"v{run.version}"]
+    if run.image_id:
+        parts[1:3] = run.image_id, parts[1]
+    return config.output_folder / run.dataset / "_".join(parts)
 
 
 def lora_stem(config: Any, run: Run, step: int) -> str:
-    """Return the name of a run's LoRA file after `step` optimizer steps, without its ending."""
+    """Return the name of a LoRA file without its ending, after `step` optimizer steps."""
     what = run.image_id or f"{float(config.cfg_eta)}eta_{float(run.noise_scale)}ns"
     return f"{run.dataset}_{what}_{config.num_inference_steps}inf_{step}epoch"
 
 
-Picture = tuple[Path, tuple[int, int]]  # a file, and the (W, H) px that it is fitted to
-Pairs = dict[str, list[Picture]]  # {name: [before, after]}; of an inversion {name: [photo]}
+class Sample(NamedTuple):
+    """A pair of pictures; of train_image_real one photo, of slider_text none."""
+
+    name: str
+    files: tuple[Path, ...]  # before, after
+    size: tuple[int, int]  # (W, H) px that they are fitted to
 
 
-def find_pairs(
+def find_samples(
     config: Config, dataset: str, index: utils.FileIndex
-) -> tuple[Pairs, list[str], list[str]]:
-    """Return the pictures of equal stem in both folders, what is odd about them, and problems."""
+) -> tuple[list[Sample], list[str], list[str]]:
+    """Return the samples of a data set, what is odd about them, and problems."""
     if config.python_name == "slider_text":
-        return {}, [], []
-    names = [config.source_folder, config.target_folder][: 1 if config.image_ids else 2]
-    folders = [config.datasets_folder / dataset / name for name in names]
-    pairs: Pairs = {}
+        return [Sample(dataset, (), (config.resolution, config.resolution))], [], []
+    folders = [config.datasets_folder / dataset / config.source_folder]
+    if not config.image_ids:
+        folders.append(config.datasets_folder / dataset / config.target_folder)
     odd: list[str] = []
-    problems = [f"{dataset}: no folder {place}" for place in folders if not place.is_dir()]
+    problems = [f"{dataset}: no folder {folder}" for folder in folders if not folder.is_dir()]
     if problems:
-        return pairs, odd, problems
-    there = [utils.list_images(folder) for folder in folders]
-    found: dict[str, list[Path]] = {}
-    for stem in config.image_ids or sorted(set().union(*there)):
-        both = [stems.get(stem, []) for stems in there]
-        if not all(both):
-            text = f"{dataset}: no picture {stem}.* in {folders[both.index([])]}"
+        return [], odd, problems
+    found = [utils.list_images(folder) for folder in folders]
+    pairs: dict[str, tuple[Path, ...]] = {}
+    for stem in config.image_ids or sorted(set().union(*found)):
+        files = [stems.get(stem, []) for stems in found]
+        if [] in files:
+            text = f"{dataset}: no picture {stem}.* in {folders[files.index([])]}"
             (odd if config.on_missing == "skip" else problems).append(text)
-        elif len(several := max(both, key=len)) > 1:
-            problems.append(f"{dataset}: {', '.join(map(str, several))} have one name; keep one")
+        elif several := [str(file) for its in files for file in its if len(its) > 1]:
+            problems.append(f"{dataset}: {', '.join(several)} have the same name; keep one")
         else:
-            found[stem] = [files[0] for files in both]
-    if not found and not problems:
+            pairs[stem] = tuple(its[0] for its in files)
+    if not pairs and not problems:
         problems.append(f"{dataset}: no pair in {', '.join(map(str, folders))}")
-    problems += index.update((f for files in found.values() for f in files), utils.look_at_picture)
-    for name, files in found.items():
-        first, last = files[0], files[-1]
+    problems += index.update((f for pair in pairs.values() for f in pair), utils.look_at_picture)
+    samples = []
+    for name, pair in pairs.items():
+        first, last = pair[0], pair[-1]
         with contextlib.suppress(KeyError):  # unreadable: not in the index
             size = nearest_bucket(index[first]["width"], index[first]["height"], config.resolution)
-            pairs[name] = [(file, size) for file in files]
+            samples.append(Sample(name, pair, size))
             if first != last and index[first]["pixels"] == index[last]["pixels"]:
                 problems.append(f"{first} and {last} are the same picture: no change to learn")
             elif abs(math.log(index.aspect(first) / index.aspect(last))) > 0.02:
                 odd.append(f"{last} has another shape than {first}; both are cropped to one size")
-    return pairs, odd, problems
+    return samples, odd, problems
 
 
 def check_checkpoint(name: str) -> list[str]:
-    """Problems of the base model: no such folder, another kind, parts missing."""
+    """Return problems of the base model: no such folder, another kind, parts missing."""
     if name == PUBLISHED_MODEL:  # a plan and an audit need no network
         return []
     try:
@@ -672,16 +687,20 @@ def check_packages(*names: str) -> list[str]:
 
 
 def audit(config: Config) -> list[str]:
-    """Return everything that can be known to be wrong before a model loads, one line each."""
+    """Return all that can be known to be wrong before a model loads, one line each."""
     trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     nf4 = ["bitsandbytes"] if config.base_model_precision == "nf4-bnb" else []
-    problems = check_device("device", config.device) + check_packages(*trackers, *nf4)
+    problems = check_device("device", config.device)
+    problems += check_packages(*trackers, *nf4)
     problems += check_checkpoint(config.pretrained_model_name_or_path)
     problems += utils.check_writable("output_folder", config.output_folder)
     unwritable = utils.check_writable("cache_dir", config.cache_dir)
     index = utils.FileIndex(None if unwritable else config.cache_dir)
     for dataset in config.datasets:
-        problems += find_pairs(config, dataset, index)[2]
+        _, odd, wrong = find_samples(config, dataset, index)
+        problems += wrong
+        if odd:
+            log.warning("note\n%s", listed(odd))
     return problems + unwritable
 
 
@@ -742,9 +761,10 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     return min(buckets(resolution), key=distance)
 
 
-def fit_picture(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Open, crop around the middle and resize (Lanczos, as the pipelines do) -> RGB of `size`."""
-    return ImageOps.fit(utils.open_rgb(path), size, Image.Resampling.LANCZOS)
+def fit_pictures(sample: Sample) -> list[Image.Image]:
+    """Open, crop around the middle, resize (Lanczos, as the pipelines do) -> RGB of sample.size."""
+    opened = [utils.open_rgb(file) for file in sample.files]
+    return [ImageOps.fit(image, sample.size, Image.Resampling.LANCZOS) for image in opened]
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -1129,7 +1149,6 @@ GENERATE_ONLY = {  # settings in the same file that only generate.py reads
 }
 
 
-@torch.no_grad()
 def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
     """Draw samples/step-<n>.png: the slider at `scales`, as generate.py draws it.
 
@@ -1137,38 +1156,28 @@ def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
     """
     config, run, step = trainer.config, trainer.run, trainer.global_step
     if trainer.accelerator.is_main_process:
-        grid, start, scales = trainer.square_grid(), config.skips[0] + 1, config.scales
+        size, scales = (config.resolution, config.resolution), config.scales
+        slider = Slider("semantic", start=config.skips[0] + 1)
         if run.image_id:
-            grid, start, scales = trainer.samples[0].grid, 0, [1.0]
-        sigmas = trainer.sigmas(grid).tolist()
-        seed, channels = config.start_seed_gen, trainer.bare.config.in_channels // 4
+            size, scales, slider = trainer.samples[0].size, [1.0], Slider("content")
+        prompt, seed = trainer.preview_prompts[run.dataset], config.start_seed_gen
+        grid, channels = trainer.grid(size), trainer.bare.config.in_channels // 4
         noise = first_noise(seed, channels, grid, trainer.dtype, trainer.device)
-        prompt, name = trainer.preview_prompts[run.dataset], adapters_of(config.python_name)[-1]
-        predict = trainer.predictor(prompt, grid)
-        tokens = draw_strip(predict, noise, sigmas, scales, [Slider(name, start=start)])
+        predict = trainer.predictor(trainer.texts[prompt], size)
+        tokens = draw_strip(predict, noise, trainer.sigmas(size).tolist(), scales, [slider])
         vae = load_vae(trainer.folder, trainer.device)
         row = [to_image(decode_latents(vae, x[None])[0]) for x in unpack_tokens(tokens, grid)]
-        caption = f"step {step}, seed {seed}, skip {start - 1}: {prompt}"
+        caption = f"step {step}, seed {seed}, skip {config.skips[0]}: {prompt}"
         sheet = utils.contact_sheet([row], [f"scale {scale:g}" for scale in scales], [caption])
         run_log.picture(f"step-{step:06d}", sheet, step)
     trainer.accelerator.wait_for_everyone()
-
-
-def draw_pairs(trainer: PairEditTrainer, run_log: RunLog) -> None:
-    """Draw samples/pairs.png: what the model sees of the first pairs."""
-    pairs = list(trainer.run_pairs(trainer.run).items())[:8]
-    if rows := [[fit_picture(*picture) for picture in pair] for _, pair in pairs]:
-        both = trainer.config.source_folder, trainer.config.target_folder
-        heads = [f"{name} (scale {k})" for k, name in enumerate(both[: len(rows[0])])]
-        sheet = utils.contact_sheet(rows, heads, [name for name, _ in pairs])
-        run_log.picture("pairs", sheet, trainer.global_step)
 
 
 def trained_as(trainer: PairEditTrainer, run: Run) -> dict[str, Any]:
     """Return all that decides what a run learns: settings, pictures, noise scale."""
     free = {"device", "gradient_checkpointing", "noise_scales"}
     free |= {*TrainConfig.model_fields, *DataConfig.model_fields, *PreviewConfig.model_fields}
-    files = [file for pair in trainer.run_pairs(run).values() for file, _ in pair]
+    files = [file for sample in trainer.run_samples(run) for file in sample.files]
     return {
         **trainer.config.model_dump(mode="json", exclude=free),
         "noise_scale": run.noise_scale,
@@ -1179,26 +1188,27 @@ def trained_as(trainer: PairEditTrainer, run: Run) -> dict[str, Any]:
 
 def save_run(trainer: PairEditTrainer) -> None:
     """Write the LoRA files of this step, then the checkpoint to go on from. Raises UserError."""
-    config, step, settings = trainer.config, trainer.global_step, trained_as(trainer, trainer.run)
+    config, run, step = trainer.config, trainer.run, trainer.global_step
     if not torch.stack([p.isfinite().all() for p in trainer.trained]).all():
-        raise UserError(
-            f"step {step}: weights are not finite, nothing was saved; lower learning_rate"
-        )
-    about = {"script": "train_pairedit.py", "step": step, **trainer.run._asdict(), **settings}
+        text = f"the weights of step {step} are not finite; nothing of it was saved"
+        raise UserError(f"{text}. Lower learning_rate")
+    settings = trained_as(trainer, run)
+    about = {"script": "train_pairedit.py", "step": step, **run._asdict(), **settings}
 
     def write_loras(_: Path) -> None:
         *helpers, main = adapters_of(config.python_name)
         for name, end in [(main, ""), *((helper, "_0") for helper in helpers)]:
-            stem = lora_stem(config, trainer.run, step) + end
-            file = trainer.output_dir / f"{stem}.safetensors"
-            save_slider(file, trainer.bare, name, about | {"adapter": name})
+            stem = str(trainer.output_dir / lora_stem(config, run, step)) + end
+            save_slider(Path(f"{stem}.safetensors"), trainer.bare, name, about | {"adapter": name})
             if config.save_original_format:
-                save_original(trainer.output_dir / f"{stem}.pt", trainer.bare, name)
+                save_original(Path(f"{stem}.pt"), trainer.bare, name)
 
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
-        adapters = [p.detach().cpu() for p in trainer.trained]
-        training = {"adapters": adapters, "optimizer": trainer.optimizer.state_dict()}
+        training = {
+            "adapters": [p.detach().cpu() for p in trainer.trained],
+            "optimizer": trainer.optimizer.state_dict(),
+        }
         trainer.checkpoints.save(step, settings, training, write_loras)
     trainer.accelerator.wait_for_everyone()
 
@@ -1224,8 +1234,8 @@ def write_card(trainer: PairEditTrainer) -> str:
     if run.image_id:
         lora = f"--inversion_{lora[2:]} --lora slider.safetensors"
     command = (
-        f"python generate.py --pretrained_model_name_or_path {base} {lora} --scales 0,0.5,1 "
-        f'--prompt "{trainer.preview_prompts[run.dataset]}" --output strip.png '
+        f"python generate.py --pretrained_model_name_or_path {base} {lora} "
+        f'--prompt "{trainer.preview_prompts[run.dataset]}" --scales 0,0.5,1 --output strip.png '
         f"--skip {config.skips[0]} --num_inference_steps {config.num_inference_steps} "
         f"--resolution {config.resolution}"
     )
@@ -1236,7 +1246,7 @@ def write_card(trainer: PairEditTrainer) -> str:
 
 # --- 8. the trainer -------------------------------------------------------------------------------
 class PairEditTrainer:
-    """Cache, train, preview. fit() does it all.
+    """Hold the state of a run; fit() does it all.
 
     >>> PairEditTrainer(load_config(Config, ["--config", "configs/pairedit_age.yaml"])).fit()
     """
@@ -1249,9 +1259,10 @@ class PairEditTrainer:
         self.config, self.cache_dir = config, config.cache_dir
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.switch = AdapterSwitch()
-        self.pairs: dict[str, Pairs] = {}  # of each data set
-        three = [config.target_prompt, config.positive_prompt, config.negative_prompt]
-        self.prompts = three if config.python_name == "slider_text" else [config.train_prompt]
+        self.data: dict[str, list[Sample]] = {}  # of each data set
+        self.prompts = [config.train_prompt]  # the first one is what the trained model is given
+        if config.python_name == "slider_text":
+            self.prompts = [config.target_prompt, config.positive_prompt, config.negative_prompt]
         last = len(config.prompt) - 1
         shown = {name: config.prompt[min(k, last)] for k, name in enumerate(config.datasets)}
         self.preview_prompts = shown  # of each data set
@@ -1291,17 +1302,14 @@ class PairEditTrainer:
         with self.accelerator.main_process_first():
             self.index = utils.FileIndex(self.cache_dir)  # KEEP: inside, to see what 0 recorded
             for dataset in self.config.datasets:
-                self.pairs[dataset], odd, wrong = find_pairs(self.config, dataset, self.index)
+                self.data[dataset], _, wrong = find_samples(self.config, dataset, self.index)
                 problems += wrong
-                if odd:
-                    log.warning("%s: note\n%s", dataset, listed(odd))
         if problems:
             raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
 
-    def run_pairs(self, run: Run) -> Pairs:
-        """Return the pairs (or the photo) that a run is trained on."""
-        pairs = self.pairs[run.dataset]
-        return {run.image_id: pairs[run.image_id]} if run.image_id else pairs
+    def run_samples(self, run: Run) -> list[Sample]:
+        """Return what a run is trained on."""
+        return [x for x in self.data[run.dataset] if run.image_id in ("", x.name)]
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -1314,23 +1322,24 @@ class PairEditTrainer:
         text = [self.folder / part for part in TEXT_PARTS]
         return fingerprint([self.folder / "vae"]), fingerprint(text, str(self.dtype))
 
-    def key_of(self, job: Picture | str) -> str:
-        """Name the cache entry of a picture or prompt by all that shapes it."""
-        (vae, text), length = self.encoders, self.config.max_sequence_length
+    def key_of(self, job: Sample | str) -> str:
+        """Name the cache entry of a sample or prompt by all that shapes it."""
+        vae, text = self.encoders
         if isinstance(job, str):
+            length = self.config.max_sequence_length
             return cache_key("flux prompt", encoders=text, prompt=job, length=length)
-        content = self.index[job[0]]["content"]
-        return cache_key("flux latent", vae=vae, content=content, size=job[1])
+        content = [self.index[file]["content"] for file in job.files]
+        return cache_key("flux sample", vae=vae, content=content, size=job.size)
 
-    def cached(self, job: Picture | str) -> dict[str, torch.Tensor]:
-        """Return the cache entry of a picture or prompt. Raises ValueError if it is damaged."""
+    def cached(self, job: Sample | str) -> dict[str, torch.Tensor]:
+        """Return the cache entry of a sample or prompt. Raises ValueError if it is damaged."""
         return utils.read_entry(utils.entry_path(self.cache_dir, self.key_of(job)))
 
-    def cache_jobs(self) -> dict[str, Picture | str]:
+    def cache_jobs(self) -> dict[str, Sample | str]:
         """Return every entry that training and previews ask for: {key: what is encoded}."""
-        jobs: list[Picture | str] = [*self.all_prompts]
-        pairs = [pair for dataset in self.pairs.values() for pair in dataset.values()]
-        return {self.key_of(job): job for job in jobs + [x for pair in pairs for x in pair]}
+        jobs: list[Sample | str] = [*self.all_prompts]
+        jobs += [sample for samples in self.data.values() for sample in samples if sample.files]
+        return {self.key_of(job): job for job in jobs}
 
     def cache_embeddings(self) -> int:
         """Encode what is missing, a share per process; return how many this one encoded.
@@ -1347,35 +1356,38 @@ class PairEditTrainer:
                 if utils.entry_path(self.cache_dir, key).exists():
                     log.warning("%s; it is built again", error)
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
-        if pictures := {key: job for key, job in todo.items() if not isinstance(job, str)}:
+        pairs = {key: job for key, job in todo.items() if isinstance(job, Sample)}
+        if pairs:
             vae = load_vae(self.folder, self.device)
-            for key, job in utils.progress(pictures.items(), "encode pictures"):
-                latent = encode_pixels(vae, to_pixels(fit_picture(*job)))[0]
-                utils.write_entry(self.cache_dir, key, {"latent": latent})
+            for key, sample in utils.progress(pairs.items(), "encode pictures"):
+                pixels = torch.cat([to_pixels(image) for image in fit_pictures(sample)])
+                tokens = pack_tokens(torch.cat([encode_pixels(vae, x[None]) for x in pixels]))
+                utils.write_entry(self.cache_dir, key, {"tokens": tokens})
             del vae  # KEEP: the encoders are never in memory together
             accelerator.free_memory()
-        if prompts := {key: job for key, job in todo.items() if isinstance(job, str)}:
-            encode = load_text_encoders(self.folder, self.dtype, self.device)
-            for key, job in utils.progress(prompts.items(), "encode prompts"):
-                text = encode_prompt_flux(encode, job, self.config.max_sequence_length)
+        prompts = {key: job for key, job in todo.items() if isinstance(job, str)}
+        if prompts:
+            pipeline = load_text_encoders(self.folder, self.dtype, self.device)
+            for key, prompt in utils.progress(prompts.items(), "encode prompts"):
+                text = encode_prompt_flux(pipeline, prompt, self.config.max_sequence_length)
                 utils.write_entry(self.cache_dir, key, text)
-            del encode
+            del pipeline
             accelerator.free_memory()
         accelerator.wait_for_everyone()
         return len(todo)
 
     def load_models(self) -> None:
         """Load the frozen base, the adapters of this objective and all prompts."""
-        config, self.texts = self.config, dict[str, Text]()
+        config, method, rank = self.config, self.config.train_method, self.config.rank
+        self.texts: dict[str, Text] = {}
         for prompt in self.all_prompts:
             self.texts[prompt] = {k: x.to(self.device) for k, x in self.cached(prompt).items()}
-        precision, method, rank = config.base_model_precision, config.train_method, config.rank
-        self.bare = load_flux(self.folder, precision, self.dtype, self.device)
+        self.bare = load_flux(self.folder, config.base_model_precision, self.dtype, self.device)
         if config.gradient_checkpointing:
             self.bare.enable_gradient_checkpointing()
         zeros = {
-            path: (torch.zeros(rank, x.in_features), torch.zeros(x.out_features, rank))
-            for path, x in target_layers(self.bare, method).items()
+            path: (torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank))
+            for path, layer in target_layers(self.bare, method).items()
         }
         for name in adapters_of(config.python_name):
             add_slider(self.bare, self.switch, name, zeros, config.alpha / rank)
@@ -1397,29 +1409,25 @@ class PairEditTrainer:
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.samples = []
-        for name, pair in self.run_pairs(run).items():
-            latents = torch.stack([self.cached(picture)["latent"] for picture in pair])
-            grid = latents.shape[-2] // 2, latents.shape[-1] // 2
-            self.samples.append(Sample(name, grid, pack_tokens(latents), self.sigmas(grid)))
-        if not self.samples:  # slider_text
-            grid = self.square_grid()
-            tokens = torch.empty(0, math.prod(grid), self.bare.config.in_channels)
-            self.samples = [Sample(run.dataset, grid, tokens, self.sigmas(grid))]
+        self.samples, self.tokens = self.run_samples(run), {}
+        for x in self.samples:
+            none = torch.empty(0, math.prod(self.grid(x.size)), self.bare.config.in_channels)
+            self.tokens[x] = self.cached(x)["tokens"] if x.files else none
 
-    def square_grid(self) -> tuple[int, int]:
-        """Return the (rows, columns) of tokens of a picture of resolution x resolution px."""
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (rows, columns) of tokens of a picture of (W, H) px."""
         levels = read_model_json(str(self.folder), "vae/config.json")["block_out_channels"]
-        side = self.config.resolution // 2 ** len(levels)  # a token is 2 x 2 latents
-        return side, side
+        side = 2 ** len(levels)  # px of a token: 2 x 2 latents
+        return size[1] // side, size[0] // side
 
-    def sigmas(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Return the noise levels of a picture of that grid, (N + 1,), CPU."""
-        return sigma_table(self.folder, self.config.num_inference_steps, math.prod(grid))
+    def sigmas(self, size: tuple[int, int]) -> torch.Tensor:
+        """Return the noise levels of a picture of (W, H) px, (N + 1,), CPU."""
+        tokens = math.prod(self.grid(size))
+        return sigma_table(self.folder, self.config.num_inference_steps, tokens)
 
-    def predictor(self, prompt: str, grid: tuple[int, int], model: Any = None) -> Predict:
+    def predictor(self, text: Text, size: tuple[int, int], model: Any = None) -> Predict:
         """Return the velocity of the base and its adapters under a prompt."""
-        text, guidance = self.texts[prompt], self.config.guidance_scale
+        grid, guidance = self.grid(size), self.config.guidance_scale
         return flux_velocity(model or self.bare, self.switch, text, grid, guidance)
 
     def fit(self) -> None:
@@ -1463,7 +1471,9 @@ def train_run(
         run_log = RunLog(accelerator, folder, trainer.config, trainer.global_step)
         if main:
             utils.run_record(folder, trainer.config, Path(__file__))
-            draw_pairs(trainer, run_log)
+            if rows := [fit_pictures(sample) for sample in trainer.samples[:8]]:
+                sheet = utils.contact_sheet(rows, captions=[x.name for x in trainer.samples[:8]])
+                run_log.picture("pairs", sheet, trainer.global_step)
         stopped = train_loop(trainer, run_log, stop)
         for tracker in accelerator.trackers:
             tracker.finish()
