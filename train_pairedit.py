@@ -1173,6 +1173,17 @@ def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def draw_pairs(trainer: PairEditTrainer, run_log: RunLog) -> None:
+    """Draw samples/pairs.png: what the model sees of the first pairs."""
+    shown = [sample for sample in trainer.samples[:8] if sample.files]
+    folders = trainer.config.source_folder, trainer.config.target_folder
+    if shown:
+        rows = [fit_pictures(sample) for sample in shown]
+        heads = [f"{name} (scale {k})" for k, name in enumerate(folders[: len(rows[0])])]
+        sheet = utils.contact_sheet(rows, heads, [sample.name for sample in shown])
+        run_log.picture("pairs", sheet, trainer.global_step)
+
+
 def trained_as(trainer: PairEditTrainer, run: Run) -> dict[str, Any]:
     """Return all that decides what a run learns: settings, pictures, noise scale."""
     free = {"device", "gradient_checkpointing", "noise_scales"}
@@ -1414,11 +1425,15 @@ class PairEditTrainer:
             none = torch.empty(0, math.prod(self.grid(x.size)), self.bare.config.in_channels)
             self.tokens[x] = self.cached(x)["tokens"] if x.files else none
 
+    @functools.cached_property
+    def token_px(self) -> int:
+        """Side of the square of pixels behind a token: 2 x 2 latents."""
+        levels = read_model_json(str(self.folder), "vae/config.json")["block_out_channels"]
+        return 2 ** len(levels)
+
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the (rows, columns) of tokens of a picture of (W, H) px."""
-        levels = read_model_json(str(self.folder), "vae/config.json")["block_out_channels"]
-        side = 2 ** len(levels)  # px of a token: 2 x 2 latents
-        return size[1] // side, size[0] // side
+        return size[1] // self.token_px, size[0] // self.token_px
 
     def sigmas(self, size: tuple[int, int]) -> torch.Tensor:
         """Return the noise levels of a picture of (W, H) px, (N + 1,), CPU."""
@@ -1471,9 +1486,7 @@ def train_run(
         run_log = RunLog(accelerator, folder, trainer.config, trainer.global_step)
         if main:
             utils.run_record(folder, trainer.config, Path(__file__))
-            if rows := [fit_pictures(sample) for sample in trainer.samples[:8]]:
-                sheet = utils.contact_sheet(rows, captions=[x.name for x in trainer.samples[:8]])
-                run_log.picture("pairs", sheet, trainer.global_step)
+            draw_pairs(trainer, run_log)
         stopped = train_loop(trainer, run_log, stop)
         for tracker in accelerator.trackers:
             tracker.finish()
