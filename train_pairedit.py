@@ -45,16 +45,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 import utils
-from utils import (
-    RunLog,
-    Section,
-    UserError,
-    cache_key,
-    draw_key,
-    listed,
-    memory_gb,
-    read_model_json,
-)
+from utils import RunLog, UserError, cache_key, draw_key, listed, memory_gb, read_model_json
 
 # KEEP: diffusers, transformers and accelerate are imported where they are used, so that a mistake
 # in the config or the data is reported within seconds, before any of them is loaded.
@@ -63,7 +54,7 @@ log = logging.getLogger("train_pairedit")
 
 
 # --- 1. objective ---------------------------------------------------------------------------------
-class LossConfig(Section):
+class LossConfig(utils.Section):
     """What is learned, and at which noise levels."""
 
     python_name: Literal[*LOSSES] = "train_image"  # type: ignore[valid-type]
@@ -195,7 +186,7 @@ def adapters_of(objective: str) -> list[str]:
 
 
 # --- 2. one training step, the loop ---------------------------------------------------------------
-class TrainConfig(Section):
+class TrainConfig(utils.Section):
     """How long it trains and what it saves: all of it may change when a run goes on."""
 
     train_iteration: int = Field(500, ge=1)
@@ -304,11 +295,7 @@ def log_steps(
 
 
 def draw_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
-    """Return this process's share of the next step: samples, and the batch of them.
-
-    The first sample is drawn from all, the others from those of its size, so each is as likely.
-    Noise levels are drawn from equal parts of start_step..end_step, one part for each sample.
-    """
+    """Return this process's share of the next step: samples of one size, each as likely."""
     config, accelerator = trainer.config, trainer.accelerator
     key = config.seed, trainer.run.version, trainer.global_step
     first = trainer.samples[int(utils.uniform(*key, "pair", 0) * len(trainer.samples))]
@@ -318,32 +305,19 @@ def draw_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
     samples, levels, tokens = [], [], []
     for i in range(start, start + config.batch_size):
         sample = alike[int(utils.uniform(*key, "pair", i) * len(alike))] if i else first
-        part = (i + utils.uniform(*key, "sigma", i)) / total
-        level = config.start_step + int(part * (config.end_step - config.start_step + 1))
-        noise = draw_noise(config, trainer.tokens[sample].shape[1:], *key, "noise", i)
+        part = (i + utils.uniform(*key, "sigma", i)) / total  # levels are spread evenly
+        noise = utils.normal(trainer.tokens[sample].shape[1:], *key, "noise", i)
+        if config.num_noise_seeds:  # torch's own of a few seeds, in the shape of tokens
+            seed = int(utils.uniform(*key, "noise", i) * config.num_noise_seeds)
+            noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed))
         samples.append(sample)
-        levels.append(level)
+        levels.append(config.start_step + int(part * (config.end_step - config.start_step + 1)))
         tokens.append(torch.cat([noise[None], trainer.tokens[sample]]))
-    sigma = trainer.sigmas(first.size)[levels].view(-1, 1, 1)
-    # noise and pictures, (B, S, 4C) each; a photo is its own target
-    noise, *pictures = to_device(torch.stack(tokens, 1), trainer.device)
-    batch = PairBatch(
-        source=pictures[0] if pictures else noise,
-        target=pictures[-1] if pictures else noise,
-        noise=noise,
-        sigma=to_device(sigma, trainer.device),
-        noise_scale=trainer.run.noise_scale,
-        eta=config.cfg_eta,
-    )
+    sigma = to_device(trainer.sigmas(first.size)[levels].view(-1, 1, 1), trainer.device)
+    noise, *pictures = to_device(torch.stack(tokens, 1), trainer.device)  # (B, S, 4C) each
+    source, target = (pictures[0], pictures[-1]) if pictures else (noise, noise)
+    batch = PairBatch(source, target, noise, sigma, trainer.run.noise_scale, config.cfg_eta)
     return samples, batch if pictures else text_batch(trainer, first, batch, levels)
-
-
-def draw_noise(config: Config, shape: Sequence[int], *parts: object) -> torch.Tensor:
-    """Draw noise in the shape of tokens, as PairEdit does; torch's own of a few seeds."""
-    if not config.num_noise_seeds:
-        return utils.normal(shape, *parts)
-    seed = int(utils.uniform(*parts) * config.num_noise_seeds)
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -351,18 +325,14 @@ def text_batch(
     trainer: PairEditTrainer, sample: Sample, batch: PairBatch, levels: Sequence[int]
 ) -> PairBatch:
     """Draw pictures with the base up to their noise levels, and get its velocities there."""
-    sigmas = trainer.sigmas(sample.size).tolist()
-    texts = [trainer.texts[prompt] for prompt in trainer.prompts]
+    sigmas, texts = (
+        trainer.sigmas(sample.size).tolist(),
+        [trainer.texts[p] for p in trainer.prompts],
+    )
     predict = trainer.predictor(texts[0], sample.size)
-    drawn = [
-        draw_strip(predict, noise[None], sigmas[: level + 1], [0.0])
-        for noise, level in zip(batch.noise, levels, strict=True)
-    ]
-    tokens, count = torch.cat(drawn), len(drawn)
-    text = {
-        name: torch.cat([text[name] for text in texts]).repeat_interleave(count, 0)
-        for name in texts[0]
-    }
+    ways = zip(batch.noise[:, None], levels, strict=True)
+    tokens = torch.cat([draw_strip(predict, x, sigmas[: n + 1], [0.0]) for x, n in ways])
+    text = {k: torch.cat([x[k] for x in texts]).repeat_interleave(len(tokens), 0) for k in texts[0]}
     predict = trainer.predictor(text, sample.size)
     velocity = predict(tokens.repeat(3, 1, 1), batch.sigma.flatten().repeat(3), [()])
     return batch._replace(source=tokens, teacher=velocity.chunk(3))
@@ -374,7 +344,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 # --- 3. adapter -----------------------------------------------------------------------------------
-class AdapterConfig(Section):
+class AdapterConfig(utils.Section):
     """The LoRAs and their optimizer, AdamW; everything else stays frozen."""
 
     rank: int = Field(16, ge=1)
@@ -463,12 +433,8 @@ def target_layers(transformer: Any, train_method: str) -> dict[str, Any]:
 def add_slider(
     transformer: Any, switch: AdapterSwitch, name: str, factors: dict[str, Any], strength: float
 ) -> None:
-    """Give layers an adapter, in fp32; factors: {path: (down (r, in), up (out, r))}.
-
-    Raises UserError where there is no such layer, or one of another shape.
-    """
-    layers, device = dict(transformer.named_modules()), transformer.device
-    wrong = []
+    """Give layers an adapter: {path: (down (r, in), up (out, r))}. Raises UserError: no fit."""
+    layers, wrong = dict(transformer.named_modules()), []
     for path, (down, up) in factors.items():
         inner = getattr(layers.get(path), "base", layers.get(path))
         shape = getattr(inner, "out_features", None), getattr(inner, "in_features", None)
@@ -482,37 +448,30 @@ def add_slider(
             layer = SliderLinear(layer, switch)
             transformer.set_submodule(path, layer)
         # KEEP contiguous: safetensors refuses transposed factors, such as those of an SVD
-        down, up = (x.to(device, torch.float32, copy=True).contiguous() for x in pair)
+        down, up = (x.to(transformer.device, torch.float32, copy=True).contiguous() for x in pair)
         layer.down[name], layer.up[name] = torch.nn.Parameter(down), torch.nn.Parameter(up)
         layer.strength[name] = strength
 
 
 @torch.no_grad()
 def start_slider(transformer: Any, name: str, train_method: str, *parts: object) -> None:
-    """Set an adapter to values that change nothing yet: a function of `parts`.
-
-    full: down is Kaiming-uniform with a = 1, up is zero. xattn: up is fixed, with random
-    orthonormal columns, and down starts at zero.
-    """
+    """Set an adapter to values that change nothing yet: a function of `parts`."""
     for path, layer in slider_layers(transformer, name).items():
         down, up = layer.down[name].zero_(), layer.up[name].zero_()
-        if train_method == "full":
+        if train_method == "full":  # Kaiming-uniform with a = 1
             draw = torch.Generator().manual_seed(draw_key(*parts, path))
             start = torch.rand(down.shape, generator=draw) * 2 - 1
             down.copy_(start * math.sqrt(3 / down.shape[1]))
         else:
-            up.copy_(torch.linalg.qr(utils.normal(up.shape, *parts, path)).Q)
+            up.copy_(torch.linalg.qr(utils.normal(up.shape, *parts, path)).Q)  # orthonormal
             up.requires_grad_(False)
 
 
 def save_slider(path: Path, transformer: Any, name: str, about: dict[str, Any]) -> None:
-    """Write diffusers/PEFT names, with alpha / r folded into lora_B.
-
-    Loaders differ in where they look for alpha (metadata, `.alpha` keys, nowhere), so the file says
-    alpha = r: the strength is right everywhere. Exact when alpha / r is a power of two (1 / 16).
-    """
+    """Write diffusers/PEFT names, with alpha / r folded into lora_B."""
     from peft import LoraConfig
 
+    # KEEP alpha = r: loaders look for alpha in metadata, in `.alpha` keys, or nowhere
     layers, tensors = slider_layers(transformer, name), {}
     for where, layer in layers.items():
         down, up = layer.down[name].detach(), layer.up[name].detach() * layer.strength[name]
@@ -542,7 +501,7 @@ def save_original(path: Path, transformer: Any, name: str) -> None:
 
 
 # --- 4. runs and samples --------------------------------------------------------------------------
-class DataConfig(Section):
+class DataConfig(utils.Section):
     """Which sliders are trained, from which folders, and where they go."""
 
     datasets_folder: Path = Path("datasets")
@@ -705,7 +664,7 @@ def audit(config: Config) -> list[str]:
 
 
 # --- 5. the base model: pictures, prompts, weights ------------------------------------------------
-class ModelConfig(Section):
+class ModelConfig(utils.Section):
     """The base model and its inputs."""
 
     pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-dev"
@@ -805,19 +764,20 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 Text = dict[str, torch.Tensor]  # a prompt: T5's "embed" (1, T, 4096), CLIP's "pooled" (1, 768)
 
 
-def load_text_encoders(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A FluxPipeline that can only encode prompts."""
+@torch.no_grad()
+def encode_prompts(
+    folder: Path, prompts: Sequence[str], length: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Text]:
+    """Return {prompt: its embeddings as the pipeline makes them}, padded to `length` T5 tokens."""
     from diffusers import FluxPipeline
 
     pipeline = FluxPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
-    return pipeline.to(device)
-
-
-@torch.no_grad()
-def encode_prompt_flux(pipeline: Any, prompt: str, max_sequence_length: int) -> Text:
-    """T5 states and CLIP's pooled state, as the pipeline makes them."""
-    embed, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=max_sequence_length)
-    return {"embed": embed, "pooled": pooled}
+    pipeline.to(device)
+    texts = {}
+    for prompt in utils.progress(prompts, "encode prompts"):
+        embed, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=length)
+        texts[prompt] = {"embed": embed, "pooled": pooled}
+    return texts
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
@@ -974,7 +934,7 @@ def unpack_without_compiler() -> None:
 
 # --- 6. sampling ----------------------------------------------------------------------------------
 
-# (tokens (B, S, 4C), sigma or (B,), what is on in each part of the batch) -> velocity, fp32
+# (tokens (B, S, 4C), sigma or (B,), parts of the batch) -> velocity, fp32
 Predict = Callable[[torch.Tensor, float | torch.Tensor, Sequence[BatchPart]], torch.Tensor]
 
 
@@ -1023,10 +983,7 @@ def position_ids(grid: tuple[int, int], device: torch.device, dtype: torch.dtype
 def flux_velocity(
     transformer: Any, switch: AdapterSwitch, text: Text, grid: tuple[int, int], guidance: float
 ) -> Predict:
-    """Return the velocity under a prompt (of 1 or B) as a function of (tokens, sigma, parts).
-
-    Arguments as FluxPipeline passes them, rounding included.
-    """
+    """Return the velocity under a prompt (of 1 or B); FluxPipeline's arguments and rounding."""
     guided = getattr(transformer, "module", transformer).config.guidance_embeds  # not schnell
 
     def predict(
@@ -1068,10 +1025,9 @@ def slider_velocity(
     positions: torch.Tensor,
     blend: bool,
 ) -> torch.Tensor:
-    """Return the velocity with the sliders at `positions` (B,).
+    """Return the velocity with the sliders at `positions` (B,): all on in one pass.
 
-    Merged: one pass with base and all sliders on. Blended: v_base + sum of gamma (v_slider -
-    v_base), where v_slider has only that slider on; K + 1 passes in one batch.
+    Blended: v_base + sum of gamma (v_slider - v_base), each slider alone; K + 1 passes in a batch.
     """
     moved: list[BatchPart] = [(Active(s.adapter, s.scale * positions),) for s in sliders]
     if not (blend and moved):
@@ -1095,8 +1051,8 @@ def draw_strip(
 ) -> torch.Tensor:
     """Euler from `noise` (1, S, 4C) at every position of the sliders -> (positions, S, 4C).
 
-    Steps before the first slider acts are the same for all positions and are made once; the others
-    go in batches. Position 0 goes alone and is what the base model draws, bit for bit.
+    Steps before the first slider acts are made once. Position 0 goes alone: it is what the base
+    model draws, bit for bit.
     """
     steps = range(len(sigmas) - 1)
     first = min((slider.start for slider in sliders), default=len(steps))
@@ -1127,7 +1083,7 @@ def first_noise(
 
 
 # --- 7. validation and results --------------------------------------------------------------------
-class PreviewConfig(Section):
+class PreviewConfig(utils.Section):
     """Previews, drawn as generate.py does it, which reads these settings from the same file."""
 
     preview: bool = True
@@ -1150,16 +1106,13 @@ GENERATE_ONLY = {  # settings in the same file that only generate.py reads
 
 
 def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
-    """Draw samples/step-<n>.png: the slider at `scales`, as generate.py draws it.
-
-    Of an inversion LoRA: what it makes of noise; the photo is in samples/pairs.png.
-    """
+    """Draw samples/step-<n>.png: the slider at `scales`, or what an inversion makes of noise."""
     config, run, step = trainer.config, trainer.run, trainer.global_step
     if trainer.accelerator.is_main_process:
         size, scales = (config.resolution, config.resolution), config.scales
-        slider = Slider("semantic", start=config.skips[0] + 1)
+        slider = Slider(adapters_of(config.python_name)[-1], start=config.skips[0] + 1)
         if run.image_id:
-            size, scales, slider = trainer.samples[0].size, [1.0], Slider("content")
+            size, scales, slider = trainer.samples[0].size, [1.0], slider._replace(start=0)
         prompt, seed = trainer.preview_prompts[run.dataset], config.start_seed_gen
         grid, channels = trainer.grid(size), trainer.bare.config.in_channels // 4
         noise = first_noise(seed, channels, grid, trainer.dtype, trainer.device)
@@ -1225,15 +1178,15 @@ def save_run(trainer: PairEditTrainer) -> None:
 
 
 CARD = """---
-base_model: {base}
+base_model: {0}
 library_name: diffusers
 tags: [text-to-image, lora, flux, pairedit]
 ---
-# LoRA "{dataset}" for {base}
+# LoRA "{1}" for {0}
 
 Trained with train_pairedit.py; its settings are in config.yaml. To draw with it:
 
-    {command}
+    {2}
 """
 
 
@@ -1241,36 +1194,32 @@ def write_card(trainer: PairEditTrainer) -> str:
     """Write README.md, the model card; return the command in it, which draws with the LoRA."""
     config, run = trainer.config, trainer.run
     base = config.pretrained_model_name_or_path
-    lora = f"--lora {lora_stem(config, run, trainer.global_step)}.safetensors"
-    if run.image_id:
-        lora = f"--inversion_{lora[2:]} --lora slider.safetensors"
-    command = (
-        f"python generate.py --pretrained_model_name_or_path {base} {lora} "
-        f'--prompt "{trainer.preview_prompts[run.dataset]}" --scales 0,0.5,1 --output strip.png '
-        f"--skip {config.skips[0]} --num_inference_steps {config.num_inference_steps} "
-        f"--resolution {config.resolution}"
+    file = f"{lora_stem(config, run, trainer.global_step)}.safetensors"
+    lora = (
+        f"--inversion_lora {file} --lora slider.safetensors" if run.image_id else f"--lora {file}"
     )
-    card = CARD.format(base=base, dataset=run.dataset, command=command)
-    utils.save_text(trainer.output_dir / "README.md", card)
+    command = (
+        f"python generate.py --pretrained_model_name_or_path {base} {lora} --scales 0,0.5,1 "
+        f'--prompt "{trainer.preview_prompts[run.dataset]}" --skip {config.skips[0]} '
+        f"--num_inference_steps {config.num_inference_steps} --resolution {config.resolution} "
+        "--output strip.png"
+    )
+    text = CARD.format(base, run.dataset, command)
+    utils.save_text(trainer.output_dir / "README.md", text)
     return command
 
 
 # --- 8. the trainer -------------------------------------------------------------------------------
 class PairEditTrainer:
-    """Hold the state of a run; fit() does it all.
-
-    >>> PairEditTrainer(load_config(Config, ["--config", "configs/pairedit_age.yaml"])).fit()
-    """
+    """Hold the state of a run. fit() does it all, method by method."""
 
     run: Run
-    accelerator: Any = None
     transformer: Any = None  # as it trains: wrapped when there are several processes
 
     def __init__(self, config: Config) -> None:
         self.config, self.cache_dir = config, config.cache_dir
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.switch = AdapterSwitch()
-        self.data: dict[str, list[Sample]] = {}  # of each data set
         self.prompts = [config.train_prompt]  # the first one is what the trained model is given
         if config.python_name == "slider_text":
             self.prompts = [config.target_prompt, config.positive_prompt, config.negative_prompt]
@@ -1281,13 +1230,11 @@ class PairEditTrainer:
 
     def setup_accelerator(self) -> None:
         """Set up processes and devices."""
-        if self.accelerator:
-            return
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
-        self.accelerator = Accelerator(
+        self.accelerator: Any = Accelerator(
             mixed_precision="no",  # KEEP: layers cast by themselves, in training as in inference
             cpu=not torch.accelerator.is_available(),
             device_placement=False,
@@ -1309,13 +1256,12 @@ class PairEditTrainer:
 
     def find_data(self) -> None:
         """Pair and hash the pictures. Raises UserError with every problem."""
-        problems: list[str] = []
         with self.accelerator.main_process_first():
             self.index = utils.FileIndex(self.cache_dir)  # KEEP: inside, to see what 0 recorded
-            for dataset in self.config.datasets:
-                self.data[dataset], _, wrong = find_samples(self.config, dataset, self.index)
-                problems += wrong
-        if problems:
+            names = self.config.datasets
+            found = {name: find_samples(self.config, name, self.index) for name in names}
+        self.data = {name: samples for name, (samples, _, _) in found.items()}
+        if problems := [problem for *_, wrong in found.values() for problem in wrong]:
             raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
 
     def run_samples(self, run: Run) -> list[Sample]:
@@ -1353,36 +1299,29 @@ class PairEditTrainer:
         return {self.key_of(job): job for job in jobs}
 
     def cache_embeddings(self) -> int:
-        """Encode what is missing, a share per process; return how many this one encoded.
-
-        VAE and text encoders are loaded one after the other; with nothing to do none is.
-        """
+        """Encode what is missing, a share per process; return how many this one encoded."""
         jobs, accelerator, todo = self.cache_jobs(), self.accelerator, {}
         # KEEP: shares of ALL entries; what is missing changes while other processes write
         for key in sorted(jobs)[accelerator.process_index :: accelerator.num_processes]:
             try:
                 self.cached(jobs[key])
             except ValueError as error:
-                todo[key] = jobs[key]
+                todo[jobs[key]] = key
                 if utils.entry_path(self.cache_dir, key).exists():
                     log.warning("%s; it is built again", error)
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
-        pairs = {key: job for key, job in todo.items() if isinstance(job, Sample)}
-        if pairs:
+        if pairs := [job for job in todo if isinstance(job, Sample)]:
             vae = load_vae(self.folder, self.device)
-            for key, sample in utils.progress(pairs.items(), "encode pictures"):
-                pixels = torch.cat([to_pixels(image) for image in fit_pictures(sample)])
-                tokens = pack_tokens(torch.cat([encode_pixels(vae, x[None]) for x in pixels]))
-                utils.write_entry(self.cache_dir, key, {"tokens": tokens})
+            for pair in utils.progress(pairs, "encode pictures"):
+                latents = [encode_pixels(vae, to_pixels(image)) for image in fit_pictures(pair)]
+                tokens = pack_tokens(torch.cat(latents))
+                utils.write_entry(self.cache_dir, todo[pair], {"tokens": tokens})
             del vae  # KEEP: the encoders are never in memory together
             accelerator.free_memory()
-        prompts = {key: job for key, job in todo.items() if isinstance(job, str)}
-        if prompts:
-            pipeline = load_text_encoders(self.folder, self.dtype, self.device)
-            for key, prompt in utils.progress(prompts.items(), "encode prompts"):
-                text = encode_prompt_flux(pipeline, prompt, self.config.max_sequence_length)
-                utils.write_entry(self.cache_dir, key, text)
-            del pipeline
+        if prompts := [job for job in todo if isinstance(job, str)]:
+            how = self.config.max_sequence_length, self.dtype, self.device
+            for prompt, text in encode_prompts(self.folder, prompts, *how).items():
+                utils.write_entry(self.cache_dir, todo[prompt], text)
             accelerator.free_memory()
         accelerator.wait_for_everyone()
         return len(todo)
@@ -1499,28 +1438,22 @@ def train_run(
 
 
 # --- 9. config and main ---------------------------------------------------------------------------
-def split_numbers(value: Any) -> list[str]:
-    """Split "0,1,2", alone or in a list, into its numbers."""
-    return ",".join(map(str, value if isinstance(value, list) else [value])).split(",")
-
-
-Numbers = Annotated[list[float], BeforeValidator(split_numbers)]
+Numbers = Annotated[  # "0,1,2", alone or in a list
+    list[float],
+    BeforeValidator(lambda v: ",".join(map(str, v if isinstance(v, list) else [v])).split(",")),
+]
 Device = Annotated[str | None, AfterValidator(lambda d: f"cuda:{d}" if d and d.isdecimal() else d)]
 
 
 class Config(PreviewConfig, AdapterConfig, TrainConfig, LossConfig, DataConfig, ModelConfig):
-    """train_pairedit.py: sliders from pairs, on FLUX.1-dev. generate.py takes the same file.
-
-    Names and defaults are those of PairEdit; its hidden constants are settings here.
-    """
+    """train_pairedit.py: sliders from pairs, on FLUX.1-dev; names and defaults are PairEdit's."""
 
     newcomer = (
         *("pretrained_model_name_or_path", "base_model_precision", "datasets_folder", "datasets"),
         *("python_name", "cfg_eta", "noise_scales", "train_iteration", "scales", "skips"),
     )
     not_here = dict.fromkeys(
-        ("stages", "stage_scales"),
-        "train a slider for each step of the sequence; generate.py combines them (--lora A B)",
+        ("stages", "stage_scales"), "train a slider for each step; generate.py combines them"
     )
 
     @model_validator(mode="before")
@@ -1532,7 +1465,7 @@ class Config(PreviewConfig, AdapterConfig, TrainConfig, LossConfig, DataConfig, 
         """Return {problem: whether it is there}."""
         first, last, steps = self.start_step, self.end_step, self.num_inference_steps
         strange = [n for n in self.datasets if n in ("", ".", "..") or {"/", "\\"} & {*n}]
-        named = [*self.datasets, *self.noise_scales, *self.image_ids]
+        lists = self.datasets, self.noise_scales, self.image_ids
         photos, skip = self.python_name == "train_image_real", self.skips[0]
         late = f"skips: {skip} of {steps} steps, the slider never acts; lower it, or preview: false"
         order = f"start_step {first} <= end_step {last} < num_inference_steps {steps} does not hold"
@@ -1540,7 +1473,9 @@ class Config(PreviewConfig, AdapterConfig, TrainConfig, LossConfig, DataConfig, 
             order: not first <= last < steps,
             late: self.preview and not photos and skip + 1 >= steps,
             f"datasets: {strange} are no names of folders": strange,
-            "datasets, noise_scales, image_ids: a value is there twice": len({*named}) < len(named),
+            "datasets, noise_scales, image_ids: a value is there twice": any(
+                len(set(values)) < len(values) for values in lists
+            ),
             "image_ids: go with python_name train_image_real": photos != bool(self.image_ids),
             "skips: -1 is the least, and is all steps": min(self.skips) < -1,
         }

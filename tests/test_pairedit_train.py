@@ -285,7 +285,7 @@ def finished(straight, again, tmp_path):
 def test_finished_runs_load_nothing(finished, monkeypatch):
     folder, resume = finished
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    for loader in ("load_flux", "load_vae", "load_text_encoders"):
+    for loader in ("load_flux", "load_vae", "encode_prompts"):
         monkeypatch.setattr(script, loader, lambda *args: pytest.fail("a model was loaded"))
     resume()
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
@@ -303,7 +303,7 @@ def test_finished_runs_load_nothing(finished, monkeypatch):
 )
 def test_a_checkpoint_of_other_settings_is_refused(changes, name, finished, monkeypatch):
     folder, resume = finished
-    monkeypatch.setattr(script, "load_text_encoders", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr(script, "encode_prompts", lambda *args: pytest.fail("too late"))
     with pytest.raises(UserError) as error:
         resume(**changes)
     assert name in str(error.value) and str(folder / "checkpoint-4") in str(error.value)
@@ -427,7 +427,7 @@ def encoded(trainer, monkeypatch):
     wanted = {script.utils.entry_path(trainer.cache_dir, key) for key in trainer.cache_jobs()}
     with monkeypatch.context() as patch:
         if all(path.exists() for path in wanted):
-            for loader in ("load_vae", "load_text_encoders"):
+            for loader in ("load_vae", "encode_prompts"):
                 patch.setattr(script, loader, lambda *args: pytest.fail("a model was loaded"))
         return trainer.cache_embeddings()
 
@@ -509,21 +509,20 @@ def test_a_damaged_entry_is_built_again_and_models_are_loaded_one_by_one(
         original = getattr(script, name)
 
         def load(*args):
-            loaded = original(*args)
-            parts = [loaded]
-            if name == "load_text_encoders":
-                parts = [loaded.text_encoder, loaded.text_encoder_2]
             gc.collect()
             seen.append((name, sorted(type(model).__name__ for model in alive)))
-            alive.update(parts)
+            loaded = original(*args)
+            if name != "encode_prompts":  # that one keeps nothing
+                alive.add(loaded)
             return loaded
 
         monkeypatch.setattr(script, name, load)
 
-    for name in ("load_vae", "load_text_encoders", "load_flux"):
+    for name in ("load_vae", "encode_prompts", "load_flux"):
         watch(name)
     make_slider(train_iteration=1).fit()
-    assert seen == [("load_vae", []), ("load_text_encoders", []), ("load_flux", [])]
+    assert seen == [("load_vae", []), ("encode_prompts", []), ("load_flux", [])]
+    assert not [x for x in gc.get_objects() if type(x).__name__ == "T5EncoderModel"]
     before = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.safetensors")}
     for file, data in before.items():
         file.write_bytes(data[:-8])
