@@ -1064,7 +1064,7 @@ def draw_strip(
     drawn: dict[float, torch.Tensor] = {}
     for group in groups:
         tokens = noise.expand(len(group), -1, -1)
-        scales = torch.tensor(group, device=noise.device)
+        scales = to_device(torch.tensor(group), noise.device)
         for i in steps[first:]:
             acting = [slider for slider in sliders if slider.start <= i and any(group)]
             velocity = slider_velocity(predict, tokens, sigmas[i], base, acting, scales, blend)
