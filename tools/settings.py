@@ -14,6 +14,42 @@ from typing import Any, Literal, get_args, get_origin
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import Section, UserError, load_script, nearest, run_script, settings
 
+GONE = {  # names that users may expect: what to do instead
+    **dict.fromkeys(("hf_dataset", "hf_split"), "tools/pair_table.py writes a table"),
+    **dict.fromkeys(("rollout_steps", "rollout_span"), "experiments/rollout.patch"),
+    "selected_control_indexes": "tools/pair_table.py chooses references",
+    "conditioning_multidataset_sampling": "tools/pair_table.py writes a line per combination",
+    "mask_loss": "loss.mask: file",
+    "sigmoid_scale": "logit_normal with logit_std is the same",
+    "quantize": "model.base_model_precision: fp8-quanto",
+    "quantize_via": "blocks are quantised where they live",
+    "quantize_activations": "only weights are quantised",
+    "tracker_project_name": "trackers show the name of logging.output_dir",
+    "reference_dropout": "reference_list.dropout is that of the text encoder's pictures",
+    "from_image_mode": "from_image always leads to the target (bridge)",
+    "step_rules": "take another lr_scheduler.scheduler_type",
+    "max_tokens_per_batch": "batches have one shape; set data.batch_size",
+    "ema_device": "the average lies beside the adapter",
+    "mode_scale": "logit_normal or uniform; sample_sigma() is the place for another density",
+    "difference_threshold": "loss.mask: file, with masks of your own",
+    "exclude_blocks": "target_modules takes a regular expression",
+}
+
+FIRST = {  # of each script the settings that --help shows first
+    "train_qwen_edit.py": (
+        "model.pretrained_model_name_or_path",
+        "data.dataset_configs.*.train_data_dir",
+        "data.dataset_configs.*.target_dir",
+        "data.dataset_configs.*.reference_dirs",
+        "data.dataset_configs.*.resolution",
+        "logging.output_dir",
+        "train.max_train_steps",
+        "model.lora.r",
+        "optimizer.init_args",
+        "model.base_model_precision",
+    )
+}
+
 
 def sections(cls: type[Section]) -> dict[str, dict[str, Any]]:
     """Return {section: {setting: field}}; in a flat config a class is a section."""
@@ -55,6 +91,17 @@ def default_of(field: Any) -> str:
     )
 
 
+def instead(cls: type[Section], name: str) -> str:
+    """Return what to do about a setting that is not there."""
+    paths = [path for path, _ in settings(cls)]
+    if name in GONE:
+        return f"no such setting: {GONE[name]}"
+    if elsewhere := [path for path in paths if path.endswith(f".{name}")]:
+        return f"not a setting here, but there is {elsewhere[0]}"
+    names = {part for path in paths for part in path.split(".")}
+    return f"unknown setting{nearest(name, sorted(names))}"
+
+
 def help_text(cls: type[Section], wanted: str) -> str:
     """Return the settings of one section, of "all", or ("") the newcomer's and the sections.
 
@@ -66,7 +113,8 @@ def help_text(cls: type[Section], wanted: str) -> str:
         raise UserError(f"--help {wanted}: no such section{nearest(wanted, ['all', *every])}")
     shown = {wanted: every[wanted]} if wanted in every else every
     if not wanted:
-        shown = {"first": {path: fields[path] for path in cls.newcomer or fields}}
+        first = FIRST.get(str(cls.__doc__).partition(":")[0], fields)
+        shown = {"first": {path: fields[path] for path in first}}
     text = [] if wanted in every else [f"{cls.__doc__}"]
     for section, its in shown.items():
         text += ["", f"[{section}]"] if wanted else [""]
