@@ -7,7 +7,7 @@ Page: docs/train_pairedit.md
     ... --python_name train_image_real          # inversion LoRA of single photos (image_ids)
     ... --python_name slider_text               # from two prompts, without pictures
     ... --resume_from_checkpoint latest         # go on after a stop; finished runs are skipped
-    ... --plan | --print_config | --help | --help loss
+    ... --plan | --print_config | --help | --help variant
 
 One run per data set, version and noise scale, in one process. generate.py draws the strips from the
 same file. PairEdit: arXiv 2506.07992. Copy this file, change it, run it; only utils.py must lie
@@ -24,13 +24,12 @@ import contextlib
 import ctypes
 import datetime
 import functools
-import importlib.util
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -45,7 +44,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 import utils
-from utils import RunLog, UserError, cache_key, draw_key, listed, memory_gb, read_model_json
+from utils import RunLog, UserError, cache_key, draw_key, listed, read_model_json
 
 # KEEP: diffusers, transformers and accelerate are imported where they are used, so that a mistake
 # in the config or the data is reported within seconds, before any of them is loaded.
@@ -54,7 +53,7 @@ log = logging.getLogger("train_pairedit")
 
 
 # --- 1. objective ---------------------------------------------------------------------------------
-class LossConfig(utils.Section):
+class VariantConfig(utils.Section):
     """What is learned, and at which noise levels."""
 
     python_name: Literal[*LOSSES] = "train_image"  # type: ignore[valid-type]
@@ -100,6 +99,7 @@ class PairBatch(NamedTuple):
     teacher: tuple[torch.Tensor, ...] = ()  # slider_text: the base's velocities of its 3 prompts
 
 
+# differs: a velocity
 class Pass(NamedTuple):
     """One slice of the fused batch: noisy input, target velocity, active adapters."""
 
@@ -186,7 +186,7 @@ def adapters_of(objective: str) -> list[str]:
 
 
 # --- 2. one training step, the loop ---------------------------------------------------------------
-class TrainConfig(utils.Section):
+class LoopConfig(utils.Section):
     """How long it trains and what it saves: all of it may change when a run goes on."""
 
     train_iteration: int = Field(500, ge=1)
@@ -224,9 +224,10 @@ def training_loss(
     return loss, {"loss": loss.detach(), **losses}
 
 
+# differs: of one batch
 def train_step(trainer: PairEditTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Take one optimizer step; return the names of its samples and its losses."""
-    samples, batch = draw_batch(trainer)
+    samples, batch = next_batch(trainer)
     loss, losses = training_loss(trainer, samples, batch)
     trainer.accelerator.backward(loss)
     trainer.optimizer.step()
@@ -235,6 +236,7 @@ def train_step(trainer: PairEditTrainer) -> tuple[list[str], dict[str, torch.Ten
     return [sample.name for sample in samples], losses
 
 
+# differs: a run of several
 def train_loop(trainer: PairEditTrainer, run_log: RunLog, stop: utils.StopSignal) -> bool:
     """Train a run up to total_steps(); return whether a signal ended it early."""
     config, total, stopped = trainer.config, trainer.total_steps(), False
@@ -258,43 +260,32 @@ def train_loop(trainer: PairEditTrainer, run_log: RunLog, stop: utils.StopSignal
     return stopped
 
 
-def log_steps(
-    trainer: Any,
-    run_log: RunLog,
-    steps: Sequence[tuple[Sequence[str], dict[str, torch.Tensor]]],
-    clock: float,
-    **more: float,
-) -> None:
+def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: float) -> None:
     """Log the mean of each loss over these steps and all processes; waits for the GPU.
 
-    steps: (names of the samples, losses) of each; clock: time.monotonic() when the first of them
-    began; more: other figures.
-
-    Raises:
-        UserError: a loss is not finite; the message names the samples of the first bad step.
+    steps: (names of the samples, losses) of each; clock: time.monotonic() at the first one's start;
+    more: other figures. Raises UserError where a loss is not finite, with the samples of that step.
     """
     losses = torch.stack([torch.stack([*values.values()]) for _, values in steps])
     losses = trainer.accelerator.reduce(losses, "mean").cpu()  # (steps, losses)
     step, names = trainer.global_step, list(steps[0][1])
     if len(bad := (~losses.isfinite().all(1)).nonzero()):
         first = int(bad[0])
-        kept = ["the start", *(folder.name for folder in trainer.checkpoints.folders())]
         raise UserError(
             f"step {step - len(steps) + first + 1}: {', '.join(names)} = {losses[first].tolist()}; "
-            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. Nothing was "
-            f"saved since {kept[-1]}; lower the learning rate or look at those files"
+            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. Nothing of it "
+            "was saved; lower the learning rate or look at those files"
         )
     means = dict(zip(names, losses.mean(0).tolist(), strict=True))
     pace = (time.monotonic() - clock) / len(steps)  # the GPU is done with them
-    more |= {"seconds_per_step": pace, "memory_gb": memory_gb(trainer.device)}
+    more |= {"seconds_per_step": pace, "memory_gb": utils.memory_gb(trainer.device)}
     run_log.values(step, means | more)
     if trainer.accelerator.is_main_process:
         figures = " ".join(f"{name} {value:.4g}" for name, value in {**means, **more}.items())
-        left = datetime.timedelta(seconds=round(pace * (trainer.total_steps() - step)))
-        tqdm.write(f"step {step}/{trainer.total_steps()} {figures} eta {left}")
+        tqdm.write(f"step {step}/{trainer.total_steps()} {figures}")
 
 
-def draw_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
+def next_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
     """Return this process's share of the next step: samples of one size, each as likely."""
     config, accelerator = trainer.config, trainer.accelerator
     key = config.seed, trainer.run.version, trainer.global_step
@@ -325,13 +316,10 @@ def text_batch(
     trainer: PairEditTrainer, sample: Sample, batch: PairBatch, levels: Sequence[int]
 ) -> PairBatch:
     """Draw pictures with the base up to their noise levels, and get its velocities there."""
-    sigmas, texts = (
-        trainer.sigmas(sample.size).tolist(),
-        [trainer.texts[p] for p in trainer.prompts],
-    )
+    texts, sigmas = [trainer.texts[p] for p in trainer.prompts], trainer.sigmas(sample.size)
     predict = trainer.predictor(texts[0], sample.size)
     ways = zip(batch.noise[:, None], levels, strict=True)
-    tokens = torch.cat([draw_strip(predict, x, sigmas[: n + 1], [0.0]) for x, n in ways])
+    tokens = torch.cat([draw_strip(predict, x, sigmas[: n + 1].tolist(), [0.0]) for x, n in ways])
     text = {k: torch.cat([x[k] for x in texts]).repeat_interleave(len(tokens), 0) for k in texts[0]}
     predict = trainer.predictor(text, sample.size)
     velocity = predict(tokens.repeat(3, 1, 1), batch.sigma.flatten().repeat(3), [()])
@@ -344,7 +332,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 # --- 3. adapter -----------------------------------------------------------------------------------
-class AdapterConfig(utils.Section):
+class LorasConfig(utils.Section):
     """The LoRAs and their optimizer, AdamW; everything else stays frozen."""
 
     rank: int = Field(16, ge=1)
@@ -501,7 +489,7 @@ def save_original(path: Path, transformer: Any, name: str) -> None:
 
 
 # --- 4. runs and samples --------------------------------------------------------------------------
-class DataConfig(utils.Section):
+class RunsConfig(utils.Section):
     """Which sliders are trained, from which folders, and where they go."""
 
     datasets_folder: Path = Path("datasets")
@@ -568,7 +556,7 @@ class Sample(NamedTuple):
     size: tuple[int, int]  # (W, H) px that they are fitted to
 
 
-def find_samples(
+def find_pairs(
     config: Config, dataset: str, index: utils.FileIndex
 ) -> tuple[list[Sample], list[str], list[str]]:
     """Return the samples of a data set, what is odd about them, and problems."""
@@ -623,40 +611,18 @@ def check_checkpoint(name: str) -> list[str]:
     return [f"pretrained_model_name_or_path: {name} has no {part} folder" for part in lacking]
 
 
-def check_device(name: str, value: str | None) -> list[str]:
-    """Problems of a device setting on this machine."""
-    if value is None:
-        return []
-    try:
-        device = torch.device(value)
-    except RuntimeError:
-        return [f"{name}: '{value}' is no device (cpu, cuda:0, mps, ...)"]
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return [f"{name}: '{value}', but this machine has {torch.cuda.device_count()} CUDA devices"]
-    here = torch.accelerator.current_accelerator()
-    if device.type not in ("cpu", "cuda", here and here.type):
-        return [f"{name}: '{value}', but this machine has no such device"]
-    return []
-
-
-def check_packages(*names: str) -> list[str]:
-    """Problems of packages that the settings need and that are not installed."""
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]
-    return [f"{name} is not installed: pip install {name}" for name in lacking]
-
-
 def audit(config: Config) -> list[str]:
     """Return all that can be known to be wrong before a model loads, one line each."""
     trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     nf4 = ["bitsandbytes"] if config.base_model_precision == "nf4-bnb" else []
-    problems = check_device("device", config.device)
-    problems += check_packages(*trackers, *nf4)
+    problems = utils.check_device("device", config.device)
+    problems += utils.check_packages(*trackers, *nf4)
     problems += check_checkpoint(config.pretrained_model_name_or_path)
     problems += utils.check_writable("output_folder", config.output_folder)
     unwritable = utils.check_writable("cache_dir", config.cache_dir)
     index = utils.FileIndex(None if unwritable else config.cache_dir)
     for dataset in config.datasets:
-        _, odd, wrong = find_samples(config, dataset, index)
+        _, odd, wrong = find_pairs(config, dataset, index)
         problems += wrong
         if odd:
             log.warning("note\n%s", listed(odd))
@@ -664,7 +630,7 @@ def audit(config: Config) -> list[str]:
 
 
 # --- 5. the base model: pictures, prompts, weights ------------------------------------------------
-class ModelConfig(utils.Section):
+class BaseConfig(utils.Section):
     """The base model and its inputs."""
 
     pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-dev"
@@ -765,7 +731,7 @@ Text = dict[str, torch.Tensor]  # a prompt: T5's "embed" (1, T, 4096), CLIP's "p
 
 
 @torch.no_grad()
-def encode_prompts(
+def encode_texts(
     folder: Path, prompts: Sequence[str], length: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Text]:
     """Return {prompt: its embeddings as the pipeline makes them}, padded to `length` T5 tokens."""
@@ -781,15 +747,13 @@ def encode_prompts(
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB.
-
-    KEEP every 4 MB: a LoRA merged into some layers leaves the other layers and the header alone.
-    """
+    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
         size = file.stat().st_size
         parts.append([file.name, size])
         with file.open("rb") as stream:
+            # KEEP every 4 MB: a LoRA merged into some layers leaves the others and the header alone
             for place in range(0, size, 2**16 if size < 2**26 else 2**22):
                 stream.seek(place)
                 parts.append(draw_key(stream.read(2**16)))
@@ -812,68 +776,47 @@ def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.de
     for name, part in model.named_children():
         blocks = range(len(part)) if isinstance(part, torch.nn.ModuleList) else ()
         parts |= dict.fromkeys([f"{name}.{i}" for i in blocks] or [name], device)
-    filled = fill_parts(model, folder / "transformer", dtype, parts, precision)
-    for _ in utils.progress(filled, "load transformer", total=len(parts), leave=False):
-        pass
-    return model.eval().requires_grad_(False)
+    fill_parts(model, folder / "transformer", dtype, parts, precision)
+    return model
 
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 MODULATION = ("img_mod.", "txt_mod.", "norm")  # how names of modulation begin in a block
 
 
-def find_weights(folder: Path) -> dict[str, Path]:
-    """{tensor: file} of a diffusers component, one file or shards. Raises UserError."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if index.is_file():
-        named = read_model_json(str(folder), index.name).get("weight_map", {})
-        return {name: folder / file for name, file in named.items()}
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"weights {folder / WEIGHTS_FILE} cannot be read: {error}") from error
-
-
 def fill_parts(
     model: Any, folder: Path, dtype: torch.dtype, parts: dict[str, torch.device], precision: str
-) -> Iterator[torch.nn.Module]:
-    """Give a model without weights its parts, one by one, straight to their devices; blocks of a
-    ModuleList are quantised there. Yields each part when it is filled.
+) -> None:
+    """Give a model without weights its parts, one by one, on their devices; blocks are quantised.
 
     One block at a time is in memory unquantised. With no_change the model equals
-    from_pretrained(dtype=dtype) bit for bit.
-
-    Raises:
-        UserError: weights are missing, damaged or of another model; the message names three.
+    from_pretrained(dtype=dtype) bit for bit. Raises UserError: weights are missing or damaged.
     """
-    weights = find_weights(folder)
-    if wrong := sorted(weights.keys() ^ model.state_dict().keys()):
-        raise UserError(f"{folder}: weights missing or not expected\n{listed(wrong, 3)}")
-    for name, device in parts.items():
-        part, tensors = model.get_submodule(name), {}
-        mine = [key for key in weights if key.startswith(f"{name}.")]
-        try:
-            for path in {weights[key] for key in mine}:
-                # KEEP: open only for this part; what was read of an open file counts as memory
-                with safe_open(path, framework="pt") as file:
-                    for key in (key for key in mine if weights[key] == path):
-                        tensor = file.get_tensor(key).to(device, dtype, copy=True)
-                        tensors[key.removeprefix(f"{name}.")] = tensor
+    files: dict[str, Path] = {}  # of each tensor
+    try:
+        for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                files |= dict.fromkeys(opened.keys(), file)
+        if wrong := sorted(files.keys() ^ model.state_dict().keys()):
+            raise UserError(f"{folder}: weights missing or not expected\n{listed(wrong, 3)}")
+        for name, device in utils.progress(parts.items(), "load transformer", leave=False):
+            part, tensors = model.get_submodule(name), {}
+            for key in [key for key in files if key.startswith(f"{name}.")]:
+                # KEEP: closed again; what was read of an open file counts as memory
+                with safe_open(files[key], framework="pt") as opened:
+                    tensor = opened.get_tensor(key).to(device, dtype, copy=True)
+                tensors[key.removeprefix(f"{name}.")] = tensor
             part.load_state_dict(tensors, assign=True)
-        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
-            raise UserError(f"{folder}, {name}: {error}") from error
-        if name[-1].isdigit() and precision != "no_change":
-            quantize_block(part, precision)
-        part.requires_grad_(False)
-        return_freed_memory()
-        yield part
+            if name[-1].isdigit() and precision != "no_change":
+                quantize_block(part, precision)
+            return_freed_memory()
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
+        raise UserError(f"{folder}: {error}") from error
+    model.eval().requires_grad_(False)
 
 
 def return_freed_memory() -> None:
-    """Call malloc_trim(0): glibc keeps freed pages, so loading would end up larger than the model
-    in full precision."""
+    """Call malloc_trim(0): glibc keeps freed pages, so loading would need twice the memory."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -918,13 +861,12 @@ def quantize_linear(linear: Any, precision: str) -> torch.nn.Module:
 
 
 def unpack_without_compiler() -> None:
-    """Let quanto unpack 4 and 2 bits with torch: its own extension is compiled at the first use, on
-    CUDA with nvcc."""
+    """Let quanto unpack 4 and 2 bits with torch; its own code is compiled at the first use."""
     from optimum import quanto
 
     def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-        mask = 2**bits - 1  # the lowest bits of every byte first
-        return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)])
+        shifted = [packed >> shift for shift in range(0, 8, bits)]  # lowest bits first
+        return torch.cat([part & (2**bits - 1) for part in shifted])
 
     for name in ("quanto_cpp", "quanto_cuda", "quanto_hip", "quanto_mps"):
         if quanto.is_extension_available(name):
@@ -1105,6 +1047,7 @@ GENERATE_ONLY = {  # settings in the same file that only generate.py reads
 }
 
 
+# differs: strips
 def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
     """Draw samples/step-<n>.png: the slider at `scales`, or what an inversion makes of noise."""
     config, run, step = trainer.config, trainer.run, trainer.global_step
@@ -1137,10 +1080,11 @@ def draw_pairs(trainer: PairEditTrainer, run_log: RunLog) -> None:
         run_log.picture("pairs", sheet, trainer.global_step)
 
 
+# differs: of one run
 def trained_as(trainer: PairEditTrainer, run: Run) -> dict[str, Any]:
     """Return all that decides what a run learns: settings, pictures, noise scale."""
     free = {"device", "gradient_checkpointing", "noise_scales"}
-    free |= {*TrainConfig.model_fields, *DataConfig.model_fields, *PreviewConfig.model_fields}
+    free |= {*LoopConfig.model_fields, *RunsConfig.model_fields, *PreviewConfig.model_fields}
     files = [file for sample in trainer.run_samples(run) for file in sample.files]
     return {
         **trainer.config.model_dump(mode="json", exclude=free),
@@ -1259,7 +1203,7 @@ class PairEditTrainer:
         with self.accelerator.main_process_first():
             self.index = utils.FileIndex(self.cache_dir)  # KEEP: inside, to see what 0 recorded
             names = self.config.datasets
-            found = {name: find_samples(self.config, name, self.index) for name in names}
+            found = {name: find_pairs(self.config, name, self.index) for name in names}
         self.data = {name: samples for name, (samples, _, _) in found.items()}
         if problems := [problem for *_, wrong in found.values() for problem in wrong]:
             raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
@@ -1320,7 +1264,7 @@ class PairEditTrainer:
             accelerator.free_memory()
         if prompts := [job for job in todo if isinstance(job, str)]:
             how = self.config.max_sequence_length, self.dtype, self.device
-            for prompt, text in encode_prompts(self.folder, prompts, *how).items():
+            for prompt, text in encode_texts(self.folder, prompts, *how).items():
                 utils.write_entry(self.cache_dir, todo[prompt], text)
             accelerator.free_memory()
         accelerator.wait_for_everyone()
@@ -1445,16 +1389,8 @@ Numbers = Annotated[  # "0,1,2", alone or in a list
 Device = Annotated[str | None, AfterValidator(lambda d: f"cuda:{d}" if d and d.isdecimal() else d)]
 
 
-class Config(PreviewConfig, AdapterConfig, TrainConfig, LossConfig, DataConfig, ModelConfig):
+class Config(PreviewConfig, LorasConfig, LoopConfig, VariantConfig, RunsConfig, BaseConfig):
     """train_pairedit.py: sliders from pairs, on FLUX.1-dev; names and defaults are PairEdit's."""
-
-    newcomer = (
-        *("pretrained_model_name_or_path", "base_model_precision", "datasets_folder", "datasets"),
-        *("python_name", "cfg_eta", "noise_scales", "train_iteration", "scales", "skips"),
-    )
-    not_here = dict.fromkeys(
-        ("stages", "stage_scales"), "train a slider for each step; generate.py combines them"
-    )
 
     @model_validator(mode="before")
     @classmethod

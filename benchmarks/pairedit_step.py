@@ -36,7 +36,7 @@ SCHEDULER = {
 
 def bare_steps(trainer, count):
     """`count` steps of one fixed fused batch, with nothing around them."""
-    samples, batch = script.draw_batch(trainer)
+    samples, batch = script.next_batch(trainer)
     passes = script.LOSSES[trainer.config.python_name](batch)
     noisy = torch.cat([part.noisy for part in passes])
     target = torch.cat([part.target for part in passes])

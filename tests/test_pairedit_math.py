@@ -166,7 +166,7 @@ def test_latents_and_prompts_are_the_pipelines(checkpoints):
         torch.testing.assert_close(script.decode_latents(vae, latents), vae.decode(mean).sample)
     pipeline = pipeline_of(checkpoints["flux"])
     prompts = ["", "a person, smiling"]
-    texts = script.encode_prompts(checkpoints["flux"], prompts, 32, torch.float32, CPU)
+    texts = script.encode_texts(checkpoints["flux"], prompts, 32, torch.float32, CPU)
     for prompt, text in texts.items():
         embed, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=32)
         torch.testing.assert_close(text["embed"], embed)
@@ -289,7 +289,7 @@ def test_a_quantised_base_says_nearly_the_same_and_trains(precision, error, make
     arguments = inputs_of(plain.bare)
     ours, exact = (x.bare(**arguments)[0].detach() for x in (trainer, plain))
     assert 0 < (ours - exact).norm() / exact.norm() < error
-    script.training_loss(trainer, *script.draw_batch(trainer))[0].backward()
+    script.training_loss(trainer, *script.next_batch(trainer))[0].backward()
     ups = [grads[1] for grads in gradients(trainer, "semantic").values()]
     assert len(ups) == 2 * 8 + 2 * 3 and all(grad.any() for grad in ups)
 
@@ -420,7 +420,7 @@ def test_a_training_step_is_the_sum_of_its_passes_one_by_one(objective, make_sli
     ids = {"image_ids": ["7001"]} if objective == "train_image_real" else {}
     trainer = make_slider(python_name=objective, batch_size=2, gradient_checkpointing=True, **ids)
     trainer = filled(prepared(trainer))
-    samples, batch = script.draw_batch(trainer)
+    samples, batch = script.next_batch(trainer)
     loss, losses = script.training_loss(trainer, samples, batch)
     loss.backward()
     torch.testing.assert_close(losses["loss"], sum(losses.values()) - losses["loss"])
@@ -441,7 +441,7 @@ def test_a_text_slider_learns_where_the_base_really_gets_at_each_samples_own_sig
     """Every sample as if it were alone, whatever the size of the batch."""
     settings = {"num_inference_steps": 8, "end_step": 7, "batch_size": 4}
     trainer = prepared(make_slider(python_name="slider_text", **settings))
-    _, batch = script.draw_batch(trainer)
+    _, batch = script.next_batch(trainer)
     table = trainer.sigmas(SIZE)
     levels = [table.tolist().index(sigma) for sigma in batch.sigma.flatten().tolist()]
     assert len(set(levels)) == 4
@@ -529,7 +529,7 @@ def drawn(steps, samples="abc", processes=1, sizes=None, version=1, **changes):
     for trainer.global_step in range(steps):
         for rank in range(processes):
             trainer.accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
-            visited, batch = script.draw_batch(trainer)
+            visited, batch = script.next_batch(trainer)
             levels = batch.sigma.flatten().int().tolist()
             found += zip([x.name for x in visited], levels, batch.noise, strict=True)
     return found

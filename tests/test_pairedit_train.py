@@ -285,7 +285,7 @@ def finished(straight, again, tmp_path):
 def test_finished_runs_load_nothing(finished, monkeypatch):
     folder, resume = finished
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    for loader in ("load_flux", "load_vae", "encode_prompts"):
+    for loader in ("load_flux", "load_vae", "encode_texts"):
         monkeypatch.setattr(script, loader, lambda *args: pytest.fail("a model was loaded"))
     resume()
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
@@ -303,7 +303,7 @@ def test_finished_runs_load_nothing(finished, monkeypatch):
 )
 def test_a_checkpoint_of_other_settings_is_refused(changes, name, finished, monkeypatch):
     folder, resume = finished
-    monkeypatch.setattr(script, "encode_prompts", lambda *args: pytest.fail("too late"))
+    monkeypatch.setattr(script, "encode_texts", lambda *args: pytest.fail("too late"))
     with pytest.raises(UserError) as error:
         resume(**changes)
     assert name in str(error.value) and str(folder / "checkpoint-4") in str(error.value)
@@ -357,7 +357,7 @@ def test_a_loss_that_is_no_number_stops_with_the_pair_and_keeps_the_checkpoint(a
     with pytest.raises(UserError, match="step 2") as error:
         trainer.fit()
     trainer.global_step = 1
-    ((sample,), _) = script.draw_batch(trainer)
+    ((sample,), _) = script.next_batch(trainer)
     assert sample.name in str(error.value) and "checkpoint-1" in str(error.value)
     (kept,) = Checkpoints(run_folders(tmp_path)[0]).folders()
     assert kept.name == "checkpoint-1" and Checkpoints.state(kept)
@@ -427,7 +427,7 @@ def encoded(trainer, monkeypatch):
     wanted = {script.utils.entry_path(trainer.cache_dir, key) for key in trainer.cache_jobs()}
     with monkeypatch.context() as patch:
         if all(path.exists() for path in wanted):
-            for loader in ("load_vae", "encode_prompts"):
+            for loader in ("load_vae", "encode_texts"):
                 patch.setattr(script, loader, lambda *args: pytest.fail("a model was loaded"))
         return trainer.cache_embeddings()
 
@@ -512,16 +512,16 @@ def test_a_damaged_entry_is_built_again_and_models_are_loaded_one_by_one(
             gc.collect()
             seen.append((name, sorted(type(model).__name__ for model in alive)))
             loaded = original(*args)
-            if name != "encode_prompts":  # that one keeps nothing
+            if name != "encode_texts":  # that one keeps nothing
                 alive.add(loaded)
             return loaded
 
         monkeypatch.setattr(script, name, load)
 
-    for name in ("load_vae", "encode_prompts", "load_flux"):
+    for name in ("load_vae", "encode_texts", "load_flux"):
         watch(name)
     make_slider(train_iteration=1).fit()
-    assert seen == [("load_vae", []), ("encode_prompts", []), ("load_flux", [])]
+    assert seen == [("load_vae", []), ("encode_texts", []), ("load_flux", [])]
     assert not [x for x in gc.get_objects() if type(x).__name__ == "T5EncoderModel"]
     before = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.safetensors")}
     for file, data in before.items():
