@@ -9,9 +9,9 @@ Page: docs/train_pairedit.md
     ... --resume_from_checkpoint latest         # go on after a stop; finished runs are skipped
     ... --plan | --print_config | --help | --help variant
 
-One run per data set, version and noise scale, in one process. generate.py draws the strips from the
-same file. PairEdit: arXiv 2506.07992. Copy this file, change it, run it; only utils.py must lie
-beside it. `# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
+One run per data set, version and noise scale. generate.py takes the same settings. PairEdit: arXiv
+2506.07992. Copy this file, change it, run it; only utils.py must lie beside it. `# EDIT HERE:` is
+what an ablation changes, `# KEEP:` what breaks otherwise.
 
 Shapes: B samples, H W pixels, h w latents (FLUX: H/8 W/8, C = 16 channels), S = (h/2)(w/2) image
 tokens of 4C channels, T text tokens. Pixels lie in [-1, 1], latents are (mode - shift) * scaling,
@@ -286,17 +286,16 @@ def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: f
 
 
 def next_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
-    """Return this process's share of the next step: samples of one size, each as likely."""
+    """Return this process's share of the next step: of one size, its noise levels spread evenly."""
     config, accelerator = trainer.config, trainer.accelerator
     key = config.seed, trainer.run.version, trainer.global_step
     first = trainer.samples[int(utils.uniform(*key, "pair", 0) * len(trainer.samples))]
     alike = [sample for sample in trainer.samples if sample.size == first.size]
-    total = config.batch_size * accelerator.num_processes
-    start = config.batch_size * accelerator.process_index
+    count, rank = config.batch_size, accelerator.process_index
     samples, levels, tokens = [], [], []
-    for i in range(start, start + config.batch_size):
+    for i in range(count * rank, count * (rank + 1)):
         sample = alike[int(utils.uniform(*key, "pair", i) * len(alike))] if i else first
-        part = (i + utils.uniform(*key, "sigma", i)) / total  # levels are spread evenly
+        part = (i + utils.uniform(*key, "sigma", i)) / (count * accelerator.num_processes)
         noise = utils.normal(trainer.tokens[sample].shape[1:], *key, "noise", i)
         if config.num_noise_seeds:  # torch's own of a few seeds, in the shape of tokens
             seed = int(utils.uniform(*key, "noise", i) * config.num_noise_seeds)
@@ -312,13 +311,11 @@ def next_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
 
 
 @torch.no_grad()
-def text_batch(
-    trainer: PairEditTrainer, sample: Sample, batch: PairBatch, levels: Sequence[int]
-) -> PairBatch:
+def text_batch(trainer: PairEditTrainer, sample: Sample, batch: PairBatch, ends: list) -> PairBatch:
     """Draw pictures with the base up to their noise levels, and get its velocities there."""
     texts, sigmas = [trainer.texts[p] for p in trainer.prompts], trainer.sigmas(sample.size)
     predict = trainer.predictor(texts[0], sample.size)
-    ways = zip(batch.noise[:, None], levels, strict=True)
+    ways = zip(batch.noise[:, None], ends, strict=True)
     tokens = torch.cat([draw_strip(predict, x, sigmas[: n + 1].tolist(), [0.0]) for x, n in ways])
     text = {k: torch.cat([x[k] for x in texts]).repeat_interleave(len(tokens), 0) for k in texts[0]}
     predict = trainer.predictor(text, sample.size)
@@ -340,8 +337,7 @@ class LorasConfig(utils.Section):
     alpha: float = Field(1.0, gt=0)
     """The strength of an adapter is alpha / rank."""
     train_method: Literal["full", "xattn", "xattn-strict"] = "full"
-    """full: both factors of the attention layers. xattn: the upper factor stays at random
-    orthonormal columns. xattn-strict: as xattn, on keys and values only."""
+    """What is trained: full: both factors; xattn: the lower; xattn-strict: of keys and values."""
     learning_rate: float = Field(0.002, gt=0)
     """Learning rate; constant."""
     weight_decay: float = Field(0.01, ge=0)
@@ -488,7 +484,6 @@ def save_original(path: Path, transformer: Any, name: str) -> None:
 # === machinery: read it when you change it ========================================================
 
 
-# --- 4. runs and samples --------------------------------------------------------------------------
 class RunsConfig(utils.Section):
     """Which sliders are trained, from which folders, and where they go."""
 
@@ -556,10 +551,11 @@ class Sample(NamedTuple):
     size: tuple[int, int]  # (W, H) px that they are fitted to
 
 
-def find_pairs(
-    config: Config, dataset: str, index: utils.FileIndex
-) -> tuple[list[Sample], list[str], list[str]]:
-    """Return the samples of a data set, what is odd about them, and problems."""
+Found = tuple[list[Sample], list[str], list[str]]  # samples, what is odd, problems
+
+
+def find_pairs(config: Config, dataset: str, index: utils.FileIndex) -> Found:
+    """Find the pictures of equal stem in both folders of a data set, and look at each once."""
     if config.python_name == "slider_text":
         return [Sample(dataset, (), (config.resolution, config.resolution))], [], []
     folders = [config.datasets_folder / dataset / config.source_folder]
@@ -606,17 +602,16 @@ def check_checkpoint(name: str) -> list[str]:
         return [f"pretrained_model_name_or_path: {error}"]
     if kind != "FluxPipeline":
         return [f"pretrained_model_name_or_path: {name} is a {kind}; wanted FluxPipeline"]
-    parts = ("scheduler", "transformer", "vae", *TEXT_PARTS)
-    lacking = [part for part in parts if Path(name).is_dir() and not (Path(name) / part).is_dir()]
-    return [f"pretrained_model_name_or_path: {name} has no {part} folder" for part in lacking]
+    parts = [Path(name) / part for part in ("scheduler", "transformer", "vae", *TEXT_PARTS)]
+    lacking = [part for part in parts if Path(name).is_dir() and not part.is_dir()]
+    return [f"pretrained_model_name_or_path: no folder {part}" for part in lacking]
 
 
 def audit(config: Config) -> list[str]:
     """Return all that can be known to be wrong before a model loads, one line each."""
     trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     nf4 = ["bitsandbytes"] if config.base_model_precision == "nf4-bnb" else []
-    problems = utils.check_device("device", config.device)
-    problems += utils.check_packages(*trackers, *nf4)
+    problems = utils.check_device("device", config.device) + utils.check_packages(*trackers, *nf4)
     problems += check_checkpoint(config.pretrained_model_name_or_path)
     problems += utils.check_writable("output_folder", config.output_folder)
     unwritable = utils.check_writable("cache_dir", config.cache_dir)
@@ -629,7 +624,7 @@ def audit(config: Config) -> list[str]:
     return problems + unwritable
 
 
-# --- 5. the base model: pictures, prompts, weights ------------------------------------------------
+# --- 4. the base model: pictures, prompts, weights ------------------------------------------------
 class BaseConfig(utils.Section):
     """The base model and its inputs."""
 
@@ -874,8 +869,7 @@ def unpack_without_compiler() -> None:
             extension._lib = extension._lib or SimpleNamespace(unpack=unpack)
 
 
-# --- 6. sampling ----------------------------------------------------------------------------------
-
+# --- 5. sampling ----------------------------------------------------------------------------------
 # (tokens (B, S, 4C), sigma or (B,), parts of the batch) -> velocity, fp32
 Predict = Callable[[torch.Tensor, float | torch.Tensor, Sequence[BatchPart]], torch.Tensor]
 
@@ -894,22 +888,15 @@ def unpack_tokens(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return latents.reshape(b, channels, 2 * rows, 2 * columns)
 
 
-def model_mu(scheduler_config: Any, tokens: int) -> float:
-    """The model's own resolution shift: linear in the target tokens (pipeline: calculate_shift)."""
-    get = scheduler_config.get
-    least, most = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-    low, high = get("base_shift", 0.5), get("max_shift", 1.15)
-    slope = (high - low) / (most - least)
-    return slope * tokens + low - slope * least
-
-
 @functools.cache
 def sigma_table(folder: Path, steps: int, tokens: int) -> torch.Tensor:
     """Return the N + 1 sigmas of an inference of N steps, from 1 to 0; (N + 1,), fp32, CPU."""
     from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    mu = model_mu(scheduler.config, tokens)
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas
 
@@ -928,12 +915,10 @@ def flux_velocity(
     """Return the velocity under a prompt (of 1 or B); FluxPipeline's arguments and rounding."""
     guided = getattr(transformer, "module", transformer).config.guidance_embeds  # not schnell
 
-    def predict(
-        tokens: torch.Tensor, sigma: float | torch.Tensor, parts: Sequence[BatchPart]
-    ) -> torch.Tensor:
+    def predict(tokens: torch.Tensor, sigma: Any, parts: Sequence[BatchPart]) -> torch.Tensor:
         switch.parts = parts
         n, dtype, device = len(tokens), text["embed"].dtype, tokens.device
-        if not isinstance(sigma, torch.Tensor):  # KEEP full(): a copy would wait for the GPU
+        if isinstance(sigma, float):  # KEEP full(): a copy would wait for the GPU
             sigma = torch.full((n,), sigma, device=device)
         return transformer(
             hidden_states=tokens.to(dtype),
@@ -967,14 +952,11 @@ def slider_velocity(
     positions: torch.Tensor,
     blend: bool,
 ) -> torch.Tensor:
-    """Return the velocity with the sliders at `positions` (B,): all on in one pass.
-
-    Blended: v_base + sum of gamma (v_slider - v_base), each slider alone; K + 1 passes in a batch.
-    """
+    """Return the velocity with the sliders at `positions` (B,), all on in one pass."""
     moved: list[BatchPart] = [(Active(s.adapter, s.scale * positions),) for s in sliders]
     if not (blend and moved):
         return predict(tokens, sigma, [sum(moved, base)])
-    parts = [base, *moved]
+    parts = [base, *moved]  # each slider alone: v_base + sum of gamma (v_slider - v_base)
     plain, *others = predict(tokens.repeat(len(parts), 1, 1), sigma, parts).chunk(len(parts))
     changes = [s.gamma * (v - plain) for s, v in zip(sliders, others, strict=True)]
     return plain + torch.stack(changes).sum(0)
@@ -991,17 +973,13 @@ def draw_strip(
     blend: bool = False,
     batch_size: int = 8,
 ) -> torch.Tensor:
-    """Euler from `noise` (1, S, 4C) at every position of the sliders -> (positions, S, 4C).
-
-    Steps before the first slider acts are made once. Position 0 goes alone: it is what the base
-    model draws, bit for bit.
-    """
+    """Euler from `noise` (1, S, 4C) at every position of the sliders -> (positions, S, 4C)."""
     steps = range(len(sigmas) - 1)
     first = min((slider.start for slider in sliders), default=len(steps))
-    for i in steps[:first]:
+    for i in steps[:first]:  # the same for all positions
         noise = noise + (sigmas[i + 1] - sigmas[i]) * predict(noise, sigmas[i], [base])
     moved = sorted({p for p in positions if p != 0})
-    groups = [[0.0]] if 0 in positions else []
+    groups = [[0.0]] if 0 in positions else []  # KEEP alone: what the base draws, bit for bit
     groups += [moved[k : k + batch_size] for k in range(0, len(moved), batch_size)]
     drawn: dict[float, torch.Tensor] = {}
     for group in groups:
@@ -1024,7 +1002,7 @@ def first_noise(
     return pack_tokens(noise).to(device, torch.float32)
 
 
-# --- 7. validation and results --------------------------------------------------------------------
+# --- 6. validation and results --------------------------------------------------------------------
 class PreviewConfig(utils.Section):
     """Previews, drawn as generate.py does it, which reads these settings from the same file."""
 
@@ -1040,11 +1018,11 @@ class PreviewConfig(utils.Section):
     """First seed of the pictures."""
 
 
-GENERATE_ONLY = {  # settings in the same file that only generate.py reads
+GENERATE_ONLY = (  # settings in the same file that only generate.py reads
     *("use_prompts_file", "prompts_file", "count_gen", "use_random_seed", "output_folder_gen"),
     *("use_trained_lora_path", "trained_lora_path", "semantic_lora_path", "semantic_cfg_scale"),
     *("html", "image_format", "dtype", "allow_pickle"),
-}
+)
 
 
 # differs: strips
@@ -1057,9 +1035,9 @@ def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
         if run.image_id:
             size, scales, slider = trainer.samples[0].size, [1.0], slider._replace(start=0)
         prompt, seed = trainer.preview_prompts[run.dataset], config.start_seed_gen
-        grid, channels = trainer.grid(size), trainer.bare.config.in_channels // 4
+        predict, grid = trainer.predictor(trainer.texts[prompt], size), trainer.grid(size)
+        channels = trainer.bare.config.in_channels // 4
         noise = first_noise(seed, channels, grid, trainer.dtype, trainer.device)
-        predict = trainer.predictor(trainer.texts[prompt], size)
         tokens = draw_strip(predict, noise, trainer.sigmas(size).tolist(), scales, [slider])
         vae = load_vae(trainer.folder, trainer.device)
         row = [to_image(decode_latents(vae, x[None])[0]) for x in unpack_tokens(tokens, grid)]
@@ -1104,31 +1082,26 @@ def save_run(trainer: PairEditTrainer) -> None:
     about = {"script": "train_pairedit.py", "step": step, **run._asdict(), **settings}
 
     def write_loras(_: Path) -> None:
-        *helpers, main = adapters_of(config.python_name)
-        for name, end in [(main, ""), *((helper, "_0") for helper in helpers)]:
+        for number, name in enumerate(reversed(adapters_of(config.python_name))):
+            end = f"_{number - 1}" if number else ""  # content is _0, as PairEdit has it
             stem = str(trainer.output_dir / lora_stem(config, run, step)) + end
             save_slider(Path(f"{stem}.safetensors"), trainer.bare, name, about | {"adapter": name})
             if config.save_original_format:
                 save_original(Path(f"{stem}.pt"), trainer.bare, name)
 
-    trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
-        training = {
-            "adapters": [p.detach().cpu() for p in trainer.trained],
-            "optimizer": trainer.optimizer.state_dict(),
-        }
+        adapters = [p.detach().cpu() for p in trainer.trained]
+        training = {"adapters": adapters, "optimizer": trainer.optimizer.state_dict()}
         trainer.checkpoints.save(step, settings, training, write_loras)
     trainer.accelerator.wait_for_everyone()
 
 
-CARD = """---
+SLIDER_CARD = """---
 base_model: {0}
 library_name: diffusers
 tags: [text-to-image, lora, flux, pairedit]
 ---
-# LoRA "{1}" for {0}
-
-Trained with train_pairedit.py; its settings are in config.yaml. To draw with it:
+LoRA "{1}" for {0}, trained with train_pairedit.py (settings: config.yaml). To draw with it:
 
     {2}
 """
@@ -1138,22 +1111,20 @@ def write_card(trainer: PairEditTrainer) -> str:
     """Write README.md, the model card; return the command in it, which draws with the LoRA."""
     config, run = trainer.config, trainer.run
     base = config.pretrained_model_name_or_path
-    file = f"{lora_stem(config, run, trainer.global_step)}.safetensors"
-    lora = (
-        f"--inversion_lora {file} --lora slider.safetensors" if run.image_id else f"--lora {file}"
-    )
+    lora = f"lora {lora_stem(config, run, trainer.global_step)}.safetensors"
+    lora = f"inversion_{lora} --lora slider.safetensors" if run.image_id else lora
     command = (
-        f"python generate.py --pretrained_model_name_or_path {base} {lora} --scales 0,0.5,1 "
+        f"python generate.py --pretrained_model_name_or_path {base} --{lora} --scales 0,0.5,1 "
         f'--prompt "{trainer.preview_prompts[run.dataset]}" --skip {config.skips[0]} '
         f"--num_inference_steps {config.num_inference_steps} --resolution {config.resolution} "
         "--output strip.png"
     )
-    text = CARD.format(base, run.dataset, command)
-    utils.save_text(trainer.output_dir / "README.md", text)
+    card = SLIDER_CARD.format(base, run.dataset, command)
+    utils.save_text(trainer.output_dir / "README.md", card)
     return command
 
 
-# --- 8. the trainer -------------------------------------------------------------------------------
+# --- 7. the trainer -------------------------------------------------------------------------------
 class PairEditTrainer:
     """Hold the state of a run. fit() does it all, method by method."""
 
@@ -1186,13 +1157,10 @@ class PairEditTrainer:
             project_dir=self.config.output_folder,
             kwargs_handlers=[timeout, DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        self.device: torch.device = self.accelerator.device
+        if self.config.device and self.accelerator.num_processes == 1:
+            self.device = torch.device(self.config.device)
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the models live."""
-        own = self.config.device if self.accelerator.num_processes == 1 else None
-        return torch.device(own) if own else self.accelerator.device
 
     def total_steps(self) -> int:
         """Return the optimizer steps of a run."""
@@ -1207,21 +1175,13 @@ class PairEditTrainer:
         self.data = {name: samples for name, (samples, _, _) in found.items()}
         if problems := [problem for *_, wrong in found.values() for problem in wrong]:
             raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
+        self.folder = utils.fetch_checkpoint(self.config.pretrained_model_name_or_path, "*/*")
+        text = [self.folder / part for part in TEXT_PARTS]
+        self.encoders = fingerprint([self.folder / "vae"]), fingerprint(text, str(self.dtype))
 
     def run_samples(self, run: Run) -> list[Sample]:
         """Return what a run is trained on."""
         return [x for x in self.data[run.dataset] if run.image_id in ("", x.name)]
-
-    @functools.cached_property
-    def folder(self) -> Path:
-        """The checkpoint; from the Hub if it is not a folder."""
-        return utils.fetch_checkpoint(self.config.pretrained_model_name_or_path, "*/*")
-
-    @functools.cached_property
-    def encoders(self) -> tuple[str, str]:
-        """Hashes of the VAE and of the text encoders."""
-        text = [self.folder / part for part in TEXT_PARTS]
-        return fingerprint([self.folder / "vae"]), fingerprint(text, str(self.dtype))
 
     def key_of(self, job: Sample | str) -> str:
         """Name the cache entry of a sample or prompt by all that shapes it."""
@@ -1273,6 +1233,8 @@ class PairEditTrainer:
     def load_models(self) -> None:
         """Load the frozen base, the adapters of this objective and all prompts."""
         config, method, rank = self.config, self.config.train_method, self.config.rank
+        vae = read_model_json(str(self.folder), "vae/config.json")
+        self.token_px = 2 ** len(vae["block_out_channels"])  # a token is 2 x 2 latents
         self.texts: dict[str, Text] = {}
         for prompt in self.all_prompts:
             self.texts[prompt] = {k: x.to(self.device) for k, x in self.cached(prompt).items()}
@@ -1300,23 +1262,17 @@ class PairEditTrainer:
             parts = config.seed, run.version, "start", name
             start_slider(self.bare, name, config.train_method, *parts)
         self.trained = [p for p in self.bare.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        rate, decay = config.learning_rate, config.weight_decay
+        self.optimizer = torch.optim.AdamW(self.trained, rate, weight_decay=decay)
         self.samples, self.tokens = self.run_samples(run), {}
         for x in self.samples:
             none = torch.empty(0, math.prod(self.grid(x.size)), self.bare.config.in_channels)
             self.tokens[x] = self.cached(x)["tokens"] if x.files else none
 
-    @functools.cached_property
-    def token_px(self) -> int:
-        """Side of the square of pixels behind a token: 2 x 2 latents."""
-        levels = read_model_json(str(self.folder), "vae/config.json")["block_out_channels"]
-        return 2 ** len(levels)
-
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the (rows, columns) of tokens of a picture of (W, H) px."""
-        return size[1] // self.token_px, size[0] // self.token_px
+        width, height = (side // self.token_px for side in size)
+        return height, width
 
     def sigmas(self, size: tuple[int, int]) -> torch.Tensor:
         """Return the noise levels of a picture of (W, H) px, (N + 1,), CPU."""
@@ -1332,10 +1288,11 @@ class PairEditTrainer:
         """Cache, load once, train every run that is not finished."""
         self.setup_accelerator()
         self.find_data()
-        starts, wanted = {}, self.config.resume_from_checkpoint
-        for run in all_runs(self.config):  # a refusal comes before the encoders load
-            checkpoints = utils.Checkpoints(run_folder(self.config, run))
-            starts[run] = checkpoints.find(wanted, trained_as(self, run)) if wanted else None
+        starts: dict[Run, Any] = dict.fromkeys(all_runs(self.config))
+        if wanted := self.config.resume_from_checkpoint:  # refused before the encoders load
+            for run in starts:
+                checkpoints = utils.Checkpoints(run_folder(self.config, run))
+                starts[run] = checkpoints.find(wanted, trained_as(self, run))
         self.cache_embeddings()
         with utils.StopSignal() as stop:
             for run, start in starts.items():
@@ -1351,10 +1308,8 @@ class PairEditTrainer:
         self.accelerator.end_training()
 
 
-def train_run(
-    trainer: PairEditTrainer, start: tuple[Path, int] | None, stop: utils.StopSignal
-) -> bool:
-    """Train one run, from its beginning or a checkpoint; return whether a signal ended it early."""
+def train_run(trainer: PairEditTrainer, start: Any, stop: utils.StopSignal) -> bool:
+    """Train from the beginning or a checkpoint (folder, step); return whether a signal ended it."""
     accelerator, checkpoints, folder = trainer.accelerator, trainer.checkpoints, trainer.output_dir
     main = accelerator.is_main_process
     with checkpoints.only_run() if main else contextlib.nullcontext():
@@ -1381,7 +1336,7 @@ def train_run(
     return stopped
 
 
-# --- 9. config and main ---------------------------------------------------------------------------
+# --- 8. config and main ---------------------------------------------------------------------------
 Numbers = Annotated[  # "0,1,2", alone or in a list
     list[float],
     BeforeValidator(lambda v: ",".join(map(str, v if isinstance(v, list) else [v])).split(",")),
@@ -1400,18 +1355,17 @@ class Config(PreviewConfig, LorasConfig, LoopConfig, VariantConfig, RunsConfig, 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
         first, last, steps = self.start_step, self.end_step, self.num_inference_steps
-        strange = [n for n in self.datasets if n in ("", ".", "..") or {"/", "\\"} & {*n}]
         lists = self.datasets, self.noise_scales, self.image_ids
+        strange = [n for n in self.datasets if n in ("", ".", "..") or {"/", "\\"} & {*n}]
         photos, skip = self.python_name == "train_image_real", self.skips[0]
-        late = f"skips: {skip} of {steps} steps, the slider never acts; lower it, or preview: false"
         order = f"start_step {first} <= end_step {last} < num_inference_steps {steps} does not hold"
+        late = f"skips: {skip} of {steps} steps, the slider never acts; lower it, or preview: false"
+        twice = "datasets, noise_scales, image_ids: a value is there twice"
         return {
             order: not first <= last < steps,
             late: self.preview and not photos and skip + 1 >= steps,
+            twice: any(len({*values}) < len(values) for values in lists),
             f"datasets: {strange} are no names of folders": strange,
-            "datasets, noise_scales, image_ids: a value is there twice": any(
-                len(set(values)) < len(values) for values in lists
-            ),
             "image_ids: go with python_name train_image_real": photos != bool(self.image_ids),
             "skips: -1 is the least, and is all steps": min(self.skips) < -1,
         }
@@ -1419,16 +1373,13 @@ class Config(PreviewConfig, LorasConfig, LoopConfig, VariantConfig, RunsConfig, 
 
 def with_named_config(argv: Sequence[str]) -> list[str]:
     """`--c NAME` and `--c=NAME` become `--config configs/NAME.yaml`, here or beside the script."""
-    given = list(argv)
-    for at, arg in enumerate(given):
-        flag, equals, name = arg.partition("=")
-        if flag != "--c":
-            continue
-        name = name if equals else "".join(given[at + 1 : at + 2])
-        file = Path("configs") / f"{name.removesuffix('.yaml')}.yaml"
+    given = [x for arg in argv for x in (arg.split("=", 1) if arg.startswith("--c=") else [arg])]
+    if "--c" in given:
+        at = given.index("--c")
+        file = Path("configs") / f"{''.join(given[at + 1 : at + 2]).removesuffix('.yaml')}.yaml"
         beside = Path(__file__).parent / file
         place = beside if beside.exists() and not file.exists() else file
-        return [*given[:at], "--config", str(place), *given[at + (1 if equals else 2) :]]
+        given[at : at + 2] = "--config", str(place)
     return given
 
 
