@@ -19,9 +19,10 @@ from utils import UserError, load_config
 def problems(checkpoints, tmp_path):
     """problems(**settings) -> what load_config and the audit say, a line each."""
     concept(tmp_path / "datasets/age")
+    flux = checkpoints["flux"]
 
     def find(**changes):
-        file = write_config(tmp_path, slider_settings(checkpoints["flux"], tmp_path, **changes))
+        file = write_config(tmp_path, slider_settings(flux, tmp_path, **changes))
         try:
             load_config(script.Config, ["--config", str(file)], check=script.audit)
         except UserError as error:
