@@ -44,7 +44,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 import utils
-from utils import RunLog, UserError, cache_key, draw_key, listed, read_model_json
+from utils import RunLog, Section, UserError, cache_key, draw_key, listed, read_model_json
 
 # KEEP: diffusers, transformers and accelerate are imported where they are used, so that a mistake
 # in the config or the data is reported within seconds, before any of them is loaded.
@@ -53,7 +53,7 @@ log = logging.getLogger("train_pairedit")
 
 
 # --- 1. objective ---------------------------------------------------------------------------------
-class VariantConfig(utils.Section):
+class VariantConfig(Section):
     """What is learned, and at which noise levels."""
 
     python_name: Literal[*LOSSES] = "train_image"  # type: ignore[valid-type]
@@ -99,7 +99,7 @@ class PairBatch(NamedTuple):
     teacher: tuple[torch.Tensor, ...] = ()  # slider_text: the base's velocities of its 3 prompts
 
 
-# differs: a velocity
+# differs: its target is a velocity
 class Pass(NamedTuple):
     """One slice of the fused batch: noisy input, target velocity, active adapters."""
 
@@ -186,7 +186,7 @@ def adapters_of(objective: str) -> list[str]:
 
 
 # --- 2. one training step, the loop ---------------------------------------------------------------
-class LoopConfig(utils.Section):
+class LoopConfig(Section):
     """How long it trains and what it saves: all of it may change when a run goes on."""
 
     train_iteration: int = Field(500, ge=1)
@@ -224,7 +224,7 @@ def training_loss(
     return loss, {"loss": loss.detach(), **losses}
 
 
-# differs: of one batch
+# differs: each trainer its own
 def train_step(trainer: PairEditTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Take one optimizer step; return the names of its samples and its losses."""
     samples, batch = next_batch(trainer)
@@ -236,7 +236,7 @@ def train_step(trainer: PairEditTrainer) -> tuple[list[str], dict[str, torch.Ten
     return [sample.name for sample in samples], losses
 
 
-# differs: a run of several
+# differs: each trainer its own
 def train_loop(trainer: PairEditTrainer, run_log: RunLog, stop: utils.StopSignal) -> bool:
     """Train a run up to total_steps(); return whether a signal ended it early."""
     config, total, stopped = trainer.config, trainer.total_steps(), False
@@ -329,7 +329,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 # --- 3. adapter -----------------------------------------------------------------------------------
-class LorasConfig(utils.Section):
+class LorasConfig(Section):
     """The LoRAs and their optimizer, AdamW; everything else stays frozen."""
 
     rank: int = Field(16, ge=1)
@@ -484,7 +484,7 @@ def save_original(path: Path, transformer: Any, name: str) -> None:
 # === machinery: read it when you change it ========================================================
 
 
-class RunsConfig(utils.Section):
+class RunsConfig(Section):
     """Which sliders are trained, from which folders, and where they go."""
 
     datasets_folder: Path = Path("datasets")
@@ -625,7 +625,7 @@ def audit(config: Config) -> list[str]:
 
 
 # --- 4. the base model: pictures, prompts, weights ------------------------------------------------
-class BaseConfig(utils.Section):
+class BaseConfig(Section):
     """The base model and its inputs."""
 
     pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-dev"
@@ -1003,7 +1003,7 @@ def first_noise(
 
 
 # --- 6. validation and results --------------------------------------------------------------------
-class PreviewConfig(utils.Section):
+class PreviewConfig(Section):
     """Previews, drawn as generate.py does it, which reads these settings from the same file."""
 
     preview: bool = True
@@ -1025,7 +1025,7 @@ GENERATE_ONLY = (  # settings in the same file that only generate.py reads
 )
 
 
-# differs: strips
+# differs: each trainer its own
 def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
     """Draw samples/step-<n>.png: the slider at `scales`, or what an inversion makes of noise."""
     config, run, step = trainer.config, trainer.run, trainer.global_step
@@ -1058,7 +1058,7 @@ def draw_pairs(trainer: PairEditTrainer, run_log: RunLog) -> None:
         run_log.picture("pairs", sheet, trainer.global_step)
 
 
-# differs: of one run
+# differs: each trainer its own
 def trained_as(trainer: PairEditTrainer, run: Run) -> dict[str, Any]:
     """Return all that decides what a run learns: settings, pictures, noise scale."""
     free = {"device", "gradient_checkpointing", "noise_scales"}

@@ -99,6 +99,8 @@ def write_checkpoint(folder):
         model = diffusers.FluxTransformer2DModel(**script.PUBLISHED_TRANSFORMER)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder / "transformer", max_shard_size="2GB")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [1] * 4}))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
@@ -112,7 +114,7 @@ def measure(folder, precision, overrides):
     trainer.setup_accelerator()
     text = {"embed": torch.randn(1, 512, 4096), "pooled": torch.randn(1, 768)}
     trainer.cached = lambda job: {k: x.to(trainer.dtype) for k, x in text.items()}
-    trainer.token_px = 16
+    trainer.folder = folder
     sample = script.Sample("random", (), (512, 512))
     trainer.data = {name: [sample] for name in config.datasets}
     started = time.perf_counter()
