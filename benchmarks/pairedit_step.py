@@ -127,7 +127,7 @@ def measure(folder, precision, overrides):
         _, losses = script.train_step(trainer)
         assert torch.isfinite(losses["loss"])  # waits for the GPU
         seconds += [time.perf_counter() - started] if step > 2 else []
-    gb = script.memory_gb(trainer.device)
+    gb = script.utils.memory_gb(trainer.device)
     return {"load_s": load_s, "s": statistics.median(seconds), "gb": gb}
 
 
