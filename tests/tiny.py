@@ -10,10 +10,6 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-import demo
-import train_dreambooth_pairs
-import train_pairedit
-
 KINDS = {
     "2508": "QwenImageEditPipeline",
     "2509": "QwenImageEditPlusPipeline",
@@ -23,6 +19,8 @@ KINDS = {
 
 def build(kind, folder):
     """Save a pipeline of one kind ("2508", "2509", "2511") into `folder`."""
+    import demo
+
     torch.manual_seed(0)
     tokenizer = demo.build_tokenizer()
     pipeline = getattr(diffusers, KINDS[kind])(
@@ -141,6 +139,8 @@ def build_sd(folder):
 
 def random_factors(transformer, seed=0, layers=None, rank=4):
     """Of a slider, {layer: (down, up)}: large enough that a picture changes visibly."""
+    import train_pairedit
+
     draw = torch.Generator().manual_seed(seed)
     modules = dict(transformer.named_modules())
     return {
@@ -154,6 +154,8 @@ def random_factors(transformer, seed=0, layers=None, rank=4):
 
 def save_sliders(checkpoint, stem, original=None, seed=0):
     """A random slider as train_pairedit.py writes it: <stem>.safetensors, <original or stem>.pt."""
+    import train_pairedit
+
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(checkpoint / "transformer")
     board = train_pairedit.Switchboard()
     factors = random_factors(transformer, seed)
@@ -165,14 +167,14 @@ def save_sliders(checkpoint, stem, original=None, seed=0):
 
 def save_sd_lora(checkpoint, file, resolution=64):
     """A random LoRA on the attention of the UNet, as train_dreambooth_pairs.py writes it."""
+    import train_dreambooth_pairs as script
+
     unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
-    board = train_dreambooth_pairs.Switchboard()
-    ends = train_dreambooth_pairs.TARGETS["attention"]
-    train_dreambooth_pairs.add_adapter(unet, board, "change", ends, 4, 4)
+    ends = script.TARGETS["attention"]
+    script.add_adapter(unet, script.AdapterSwitch(), "change", ends, 4, 4)
     draw = torch.Generator().manual_seed(0)
-    for layer in train_dreambooth_pairs.adapted_layers(unet, "change").values():
+    for layer in script.adapted_layers(unet, "change").values():
         for factor in (layer.down["change"], layer.up["change"]):
             factor.data = torch.randn(factor.shape, generator=draw) * 0.1
-    tensors = train_dreambooth_pairs.adapter_tensors({"unet": unet}, "change", 1.0)
     about = {"instance_prompt": "a photo of a person", "resolution": resolution}
-    train_dreambooth_pairs.save_lora(file, tensors, about)
+    script.save_lora(file, script.adapter_tensors({"unet": unet}, "change", 1.0), about)
