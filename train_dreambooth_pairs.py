@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import gc
 import importlib.util
 import itertools
 import json
@@ -174,17 +173,12 @@ def instance(n: Noised) -> list[Pass]:
 OBJECTIVES = {f.__name__: f for f in (slider, difference, joint, instance)}
 
 
-def squared_error(error: torch.Tensor, _c: float) -> torch.Tensor:
-    """e^2."""
-    return error**2
-
-
 def huber_error(error: torch.Tensor, c: float) -> torch.Tensor:
-    """2 c (sqrt(e^2 + c^2) - c): e^2 for small errors, 2 c |e| for large ones."""
+    """Return 2 c (sqrt(e^2 + c^2) - c): e^2 for small errors, 2 c |e| for large ones."""
     return 2 * c * ((error**2 + c**2).sqrt() - c)
 
 
-ERRORS = {"mse": squared_error, "huber": huber_error}
+ERRORS = {"mse": lambda error, _c: error**2, "huber": huber_error}
 
 
 def snr_weight(alphas_cumprod: torch.Tensor, gamma: float | None) -> torch.Tensor:
@@ -279,7 +273,7 @@ def add_noise(
     def base(noisy: torch.Tensor) -> torch.Tensor:
         trainer.switch.parts = [()]
         times = trainer.put(t).repeat(len(noisy) // len(t))
-        embed = trainer.put(trainer.entry(config.instance_prompt)["embed"])[None]
+        embed = trainer.texts[config.instance_prompt][1][None]
         return predict_noise(trainer.bare["unet"], noisy, times, embed)
 
     low, high = mix_noise(low, noise, alphas), mix_noise(high, noise, alphas)
@@ -354,7 +348,7 @@ def train_step(trainer: DreamBoothTrainer) -> tuple[list[str], dict[str, torch.T
     for micro in range(config.gradient_accumulation_steps):
         number = trainer.global_step * config.gradient_accumulation_steps + micro
         number = number * accelerator.num_processes + accelerator.process_index
-        draws = draw_batch(config, number, trainer.samples, trainer.batches)
+        draws = draw_batch(trainer, number)
         with accelerator.accumulate(*trainer.models.values()):
             losses = compute_losses(trainer, draws)
             loss = torch.stack([*losses.values()]).sum()
@@ -372,6 +366,9 @@ def train_step(trainer: DreamBoothTrainer) -> tuple[list[str], dict[str, torch.T
 def train_loop(trainer: DreamBoothTrainer, stop: StopSignal) -> bool:
     """Train to the end or to a stop signal; return whether it was a signal."""
     config, total, stopped = trainer.config, trainer.total_steps(), False
+    validation_steps = config.validation_steps or config.checkpointing_steps
+    if config.validation_epochs:
+        validation_steps = config.validation_epochs * trainer.epoch_steps()
     steps, clock = [], time.monotonic()
     bar = progress(None, "train", total=total, initial=trainer.global_step, unit="step")
     while trainer.global_step < total and not stopped:
@@ -381,7 +378,7 @@ def train_loop(trainer: DreamBoothTrainer, stop: StopSignal) -> bool:
         logs = step % config.logging_steps == 0
         stopped = stop.agreed(trainer.accelerator, ask=logs or step % 100 == 0)
         saves = stopped or step == total or step % config.checkpointing_steps == 0
-        draws = not stopped and (step == total or step % trainer.validation_interval() == 0)
+        draws = not stopped and (step == total or step % validation_steps == 0)
         if logs or saves or draws:
             pace = (time.monotonic() - clock) / len(steps)
             rate = trainer.lr_scheduler.get_last_lr()[0]
@@ -401,7 +398,7 @@ def make_optimizer(trainer: DreamBoothTrainer) -> tuple[Any, Any]:
 
     config, rate = trainer.config, trainer.config.learning_rate
     if config.scale_lr:
-        rate *= config.train_batch_size * trainer.passes_per_step()
+        rate *= config.train_batch_size * trainer.passes_per_step
     betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
     options: dict[str, Any] = {"betas": betas, "weight_decay": decay, "eps": config.adam_epsilon}
     if config.use_8bit_adam:
@@ -448,11 +445,6 @@ class AdapterConfig(Section):
     """Layers of the UNet that get an adapter: a name of TARGETS."""
     train_text_encoder: bool = False
     """Also train an adapter on the attention of CLIP, the text encoder."""
-
-    @property
-    def alpha(self) -> float:
-        """lora_alpha, or what its null means."""
-        return self.lora_alpha or float(self.lora_rank)
 
 
 class Active(NamedTuple):
@@ -576,9 +568,6 @@ def add_adapter(
 # === machinery: read it when you change it ========================================================
 
 
-# --- samples: pairs, sequences, single pictures ---------------------------------------------------
-
-
 def split_commas(value: Any) -> Any:
     """ "0,1,2" -> ["0", "1", "2"]; one number is a list, too."""
     parts = value if isinstance(value, list) else [value]
@@ -624,7 +613,7 @@ class DataConfig(Section):
     random_flip: bool = False
     """Mirror half of the visits, both sides of a pair alike."""
     cache_dir: Path = Path("cache")
-    """Folder of latents and prompt embeddings, named by their content; runs may share it."""
+    """Folder of the latents, named by their content; runs may share it."""
 
     @property
     def stages(self) -> list[tuple[float, Path]]:
@@ -651,9 +640,10 @@ def find_samples(config: Config) -> tuple[list[Sample], list[str], list[str]]:
     folders = [folder for _, folder in stages]
     kind = "Before/After" if config.use_image_pairs else "Instance"
     if lacking := [folder for folder in folders if not folder.is_dir()]:
-        return [], [], [f"{kind} images root doesn't exist: {no_folder(f)}" for f in lacking]
+        text = f"{kind} images root doesn't exist"
+        return [], [], [f"{text}: {folder}{siblings(folder)}" for folder in lacking]
     pairs = itertools.permutations(folders, 2)
-    if nested := [f"{a} lies in {b}: move one of them" for a, b in pairs if lies_in(a, b)]:
+    if nested := [f"{a} is {b} or lies in it: move one" for a, b in pairs if lies_in(a, b)]:
         return [], [], nested
     found = [list_images(folder) for folder in folders]
     samples: list[Sample] = []
@@ -681,14 +671,9 @@ def find_samples(config: Config) -> tuple[list[Sample], list[str], list[str]]:
     return samples, left_out, problems
 
 
-def no_folder(folder: Path) -> str:
-    """Say what is in the place of a folder that is not there."""
-    if folder.exists():
-        return f"{folder} is a file, no folder"
-    parent = next(place for place in folder.absolute().parents if place.is_dir())
-    name = folder.absolute().relative_to(parent).parts[0]
-    there = nearest(name, [place.name for place in parent.iterdir()])
-    return f"{folder}; no {name} in {parent}{there}"
+def siblings(folder: Path) -> str:
+    """Say what there is beside a folder that is not there."""
+    return nearest(folder.name, sorted(place.name for place in folder.parent.glob("*")))
 
 
 def lies_in(inner: Path, outer: Path) -> bool:
@@ -697,51 +682,42 @@ def lies_in(inner: Path, outer: Path) -> bool:
 
 
 def find_class_pictures(trainer: DreamBoothTrainer) -> list[Path]:
-    """Return the files of class pictures; the first process draws those that are missing."""
-    config, wanted = trainer.config, trainer.config.num_class_images
-    folder = config.class_data_dir
+    """Return the files of class pictures; draws those that are missing. Raises UserError."""
+    config, folder = trainer.config, trainer.config.class_data_dir
     if not (config.with_prior_preservation and folder):
         return []
-    lacking = wanted - sum(map(len, list_images(folder).values()))
-    if trainer.accelerator.is_main_process and lacking > 0:
+    lacking = config.num_class_images - sum(map(len, list_images(folder).values()))
+    if lacking > 0:
         draw_class_pictures(trainer, folder, lacking)
-    trainer.accelerator.wait_for_everyone()
-    files = sorted(file for found in list_images(folder).values() for file in found)[:wanted]
+    files = sorted(file for same in list_images(folder).values() for file in same)
+    files = files[: config.num_class_images]
     if problems := trainer.index.update(files, look_at_picture):
         raise UserError(f"class_data_dir\n{listed(problems)}")
     return files
 
 
 def draw_class_pictures(trainer: DreamBoothTrainer, folder: Path, count: int) -> None:
-    """Draw class pictures with the base model, each from a seed of its own."""
+    """Draw pictures of the class with the base model, each from a seed of its own."""
     import diffusers
 
     config, size = trainer.config, trainer.config.sample_batch_size
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-        trainer.folder,
-        dtype=trainer.dtype,
-        feature_extractor=None,  # KEEP: only the parts that train are fetched from the Hub
-        safety_checker=None,
-        requires_safety_checker=False,
-    ).to(trainer.device)
-    pipeline.set_progress_bar_config(disable=True)
+    # KEEP None: only the parts that train are fetched from the Hub
+    unused = {"feature_extractor": None, "safety_checker": None, "requires_safety_checker": False}
+    pipeline_class: Any = diffusers.StableDiffusionPipeline
+    pipeline = pipeline_class.from_pretrained(trainer.folder, dtype=trainer.dtype, **unused)
+    pipeline.to(trainer.device).set_progress_bar_config(disable=True)
     # KEEP: only names that are free, or a deleted one would be drawn over one that is there
     free = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
     numbers = list(itertools.islice(free, count))
     for first in progress(range(0, count, size), "draw class pictures"):
         batch = numbers[first : first + size]
         seeds = [draw_key(config.seed, "class", number) for number in batch]
-        images = pipeline(
-            [config.class_prompt or ""] * len(batch),
-            height=config.resolution,
-            width=config.resolution,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        prompts, side = [config.class_prompt or ""] * len(batch), config.resolution
+        images = pipeline(prompts, height=side, width=side, generator=draws).images
         for number, image in zip(batch, images, strict=True):
             path = folder / f"class-{number:05d}.png"
             save_atomic(path, functools.partial(image.save, format="PNG"))
-    del pipeline
-    free_memory()
 
 
 # --- the audit: what is wrong is named before a model loads ---------------------------------------
@@ -790,15 +766,13 @@ def check_base(name: str) -> list[str]:
             return [f"{what} predicts {kind}; wanted epsilon (Stable Diffusion 1.x)"]
         if (channels := read_model_json(name, "unet/config.json").get("in_channels")) != 4:
             return [f"{what}/unet takes {channels} channels (inpainting?); wanted 4"]
-        for part in ("unet", "vae", "text_encoder") if folder.is_dir() else ():
+        for part, file in PARTS.items() if folder.is_dir() else ():
             read_model_json(name, f"{part}/config.json")
-            file = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            with safe_open(folder / part / f"{file}.safetensors", framework="pt"):
+            with safe_open(folder / part / file, framework="pt"):
                 pass  # its length must be what its header says
     except (OSError, SafetensorError, UserError) as error:
-        return [f"pretrained_model_name_or_path: {error}"]
-    tokenizer = [folder / "tokenizer" / file for file in ("vocab.json", "tokenizer.json")]
-    if folder.is_dir() and not any(file.is_file() for file in tokenizer):
+        return [f"{what}: {error}"]
+    if folder.is_dir() and not list(folder.glob("tokenizer/[vt]o*.json")):
         return [f"{what}/tokenizer holds no vocab.json and no tokenizer.json"]
     return []
 
@@ -813,8 +787,8 @@ def check_places(config: Config) -> list[str]:
         text = "which is read with its folders: samples would become training pictures"
         problems.append(f"output_dir: {output_dir} lies in {folder}, {text}")
     if wanted != "latest" and not Path(wanted).is_dir() and not (output_dir / wanted).is_dir():
-        there = nearest(wanted, [folder.name for folder in Checkpoints(output_dir).folders()])
-        problems.append(f"resume_from_checkpoint: no {wanted} in {output_dir}{there}")
+        text = f"no {output_dir / wanted}{siblings(output_dir / wanted)}"
+        problems.append(f"resume_from_checkpoint: {text}")
     return problems
 
 
@@ -841,15 +815,13 @@ def check_class(config: Config, index: FileIndex) -> list[str]:
         return []
     if lies_in(folder, single) or lies_in(single, folder):
         return [f"class_data_dir: {folder} and instance_data_dir {single} must lie apart"]
-    if folder.is_file():
-        return [f"class_data_dir: {no_folder(folder)}"]
-    files = sorted(file for found in list_images(folder).values() for file in found)
+    files = sorted(file for same in list_images(folder).values() for file in same)
+    problems = index.update(files, look_at_picture)
     lacking = len(files) < config.num_class_images
-    problems = check_writable("class_data_dir", folder) if lacking else []
-    return problems + index.update(files, look_at_picture)
+    return problems + (check_writable("class_data_dir", folder) if lacking else [])
 
 
-# --- geometry, encoding ---------------------------------------------------------------------------
+# --- pictures and their latents -------------------------------------------------------------------
 
 # differs: the UNet halves its 8 px latents three times
 SIZE_MULTIPLE = 64
@@ -922,17 +894,16 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def change_map(change: Change, factor: int) -> torch.Tensor:
-    """Return (1, h, w): mean of |after - before| over channels and each latent's pixels, 0 to 1."""
-    before, after = (to_pixels(load_picture(picture)) for picture in change)
-    return F.avg_pool2d((after - before).abs().mean(1, keepdim=True) / 2, factor)[0]
+def encode_job(vae: Any, job: Picture | Change) -> dict[str, torch.Tensor]:
+    """Return {"latent": (4, h, w)} of a picture; {"change": (1, h, w)} of two.
 
-
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """(B, 77) token ids, padded and cut as the pipeline does."""
-    length = tokenizer.model_max_length
-    options = {"padding": "max_length", "max_length": length, "truncation": True}
-    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids
+    change: mean of |after - before| over channels and each latent's pixels, 0 to 1.
+    """
+    if isinstance(job, Picture):
+        return {"latent": encode_sd(vae, to_pixels(load_picture(job)))[0]}
+    before, after = (to_pixels(load_picture(picture)) for picture in job)
+    change = (after - before).abs().mean(1, keepdim=True) / 2
+    return {"change": F.avg_pool2d(change, pixels_per_latent(vae))[0]}
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
@@ -951,37 +922,13 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
     return cache_key("encoder", parts=parts)
 
 
-def encode_pictures(trainer: DreamBoothTrainer, jobs: dict[str, Any]) -> None:
-    """Write latents and change maps to the cache; jobs: {key: Picture | Change}."""
-    vae = load_sd_vae(trainer.folder, trainer.device)
-    for key, job in progress(jobs.items(), "encode pictures"):
-        if isinstance(job, Change):
-            tensors = {"change": change_map(job, pixels_per_latent(vae))}
-        else:
-            tensors = {"latent": encode_sd(vae, to_pixels(load_picture(job)))[0]}
-        write_entry(trainer.cache_dir, key, tensors)
-
-
-@torch.no_grad()
-def encode_prompts(trainer: DreamBoothTrainer, jobs: dict[str, Any]) -> None:
-    """Write embeddings and token ids to the cache; jobs: {key: prompt}."""
-    tokenizer, encoder = load_clip(trainer.folder, trainer.dtype, trainer.device)
-    for key, prompt in progress(jobs.items(), "encode prompts"):
-        ids = tokenize(tokenizer, [prompt])
-        if len(tokenizer.tokenize(prompt)) > ids.shape[1] - 2:  # start and end
-            log.warning("cut off after %d tokens: %s", ids.shape[1] - 2, prompt)
-        embed = encoder(ids.to(trainer.device))[0]
-        write_entry(trainer.cache_dir, key, {"embed": embed[0], "ids": ids[0]})
-
-
-def free_memory() -> None:
-    """Give the memory of deleted models back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 # --- sampling: the interface of generate.py, which loads this file --------------------------------
+
+PARTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
 
 
 class ModelConfig(Section):
@@ -1001,43 +948,22 @@ class ModelConfig(Section):
 
 def fetch_sd(name: str) -> Path:
     """Return the folder of a Stable Diffusion checkpoint; of the Hub's only what is read here."""
-    parts = ("scheduler", "unet", "vae", "text_encoder", "tokenizer")
-    ends = ("config.json", "diffusion_pytorch_model.safetensors", "model.safetensors")
-    names = [f"{part}/{end}" for part in parts for end in ends]
+    names = [f"{part}/{file}" for part in PARTS for file in ("config.json", PARTS[part])]
     return fetch_checkpoint(name, *names, "tokenizer/*", "scheduler/*")
 
 
-def load_unet(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load the UNet, frozen."""
+def load_part(folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load the unet, vae or text_encoder of a checkpoint, frozen."""
     import diffusers
+    import transformers
 
-    unet_class = diffusers.UNet2DConditionModel
-    unet = unet_class.from_pretrained(folder, subfolder="unet", dtype=dtype)
-    return unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def load_sd_vae(folder: Path, device: torch.device) -> Any:
-    """Load the VAE, frozen, in fp32: in fp16 that of SD 1.5 overflows."""
-    import diffusers
-
-    vae_class = diffusers.AutoencoderKL
-    vae = vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
-    return vae.to(device).eval().requires_grad_(False)
-
-
-def load_clip(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """Load (tokenizer, text encoder), frozen."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    return tokenizer, torch.nn.Module.to(encoder.eval().requires_grad_(False), device)
-
-
-def read_scheduler(folder: Path) -> dict[str, Any]:
-    """Return the noise schedule of a checkpoint, as every scheduler's from_config takes it."""
-    found = read_model_json(str(folder), "scheduler/scheduler_config.json")
-    return {key: value for key, value in found.items() if key != "_class_name"}
+    classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    model_class: Any = classes.get(part, transformers.CLIPTextModel)
+    if part == "vae":
+        dtype = torch.float32  # in fp16 that of SD 1.5 overflows
+    model = model_class.from_pretrained(folder, subfolder=part, dtype=dtype)
+    layout = torch.channels_last if part == "unet" else torch.preserve_format
+    return model.eval().requires_grad_(False).to(device, memory_format=layout)
 
 
 @torch.no_grad()
@@ -1058,6 +984,19 @@ def pixels_per_latent(vae: Any) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def tokenize(folder: Path, prompts: Sequence[str]) -> torch.Tensor:
+    """Return token ids (B, 77), padded and cut as the pipeline does; says what was cut off."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    length = tokenizer.model_max_length
+    for prompt in prompts:
+        if len(tokenizer.tokenize(prompt)) > length - 2:  # start and end
+            log.warning("cut off after %d tokens: %s", length - 2, prompt)
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids
+
+
 Predict = Callable[[torch.Tensor, int], torch.Tensor]
 """(latents (B, 4, h, w), timestep) -> noise (B, 4, h, w)"""
 
@@ -1067,8 +1006,7 @@ def guided(
 ) -> Predict:
     """Return the UNet's noise with `part` on, under classifier-free guidance.
 
-    texts: embeddings (B or 1, 77, 768) of the prompts; for a scale above 1 also of "" or what is
-    not wanted.
+    texts: embeddings (B or 1, 77, 768) of the prompts; for a scale above 1 also of what to avoid.
     """
 
     def predict(latents: torch.Tensor, t: int) -> torch.Tensor:
@@ -1088,7 +1026,7 @@ def draw_sd(
     steps: int,
     scales: Sequence[float],
 ) -> torch.Tensor:
-    """DDIM from `noise` (1, 4, h, w) at every strength -> (scales, 4, h, w).
+    """Draw by DDIM from `noise` (1, 4, h, w) at every strength -> (scales, 4, h, w).
 
     predict_at: strengths (B,) -> what predicts the noise of B latents. Strength 0 goes alone: it
     is what the base model draws, bit for bit.
@@ -1121,7 +1059,7 @@ class Levels(NamedTuple):
 
 
 def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
-    """Those of DDIM without the first `skip` (share) of them."""
+    """Return DDIM's noise levels, omitting the noisiest `skip` fraction."""
     import diffusers
 
     scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
@@ -1134,11 +1072,11 @@ def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
 def step_mean(
     x: torch.Tensor, noise: torch.Tensor, alpha: float, following: float, eta: float
 ) -> torch.Tensor:
-    """Mean of the next latents; alpha, following: alphas_cumprod now (a) and after the step (a').
+    """Return the mean of the next latents: sqrt(a') x0 + sqrt(1 - a' - s^2) e.
 
-    sqrt(a') x0 + sqrt(1 - a' - s^2) e with x0 = (x - sqrt(1 - a) e) / sqrt(a) and
-    s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); eta 0 is DDIM, 1 DDPM (Song et al. 2020, arXiv
-    2010.02502, eq. 12 and 16). With eta 0 also a step towards more noise.
+    x0 = (x - sqrt(1 - a) e) / sqrt(a), s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); alpha is a,
+    following a' (alphas_cumprod after the step, which may also lead to more noise with eta 0).
+    eta 0 is DDIM, 1 DDPM (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16).
     """
     clean = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
     variance = eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
@@ -1146,21 +1084,17 @@ def step_mean(
 
 
 def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> list[torch.Tensor]:
-    """The photo at every level, sqrt(a) x + sqrt(1 - a) e, with noise of its own; then the photo.
+    """Return the photo (B, 4, h, w) at every level, with noise (N, B, 4, h, w) of its own; then it.
 
-    photo (B, 4, h, w), noises (N, B, 4, h, w). Edit-friendly inversion (Huberman-Spiegelglas et
-    al. 2023, arXiv 2304.06140): independent noises make the steps' residuals large, so they carry
-    the photo's layout through an edit.
+    Edit-friendly inversion (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140): independent
+    noises make the steps' residuals large, so they carry the photo's layout through an edit.
     """
-    alphas = levels.alphas[:-1]
-    noisy = [
-        math.sqrt(a) * photo + math.sqrt(1 - a) * e for a, e in zip(alphas, noises, strict=True)
-    ]
-    return [*noisy, photo]
+    pairs = zip(levels.alphas[:-1], noises, strict=True)
+    return [*(math.sqrt(a) * photo + math.sqrt(1 - a) * e for a, e in pairs), photo]
 
 
 def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> list[torch.Tensor]:
-    """The photo at every level by DDIM's steps backwards, then the photo (B, 4, h, w).
+    """Return the photo (B, 4, h, w) at every level by DDIM's steps backwards; then it.
 
     KEEP: the noise is asked for at the timestep that the step leads to (Dhariwal & Nichol 2021).
     """
@@ -1174,7 +1108,7 @@ def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> list[tor
 def path_means(
     path: Sequence[torch.Tensor], levels: Levels, predict: Predict, eta: float
 ) -> list[torch.Tensor]:
-    """Where every step from the path leads by itself; path[k + 1] - means[k] is its residual."""
+    """Return where each step from the path leads; path[k + 1] - means[k] is its residual."""
     return [
         step_mean(path[k], predict(path[k], t), levels.alphas[k], levels.alphas[k + 1], eta)
         for k, t in enumerate(levels.timesteps)
@@ -1189,11 +1123,11 @@ def follow_path(
     eta: float,
     mask: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Edited latents: from the path's first ones with the path's own residuals.
+    """Return edited latents: x' = mean(x) + (path' - mean(path)), from the path's first ones.
 
-    x' = mean(x) + (path' - mean(path)). Of a DDPM path these residuals are s z of the edit-friendly
-    inversion; of a DDIM path they are its errors. With the predictor of the path the path itself
-    comes out, whatever the guidance. mask (1, 1, h, w): where it is 0 the path is kept.
+    The residuals are s z of the edit-friendly inversion (DDPM path) or the errors of a DDIM path.
+    With the predictor of the path the path itself comes out, whatever the guidance. mask
+    (1, 1, h, w): where it is 0 the path is kept.
     """
     x = path[0]
     for k, t in enumerate(levels.timesteps):
@@ -1207,16 +1141,12 @@ def follow_path(
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+METADATA = "lora_adapter_metadata", "image_edit_lora"  # PEFT's, ours
 LORA_NAME = re.compile(r"(.+?)\.(?:lora[._])?(?:linear_layer\.)?(A|B|down|up|alpha)(?:\.weight)?")
 
 
-def path_in_file(part: str, path: str) -> str:
-    """Return the name of a layer in LoRA files; transformers 5 left `text_model` out."""
-    return path if part == "unet" else f"text_model.{path.removeprefix('text_model.')}"
-
-
 def adapter_tensors(models: dict[str, Any], name: str, factor: float) -> dict[str, torch.Tensor]:
-    """{"unet.<path>.lora_A.weight": ...}; strength and `factor` are folded into lora_B."""
+    """Return {"unet.<path>.lora_A.weight": ...}; strength and `factor` are folded into lora_B."""
     tensors = {}
     for part, model in models.items():
         for path, layer in adapted_layers(model, name).items():
@@ -1227,53 +1157,43 @@ def adapter_tensors(models: dict[str, Any], name: str, factor: float) -> dict[st
     return tensors
 
 
-# differs: without LoraConfig; where nothing is said, every loader takes alpha = rank
+def path_in_file(part: str, path: str) -> str:
+    """Return the path of a layer as LoRA files have it: transformers 5 left `text_model` out."""
+    return path if part == "unet" else f"text_model.{path.removeprefix('text_model.')}"
+
+
+# differs: no alpha in the file, which every loader takes for alpha = rank
 def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Write a LoRA with diffusers' (PEFT's) names, and what it says about itself."""
+    """Write a LoRA with the names of diffusers and PEFT; `about` is what it says about itself."""
     metadata = {"format": "pt", "image_edit_lora": json.dumps(about, sort_keys=True)}
     save_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
 
 
-def save_kohya(path: Path, tensors: dict[str, torch.Tensor], alpha: float) -> None:
-    """Write the format of WebUIs: lora_unet_* and lora_te_* with .alpha; equal strength.
-
-    tensors: from adapter_tensors(), strength folded into lora_B; alpha / rank is taken out again.
-    """
-    renamed, rank = {}, next(iter(tensors.values())).shape[0]
+def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a LoRA with the names of WebUIs, lora_unet_* and lora_te_*; .alpha is the rank."""
+    renamed, rank = {}, float(next(iter(tensors.values())).shape[0])
     for name, tensor in tensors.items():
-        layer, side = name.removesuffix(".weight").rsplit(".", 1)
-        part, _, layer = layer.partition(".")
-        where = KOHYA_PARTS[part] + layer.replace(".", "_")
-        up = side == "lora_B"
-        renamed[f"{where}.lora_{'up' if up else 'down'}.weight"] = tensor * (
-            rank / alpha if up else 1
-        )
-        renamed[f"{where}.alpha"] = torch.tensor(alpha)
-    metadata = {
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-        "ss_network_module": "networks.lora",
-        "ss_base_model_version": "sd_v1",
-    }
+        part, _, layer = name.removesuffix(".weight").partition(".")
+        layer, side = layer[:-7].replace(".", "_"), layer[-1]
+        where = f"{KOHYA_PARTS[part]}{layer}"
+        renamed[f"{where}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
+        renamed[f"{where}.alpha"] = torch.tensor(rank)
+    metadata = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"}
+    metadata |= {"ss_network_dim": f"{rank:.0f}", "ss_network_alpha": str(rank)}
     save_atomic(path, lambda file: save_file(renamed, file, metadata=metadata))
 
 
-def load_adapter(
-    models: dict[str, Any], switch: AdapterSwitch, name: str, file: Path
-) -> dict[str, Any]:
+def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file: Path) -> Any:
     """Give {"unet": ..., "text_encoder": ...} the LoRA of a file as adapter `name`.
 
-    Takes the names of diffusers, PEFT and kohya. Returns what the file says about itself.
-
-    Raises:
-        UserError: it is damaged, or for another model; the message names three layers.
+    Takes the names of diffusers, PEFT and kohya; returns what the file says about itself, a dict.
+    Raises UserError where it is damaged or for another model.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}  # {"unet_mid_block_...": {down, up, alpha}}
     try:
         with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-            about = json.loads(metadata.get("image_edit_lora", "{}"))
+            said = opened.metadata() or {}
+            adapter, about = (json.loads(said.get(key, "{}")) for key in METADATA)
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 match = LORA_NAME.fullmatch(key)
                 layer, side = match.groups() if match else (key, "")
@@ -1289,7 +1209,6 @@ def load_adapter(
         for part, model in models.items()
         for path, _ in model.named_modules()
     }
-    wrong = []
     for key, its in found.items():
         try:
             part, path = layers[key]
@@ -1297,14 +1216,10 @@ def load_adapter(
             n_out, n_in, *kernel = layer.base.weight.shape
             down = its["down"].view(-1, n_in, *kernel)
             up = its["up"].view(n_out, len(down), *[1] * len(kernel))
-        except (AttributeError, LookupError, RuntimeError, ValueError):
-            wrong.append(key)
-            continue
-        alpha = its.get("alpha", settings.get(f"{part}.lora_alpha", len(down)))
+        except (AttributeError, LookupError, RuntimeError, ValueError) as error:
+            raise UserError(f"LoRA {file}: {key} does not fit this model: {error}") from error
+        alpha = its.get("alpha", adapter.get(f"{part}.lora_alpha", len(down)))
         set_adapter(layer, name, down, up, float(alpha) / len(down))
-    if wrong:
-        text = f"LoRA {file}: {len(wrong)} layers do not fit this model"
-        raise UserError(f"{text}\n{listed(wrong, 3)}")
     return about
 
 
@@ -1362,21 +1277,17 @@ def validate(trainer: DreamBoothTrainer) -> None:
     """Write samples/step-<n>.png: validation_prompt at every strength, a row per seed."""
     config, step, prompt = trainer.config, trainer.global_step, trainer.config.validation_prompt
     if prompt is not None and trainer.accelerator.is_main_process:
-        vae, rows, scales = (
-            load_sd_vae(trainer.folder, trainer.device),
-            [],
-            config.validation_scales,
-        )
         predict_at = predictor(trainer, prompt, config.validation_guidance_scale)
-        side = config.resolution // pixels_per_latent(vae)
+        vae = load_part(trainer.folder, "vae", trainer.dtype, trainer.device)
+        side, scales = config.resolution // pixels_per_latent(vae), config.validation_scales
+        rows, captions = [], []
         for seed in range(config.num_validation_images):
             draw = torch.Generator().manual_seed(seed)
             noise = torch.randn((1, 4, side, side), generator=draw, dtype=trainer.dtype)
-            noise = noise.to(trainer.device).float()
-            steps, schedule = config.validation_inference_steps, trainer.scheduler_config
-            latents = draw_sd(predict_at, noise, schedule, steps, scales)
+            noise, steps = trainer.put(noise).float(), config.validation_inference_steps
+            latents = draw_sd(predict_at, noise, trainer.scheduler_config, steps, scales)
             rows.append([to_image(decode_sd(vae, x[None])[0]) for x in latents])
-        captions = [f"step {step}, seed {seed}: {prompt}" for seed in range(len(rows))]
+            captions.append(f"step {step}, seed {seed}: {prompt}")
         sheet = contact_sheet(rows, [f"strength {scale:g}" for scale in scales], captions)
         trainer.run_log.picture(f"step-{step:06d}", sheet, step)
     trainer.accelerator.wait_for_everyone()
@@ -1389,14 +1300,31 @@ def full_change(
     """Return the strength at which the befores become the afters: one whole change.
 
     Edits the first pairs as generate.py edits photos (edit-friendly DDPM, no guidance) at several
-    strengths; where they go the whole way in the mean is found between two of them.
+    strengths. <edit - before, after - before> / |after - before|^2 says how far each went; where
+    the mean of that is 1 is found between two of them.
     """
-    strengths = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]) * trainer.config.pair_multiplier
+    strengths = trainer.config.pair_multiplier * torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
+    levels = sd_levels(trainer.scheduler_config, steps, skip)
+    predict_at = predictor(trainer, trainer.config.instance_prompt, 1.0)
     spans = [sample.scales[-1] - sample.scales[0] for sample in trainer.samples]
     whole = [s for s, span in zip(trainer.samples, spans, strict=True) if span == max(spans)]
-    levels = sd_levels(trainer.scheduler_config, steps, skip)
-    went = torch.stack([share_gone(trainer, s, strengths, levels) for s in whole[:most]]).mean(0)
-    log.info("strength %s goes %s of the way", strengths.tolist(), went.tolist())
+    shares = []
+    for sample in whole[:most]:
+        pictures = fit_sample(trainer.config, sample, trainer.index)
+        first, last = (trainer.put(trainer.entry(pictures[k])["latent"])[None] for k in (0, -1))
+        noises = [normal(first.shape, "calibrate", k) for k in range(len(levels.timesteps))]
+        path = ddpm_path(first, levels, trainer.put(torch.stack(noises)))
+        means = path_means(path, levels, predict_at(torch.zeros(1)), 1.0)
+        path = [x.expand(len(strengths), -1, -1, -1) for x in path]
+        edited = follow_path(path, means, levels, predict_at(trainer.put(strengths)), 1.0)
+        change = last - first
+        shares.append(
+            ((edited - first) * change).sum((1, 2, 3)).cpu() / change.square().sum().cpu()
+        )
+    went = torch.stack(shares).mean(0)
+    log.info(
+        "strength %s goes %s of the way", *(x.round(decimals=2).tolist() for x in (strengths, went))
+    )
     if (went < 1).all():
         log.warning("%.2f of a whole change is the most; train longer", went.max())
         learnt = went.max() > 0.25  # else the strengths tell nothing
@@ -1406,51 +1334,35 @@ def full_change(
     return torch.lerp(strengths[high - 1], strengths[high], share).item()
 
 
-def share_gone(
-    trainer: DreamBoothTrainer, sample: Sample, strengths: torch.Tensor, levels: Levels
-) -> torch.Tensor:
-    """Edit the first picture -> <edit - first, last - first> / |last - first|^2, (strengths)."""
-    pictures = fit_sample(trainer.config, sample, trainer.index)
-    first, last = (trainer.put(trainer.entry(pictures[k])["latent"])[None] for k in (0, -1))
-    noises = [normal(first.shape, "calibrate", k) for k in range(len(levels.timesteps))]
-    predict_at = predictor(trainer, trainer.config.instance_prompt, 1.0)
-    path = ddpm_path(first, levels, trainer.put(torch.stack(noises)))
-    means = path_means(path, levels, predict_at(torch.zeros(1)), 1.0)
-    path = [x.expand(len(strengths), -1, -1, -1) for x in path]
-    edited = follow_path(path, means, levels, predict_at(trainer.put(strengths)), 1.0)
-    change = last - first
-    return (((edited - first) * change).sum((1, 2, 3)) / change.square().sum()).cpu()
-
-
-def about_run(trainer: DreamBoothTrainer) -> dict[str, Any]:
+def about_run(trainer: DreamBoothTrainer, calibration: float = 1.0) -> dict[str, Any]:
     """Return what a LoRA file says about itself."""
     config = trainer.config
-    keys = (
+    keys = {
         "lora_rank", "target_modules", "instance_prompt", "resolution", "pair_multiplier",
         "timestep_min", "timestep_max", "train_text_encoder", "seed",
-    )  # fmt: skip
+    }  # fmt: skip
     return {
         "script": "train_dreambooth_pairs.py",
         "base_model": config.pretrained_model_name_or_path,
         "objective": config.objective,
-        "lora_alpha": config.alpha,
+        "lora_alpha": config.lora_alpha or config.lora_rank,
         "step": trainer.global_step,
-        **{key: getattr(config, key) for key in keys},
+        "calibration": calibration,
+        **config.model_dump(include=keys),
     }
 
 
 def save_result(trainer: DreamBoothTrainer, calibrated: bool) -> None:
     """Write the LoRA of the run, at the strength that `calibrate` asks for, and its card."""
     config, factor = trainer.config, 1.0
-    by_itself = config.objective == "difference"
-    if calibrated and (by_itself if config.calibrate is None else config.calibrate):
+    wanted = config.objective == "difference" if config.calibrate is None else config.calibrate
+    if calibrated and wanted:
         factor = full_change(trainer)
         log.info("calibrated: one full change is %.3g times the trained strength", factor)
-    tensors = adapter_tensors(trainer.bare, "change", factor)
-    about = about_run(trainer) | {"calibration": factor}
+    tensors, about = adapter_tensors(trainer.bare, "change", factor), about_run(trainer, factor)
     save_lora(config.output_dir / LORA_FILE, tensors, about)
     if config.export == "kohya":
-        save_kohya(config.output_dir / KOHYA_FILE, tensors, config.alpha)
+        save_kohya(config.output_dir / KOHYA_FILE, tensors)
     save_text(config.output_dir / "README.md", CARD.format(**about, file=LORA_FILE))
 
 
@@ -1461,15 +1373,23 @@ tags: [text-to-image, lora, stable-diffusion, {objective}]
 ---
 # LoRA for {base_model}
 
-Trained with train_dreambooth_pairs.py ({objective}) to step {step}: rank {lora_rank}, alpha
-{lora_alpha:g} (folded into the weights), calibration {calibration:g}. Prompt: "{instance_prompt}".
+Trained with {script} ({objective}) to step {step}: rank {lora_rank}, alpha {lora_alpha:g} (folded
+into the weights), calibration {calibration:g}. Prompt: "{instance_prompt}".
 
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained("{base_model}")
-    pipe.load_lora_weights(".", weight_name="{file}")
-    pipe.set_adapters("default_0", 0.5)  # half of it
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained("{base_model}")
+    pipe.load_lora_weights(".", weight_name="{file}", adapter_name="change")
+    pipe.set_adapters("change", 0.5)  # half of it
 """
+
+
+# --- the trainer ----------------------------------------------------------------------------------
+
+MAY_DIFFER = {  # beside ResultsConfig, settings that a run which goes on may change
+    "cache_dir", "before_data_dir", "after_data_dir", "sequence_dirs", "instance_data_dir",
+    "class_data_dir", "on_missing", "sample_batch_size", "gradient_accumulation_steps",
+    "allow_tf32", "gradient_checkpointing", "compile", "logging_steps", "report_to",
+    "max_train_steps", "num_train_epochs",
+}  # fmt: skip
 
 
 def log_steps(
@@ -1508,9 +1428,6 @@ def log_steps(
         tqdm.write(f"step {step}/{trainer.total_steps()} {figures} eta {left}")
 
 
-# --- which samples a forward pass sees ------------------------------------------------------------
-
-
 # differs: a pair of times
 class Draw(NamedTuple):
     """Everything random about one visit of a sample but its noise."""
@@ -1527,8 +1444,6 @@ class Batches:
 
     A round has as many batches as there are samples, in a new order each time; a shape has as many
     of them as samples, and they go through those again and again, each time in another order.
-
-    >>> Batches(["square", "wide", "square"], size=2, seed=0)[0]  # e.g. [2, 0]
     """
 
     def __init__(self, shapes: Sequence[object], size: int, seed: int) -> None:
@@ -1542,38 +1457,25 @@ class Batches:
     def __getitem__(self, batch: int) -> list[int]:
         """Return the samples of forward pass number `batch` of the whole run."""
         number, place = divmod(batch, len(self.shapes))
-        shapes = [self.shapes[i] for i in self.order(len(self.shapes), "round", number)]
-        shape, alike = shapes[place], self.alike[shapes[place]]
-        first = (number * len(alike) + shapes[:place].count(shape)) * self.size
+        order = self.order(len(self.shapes), "round", number)
+        shape = self.shapes[order[place]]
+        alike = self.alike[shape]
+        earlier = sum(self.shapes[sample] == shape for sample in order[:place])
+        first = (number * len(alike) + earlier) * self.size
         visits = (divmod(i, len(alike)) for i in range(first, first + self.size))
         return [alike[self.order(len(alike), "scenes", shape, n)[k]] for n, k in visits]
 
 
-def draw_batch(
-    config: Config, batch: int, samples: Sequence[Sample], batches: Batches
-) -> list[Draw]:
+def draw_batch(trainer: DreamBoothTrainer, batch: int) -> list[Draw]:
     """Draw forward pass number `batch` of the whole run, over all processes and accumulation."""
-    seed, draws = config.seed, []
-    for number, sample in enumerate(batches[batch]):
+    config, seed, draws = trainer.config, trainer.config.seed, []
+    for number, sample in enumerate(trainer.batches[batch]):
         visit = batch * config.train_batch_size + number
-        times = len(samples[sample].files)
+        times = len(trainer.samples[sample].files)
         low, high = sorted(shuffled(times, seed, "times", visit)[:2]) if times > 1 else (0, 0)
         flip = config.random_flip and uniform(seed, "flip", visit) < 0.5
         draws.append(Draw(visit, sample, low, high, flip))
     return draws
-
-
-# --- the trainer ----------------------------------------------------------------------------------
-
-MAY_DIFFER = {  # settings that may differ between a checkpoint and the run that continues it
-    "output_dir", "cache_dir", "before_data_dir", "after_data_dir", "sequence_dirs", "on_missing",
-    "instance_data_dir", "class_data_dir", "sample_batch_size", "gradient_accumulation_steps",
-    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_tf32",
-    "gradient_checkpointing", "compile", "logging_steps", "report_to", "num_train_epochs",
-    "max_train_steps", "validation_prompt", "num_validation_images", "validation_steps",
-    "validation_scales", "validation_epochs", "validation_inference_steps",
-    "validation_guidance_scale", "calibrate", "export",
-}  # fmt: skip
 
 
 class DreamBoothTrainer:
@@ -1597,9 +1499,10 @@ class DreamBoothTrainer:
         if self.accelerator:
             return
         from accelerate import Accelerator
-        from accelerate import utils as parts
+        from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
         config = self.config
+        micro_steps = config.gradient_accumulation_steps
         self.accelerator = Accelerator(
             # bf16: layers cast by themselves, as in inference; fp16 needs the scaler
             mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
@@ -1607,42 +1510,19 @@ class DreamBoothTrainer:
             device_placement=False,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=config.output_dir,
-            gradient_accumulation_plugin=parts.GradientAccumulationPlugin(
-                config.gradient_accumulation_steps, sync_with_dataloader=False
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                micro_steps, sync_with_dataloader=False
             ),
-            kwargs_handlers=[
-                parts.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
-                parts.DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
         )
-        self.device = self.accelerator.device
+        self.device: torch.device = self.accelerator.device
+        self.passes_per_step = micro_steps * self.accelerator.num_processes
         if config.allow_tf32:
             torch.set_float32_matmul_precision("high")
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
 
-    def passes_per_step(self) -> int:
-        """Return the forward passes of an optimizer step, over all processes."""
-        return self.config.gradient_accumulation_steps * self.accelerator.num_processes
-
-    def epoch_steps(self) -> int:
-        """Return the optimizer steps of a pass over the data."""
-        return math.ceil(len(self.samples) / self.config.train_batch_size / self.passes_per_step())
-
-    def total_steps(self) -> int:
-        """Return max_train_steps, or what num_train_epochs come to."""
-        return self.config.max_train_steps or self.epoch_steps() * self.config.num_train_epochs
-
-    def validation_interval(self) -> int:
-        """Return the steps between two validation sheets."""
-        config = self.config
-        if config.validation_epochs:
-            return config.validation_epochs * self.epoch_steps()
-        return config.validation_steps or config.checkpointing_steps
-
-    # -- data and cache
-
     def find_data(self) -> None:
-        """Pair and hash the pictures. Raises UserError with every problem."""
+        """Pair and hash the pictures, draw missing ones of the class. Raises UserError."""
         if self.samples:
             return
         config = self.config
@@ -1650,15 +1530,25 @@ class DreamBoothTrainer:
             self.index = FileIndex(self.cache_dir)  # KEEP: inside, to see what process 0 recorded
             self.samples, _, problems = find_samples(config)
             problems += check_samples(self.samples, self.index)[1]
-        warmup, steps = config.lr_warmup_steps, self.total_steps()
-        if warmup >= steps and not config.lr_scheduler.startswith("constant"):
-            text = f"{config.lr_scheduler} needs some of the run's {steps} after the warm-up"
-            problems.append(f"lr_warmup_steps: {warmup}; lr_scheduler {text}")
-        if problems:
-            raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
-        self.class_pictures = find_class_pictures(self)
+            steps, warmup, kind = self.total_steps(), config.lr_warmup_steps, config.lr_scheduler
+            if warmup >= steps and not kind.startswith("constant"):
+                text = f"lr_warmup_steps: {warmup}, but the run has {steps} steps"
+                problems.append(f"{text}; lr_scheduler {kind} needs some after the warm-up")
+            if problems:
+                raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
+            self.class_pictures = find_class_pictures(self)
         sizes = [fit_sample(config, sample, self.index)[0].size for sample in self.samples]
         self.batches = Batches(sizes, config.train_batch_size, config.seed)
+
+    def epoch_steps(self) -> int:
+        """Return the optimizer steps of a pass over the data."""
+        return math.ceil(len(self.samples) / self.config.train_batch_size / self.passes_per_step)
+
+    def total_steps(self) -> int:
+        """Return max_train_steps, or what num_train_epochs come to."""
+        return self.config.max_train_steps or self.epoch_steps() * self.config.num_train_epochs
+
+    # -- the cache
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -1666,27 +1556,20 @@ class DreamBoothTrainer:
         return fetch_sd(self.config.pretrained_model_name_or_path)
 
     @functools.cached_property
-    def encoders(self) -> tuple[str, str]:
-        """Fingerprints of (VAE, text encoder)."""
-        text = [self.folder / part for part in ("text_encoder", "tokenizer")]
-        return fingerprint([self.folder / "vae"]), fingerprint(text, str(self.dtype))
+    def vae_hash(self) -> str:
+        """Fingerprint of the VAE."""
+        return fingerprint([self.folder / "vae"])
 
-    def key_of(self, job: Picture | Change | str) -> str:
-        """Return the name of the entry of a picture's latents, a change map or a prompt."""
-        if isinstance(job, str):
-            return cache_key("sd prompt", encoder=self.encoders[1], prompt=job)
-        kind, pictures = ("change", job) if isinstance(job, Change) else ("latent", [job])
+    def key_of(self, job: Picture | Change) -> str:
+        """Return the name of the entry of a picture's latents or of a change map."""
+        kind, pictures = ("latent", [job]) if isinstance(job, Picture) else ("change", [*job])
         places = [(picture.content, picture.size, picture.flip) for picture in pictures]
-        # of a change, too: the VAE says how many pixels a latent covers
-        return cache_key(f"sd {kind}", vae=self.encoders[0], pictures=places)
+        return cache_key(f"sd {kind}", vae=self.vae_hash, pictures=places)
 
-    def cache_jobs(self) -> dict[str, Picture | Change | str]:
-        """Return every entry that training and validation can ask for: {key: what to encode}."""
-        config = self.config
-        jobs: list[Picture | Change | str] = [config.instance_prompt]
-        jobs += [config.class_prompt or ""] if config.with_prior_preservation else []
-        jobs += [config.validation_prompt, ""] if config.validation_prompt is not None else []
-        sizes = set()
+    def cache_jobs(self) -> dict[str, Picture | Change]:
+        """Return every entry that training can ask for: {key: what to encode}."""
+        config, sizes = self.config, set()
+        jobs: list[Picture | Change] = []
         for sample in self.samples:
             for flip in {False, config.random_flip}:
                 pictures = fit_sample(config, sample, self.index, flip)
@@ -1699,25 +1582,30 @@ class DreamBoothTrainer:
         return {self.key_of(job): job for job in jobs}
 
     def cache_embeddings(self) -> int:
-        """Encode what is missing, a share per process; VAE and text encoder one after the other.
+        """Encode the pictures that are missing in the cache, a share per process.
 
         Returns how many entries this process encoded; with nothing to do no model is loaded.
         """
+        from accelerate.utils import release_memory
+
         self.setup_accelerator()
         self.find_data()
         jobs = self.cache_jobs()
         # KEEP: shares of ALL entries; what is missing changes while other processes write
         share = sorted(jobs)[self.accelerator.process_index :: self.accelerator.num_processes]
-        mine = {key: jobs[key] for key in share if not self._intact(key)}
-        log.info("cache: %d entries, %d to encode", len(jobs), len(mine))
-        for encode, of_text in ((encode_pictures, False), (encode_prompts, True)):
-            if part := {key: job for key, job in mine.items() if isinstance(job, str) == of_text}:
-                encode(self, part)
-                free_memory()
+        todo = [key for key in share if not self.is_cached(key)]
+        log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
+        if todo:
+            vae = load_part(self.folder, "vae", self.dtype, self.device)
+            for key in progress(todo, "encode pictures"):
+                write_entry(self.cache_dir, key, encode_job(vae, jobs[key]))
+            del vae
+            release_memory()
         self.accelerator.wait_for_everyone()
-        return len(mine)
+        return len(todo)
 
-    def _intact(self, key: str) -> bool:
+    def is_cached(self, key: str) -> bool:
+        """Return whether an entry is there and whole."""
         path = entry_path(self.cache_dir, key)
         try:
             return path.exists() and bool(read_entry(path))
@@ -1726,12 +1614,14 @@ class DreamBoothTrainer:
             return False
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (as long as the trainer; 64 KB each)
-    def entry(self, job: Picture | Change | str) -> dict[str, torch.Tensor]:
+    def entry(self, job: Picture | Change) -> dict[str, torch.Tensor]:
         """Return the tensors of an entry, on the CPU."""
         try:
             return read_entry(entry_path(self.cache_dir, self.key_of(job)))
         except ValueError as error:
             raise UserError(f"{error}. Repair: cache_embeddings.py --verify") from error
+
+    # -- models
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor on the device. KEEP pinned: the loop must not wait for the GPU here."""
@@ -1743,27 +1633,38 @@ class DreamBoothTrainer:
         self, prompts: Sequence[str], parts: Sequence[BatchPart], models: dict[str, Any]
     ) -> torch.Tensor:
         """Return (B, 77, 768) of the prompts; through the adapted text encoder if there is one."""
+        ids, embeds = (torch.stack(x) for x in zip(*(self.texts[p] for p in prompts), strict=True))
         if "text_encoder" not in models:
-            return self.put(torch.stack([self.entry(prompt)["embed"] for prompt in prompts]))
+            return embeds
         self.switch.parts = parts
-        ids = torch.stack([self.entry(prompt)["ids"] for prompt in prompts])
-        return models["text_encoder"](self.put(ids))[0].to(self.dtype)
+        return models["text_encoder"](ids)[0].to(self.dtype)
 
-    # -- the run
+    @torch.no_grad()
+    def encode_prompts(self) -> Any:
+        """Set texts to {prompt: (ids (77), embeds (77, 768))}; return the text encoder."""
+        config = self.config
+        given = (config.instance_prompt, config.class_prompt, config.validation_prompt, "")
+        prompts = [prompt for prompt in given if prompt is not None]
+        encoder = load_part(self.folder, "text_encoder", self.dtype, self.device)
+        ids = tokenize(self.folder, prompts).to(self.device)
+        texts = zip(prompts, ids, strict=True)
+        self.texts = {prompt: (row, encoder(row[None])[0][0]) for prompt, row in texts}
+        return encoder
 
     def load_models(self) -> None:
         """Load the frozen UNet (and CLIP), give them adapters, make the optimizer."""
         import diffusers
 
         config = self.config
-        unet = load_unet(self.folder, self.dtype, self.device)
-        self.bare, ends = {"unet": unet}, {"unet": TARGETS[config.target_modules]}
+        encoder = self.encode_prompts()
+        unet = load_part(self.folder, "unet", self.dtype, self.device)
+        self.bare = {"unet": unet}
         if config.train_text_encoder:
-            self.bare["text_encoder"] = load_clip(self.folder, self.dtype, self.device)[1]
-            ends["text_encoder"] = TEXT_TARGETS
+            self.bare["text_encoder"] = encoder
         for part, model in self.bare.items():
-            adapter = self.switch, "change", ends[part], config.lora_rank, config.alpha
-            add_adapter(model, *adapter, config.seed, part)
+            ends = TARGETS[config.target_modules] if part == "unet" else TEXT_TARGETS
+            rank, alpha = config.lora_rank, config.lora_alpha or config.lora_rank
+            add_adapter(model, self.switch, "change", ends, rank, alpha, config.seed, part)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if config.compile:
@@ -1772,9 +1673,10 @@ class DreamBoothTrainer:
         self.optimizer, self.lr_scheduler = make_optimizer(self)
         # KEEP: DDP must wrap the models themselves, or gradients are never averaged
         self.models = {name: self.accelerator.prepare(m) for name, m in self.bare.items()}
-        self.scheduler_config = read_scheduler(self.folder)
-        scheduler = diffusers.DDPMScheduler.from_config(self.scheduler_config)
-        self.alphas = scheduler.alphas_cumprod
+        self.scheduler_config = read_model_json(str(self.folder), "scheduler/scheduler_config.json")
+        self.alphas = diffusers.DDPMScheduler.from_config(self.scheduler_config).alphas_cumprod
+
+    # -- the run
 
     def fit(self) -> None:
         """Cache, load, train, calibrate, save."""
@@ -1789,13 +1691,12 @@ class DreamBoothTrainer:
             self.load_models()
             if found:
                 self.restore(*found)
-            if main:
-                run_record(config.output_dir, config, Path(__file__))
             self.run_log = RunLog(self.accelerator, config.output_dir, config, self.global_step)
             if main:
-                few = self.samples[:8]
-                rows = [[*map(load_picture, fit_sample(config, s, self.index))] for s in few]
-                sheet = contact_sheet(rows, captions=[sample.name for sample in few])
+                run_record(config.output_dir, config, Path(__file__))
+                shown = [fit_sample(config, sample, self.index) for sample in self.samples[:8]]
+                rows = [[load_picture(picture) for picture in pictures] for pictures in shown]
+                sheet = contact_sheet(rows, captions=[sample.name for sample in self.samples[:8]])
                 self.run_log.picture("pairs", sheet, self.global_step)
             with StopSignal() as stop:
                 stopped = train_loop(self, stop)
@@ -1812,11 +1713,13 @@ class DreamBoothTrainer:
         """All that decides what a run learns; a run that goes on must share it."""
         config = self.config
         files = [file for sample in self.samples for file in sample.files] + self.class_pictures
-        found = config.model_dump(mode="json", exclude=MAY_DIFFER)
-        found["pictures (hash)"] = draw_key([self.index[file]["content"] for file in files])
-        base = [self.folder / part for part in ("unet", "scheduler")]
-        found["base model (hash)"] = fingerprint(base)
-        found["forward passes per step"] = self.passes_per_step()
+        base = [self.folder / part for part in ("unet", "text_encoder", "scheduler")]
+        found = {
+            **config.model_dump(mode="json", exclude={*MAY_DIFFER, *ResultsConfig.model_fields}),
+            "pictures (hash)": draw_key([self.index[file]["content"] for file in files]),
+            "base model (hash)": fingerprint(base),
+            "forward passes per step": self.passes_per_step,
+        }
         if not config.lr_scheduler.startswith("constant"):  # the rate hangs on the length
             found["max_train_steps"] = self.total_steps()
         return found
@@ -1835,12 +1738,11 @@ class DreamBoothTrainer:
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
-
-            def write(folder: Path) -> None:
-                tensors = adapter_tensors(self.bare, "change", 1.0)
-                save_lora(folder / LORA_FILE, tensors, about_run(self))
-
-            self.checkpoints.save(self.global_step, self.trained_as, training, write)
+            tensors, about = adapter_tensors(self.bare, "change", 1.0), about_run(self)
+            write = functools.partial(save_lora, tensors=tensors, about=about)
+            self.checkpoints.save(
+                self.global_step, self.trained_as, training, lambda at: write(at / LORA_FILE)
+            )
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -1893,29 +1795,28 @@ class Config(
         pairs, times, scales = self.use_image_pairs, self.sequence_dirs, self.sequence_scales
         sides, name = [self.before_data_dir, self.after_data_dir], self.pair_objective
         prior, single = self.with_prior_preservation, self.instance_data_dir
+        no_class = not (self.class_data_dir and self.class_prompt)
         folders = "before_data_dir with after_data_dir, or sequence_dirs"
-        fits = len(set(scales)) == len(scales) == len(times)
+        unlike = len(set(scales)) == len(scales) == len(times)
         objective = f"no '{name}'{nearest(name, OBJECTIVES)}; more are in experiments/"
+        learns_change = self.objective not in ("joint", "instance")
         return {
             f"pair_objective: {objective}": name not in OBJECTIVES,
             f"use_image_pairs: give {folders}": pairs and any(sides) + bool(times) != 1,
             f"{folders}: add --use_image_pairs": not pairs and (any(sides) or times),
             "before_data_dir and after_data_dir go together": any(sides) and not all(sides),
             "sequence_dirs: two folders or more": len(times) == 1,
-            "sequence_scales: one for each of sequence_dirs, no two alike": scales and not fits,
-            "instance_data_dir: not read beside --use_image_pairs": pairs and single,
-            "instance_data_dir: give it, or --use_image_pairs with folders": not pairs
-            and not single,
-            'instance_prompt: single pictures need one, e.g. "a photo of sks dog"': single
+            "sequence_scales: one for each of sequence_dirs, no two alike": scales and not unlike,
+            "give instance_data_dir, or use_image_pairs and folders": not pairs and not single,
+            "instance_data_dir: not read beside use_image_pairs": pairs and single,
+            "instance_prompt: single pictures need one": single
             and not self.instance_prompt.strip(),
-            "with_prior_preservation needs class_data_dir and class_prompt": prior
-            and not (self.class_data_dir and self.class_prompt),
-            "with_prior_preservation: not read beside --use_image_pairs": prior and pairs,
+            "with_prior_preservation: not read beside use_image_pairs": prior and pairs,
+            "with_prior_preservation needs class_data_dir and class_prompt": prior and no_class,
             "region_weight: only pairs have a region of change": self.region_weight and not pairs,
-            f"calibrate: {self.objective} learns no change": self.calibrate
-            and self.objective in ("joint", "instance"),
-            "validation_steps and validation_epochs: give one": self.validation_steps
-            and self.validation_epochs,
+            f"calibrate: {self.objective} learns no change": self.calibrate and not learns_change,
+            "validation_epochs: not beside validation_steps": self.validation_epochs
+            and self.validation_steps,
             "timestep_min is above timestep_max": self.timestep_min > self.timestep_max,
         }
 
