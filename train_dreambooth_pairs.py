@@ -10,9 +10,8 @@ Page: docs/train_dreambooth_pairs.md
     ... --instance_data_dir data/dog --instance_prompt "a photo of sks dog"    # DreamBooth
     ... --config configs/x.yaml | --plan | --print_config | --help
 
-The flags are those of diffusers' DreamBooth LoRA script. This is no library: copy the file, change
-it, run it; only utils.py must lie beside it. `# EDIT HERE:` marks what an ablation changes,
-`# KEEP:` what breaks otherwise.
+The flags are those of diffusers' script. Copy the file, change it, run it; only utils.py must lie
+beside it. `# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
 
 Shapes: B samples, H W pixels in [-1, 1], latents z (B, 4, h, w) = posterior mode * 0.18215, h w =
 H/8 W/8, text (B, 77, 768). Noised: z_t = a z + s e with a^2 = alphas_cumprod[t], s^2 = 1 - a^2.
@@ -29,7 +28,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -210,7 +208,7 @@ def mix_noise(x: torch.Tensor, noise: torch.Tensor, alphas: torch.Tensor) -> tor
 # --- one step, the loop ---------------------------------------------------------------------------
 
 
-def compute_losses(trainer: DreamBoothTrainer, draws: Sequence[Draw]) -> dict[str, torch.Tensor]:
+def compute_losses(trainer: SDTrainer, draws: Sequence[Draw]) -> dict[str, torch.Tensor]:
     """Return the weighted loss of every pass, all of them from one forward."""
     config = trainer.config
     t = torch.tensor([draw_timestep(config, draw.visit) for draw in draws])
@@ -238,58 +236,54 @@ def compute_losses(trainer: DreamBoothTrainer, draws: Sequence[Draw]) -> dict[st
 def predict_noise(
     unet: Any, noisy: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor
 ) -> torch.Tensor:
-    """Return the UNet's noise (B, 4, h, w), fp32; t (B,), embeds (B or 1, 77, 768).
-
-    Which adapters are on, its AdapterSwitch says.
-    """
+    """Return the UNet's noise, fp32, under its switch; t (B,), embeds (B or 1, 77, 768)."""
     noisy = noisy.to(embeds.dtype).contiguous(memory_format=torch.channels_last)
     embeds = embeds.expand(len(noisy), -1, -1)
     return unet(noisy, t, encoder_hidden_states=embeds, return_dict=False)[0].float()
 
 
 def add_noise(
-    trainer: DreamBoothTrainer, draws: Sequence[Draw], t: torch.Tensor
+    trainer: SDTrainer, draws: Sequence[Draw], t: torch.Tensor
 ) -> tuple[Noised, torch.Tensor | None]:
     """Return the noised batch, and (with region_weight) where it changes, (B, 1, h, w)."""
-    config, rows, changes = trainer.config, [], []
+    config, rows, scales, changes = trainer.config, [], [], []
     for draw in draws:
         sample = trainer.samples[draw.sample]
-        pictures = fit_sample(config, sample, trainer.index, draw.flip)
-        pair = Change(pictures[draw.low], pictures[draw.high])
-        low, high = (trainer.entry(picture)["latent"] for picture in pair)
+        tensors = trainer.entry(sample, draw.flip)
+        low, high = tensors["latents"][[draw.low, draw.high]]
         noise = normal(low.shape, config.seed, "noise", draw.visit)
         if config.noise_offset:
             shift = normal((low.shape[0], 1, 1), config.seed, "offset", draw.visit)
             noise = noise + config.noise_offset * shift
-        scales = [torch.tensor(sample.scales[i]) for i in (draw.low, draw.high)]
-        rows.append((low, high, *scales, noise))
+        rows.append((low, high, noise))
+        scales.append((sample.scales[draw.low], sample.scales[draw.high]))
         if config.region_weight:
-            changes.append(trainer.entry(pair)["change"])
-    columns = (trainer.put(torch.stack(column)) for column in zip(*rows, strict=True))
-    low, high, low_scale, high_scale, noise = columns
+            changes.append(tensors[f"change {draw.low} {draw.high}"])
+    low, high, noise = (trainer.put(torch.stack(column)) for column in zip(*rows, strict=True))
     alphas = trainer.put(trainer.alphas[t])
 
     @torch.no_grad()
     def base(noisy: torch.Tensor) -> torch.Tensor:
         trainer.switch.parts = [()]
         times = trainer.put(t).repeat(len(noisy) // len(t))
-        embed = trainer.texts[config.instance_prompt][1][None]
+        embed = trainer.texts[config.instance_prompt][1]
         return predict_noise(trainer.bare["unet"], noisy, times, embed)
 
+    low_scale, high_scale = (config.pair_multiplier * trainer.put(torch.tensor(scales))).T
     low, high = mix_noise(low, noise, alphas), mix_noise(high, noise, alphas)
-    low_scale, high_scale = (config.pair_multiplier * x for x in (low_scale, high_scale))
     change = trainer.put(torch.stack(changes)) if changes else None
     return Noised(low, high, low_scale, high_scale, noise, base), change
 
 
-def class_pass(trainer: DreamBoothTrainer, draws: Sequence[Draw], t: torch.Tensor) -> Pass:
+def class_pass(trainer: SDTrainer, draws: Sequence[Draw], t: torch.Tensor) -> Pass:
     """Return the pass of prior preservation: pictures of the class under noise of their own."""
     config, rows = trainer.config, []
-    size = fit_sample(config, trainer.samples[draws[0].sample], trainer.index)[0].size
     for draw in draws:
-        number = int(uniform(config.seed, "class", draw.visit) * len(trainer.class_pictures))
-        file = trainer.class_pictures[number]
-        latent = trainer.entry(Picture(file, trainer.index[file]["content"], size))["latent"]
+        number = int(uniform(config.seed, "class", draw.visit) * len(trainer.class_samples))
+        size = trainer.samples[draw.sample].size
+        [latent] = trainer.entry(trainer.class_samples[number]._replace(size=size), False)[
+            "latents"
+        ]
         rows.append((latent, normal(latent.shape, config.seed, "class noise", draw.visit)))
     latents, noise = (trainer.put(torch.stack(column)) for column in zip(*rows, strict=True))
     noisy = mix_noise(latents, noise, trainer.put(trainer.alphas[t]))
@@ -341,7 +335,7 @@ class TrainingConfig(Section):
     """Gradients are scaled down to this norm."""
 
 
-def train_step(trainer: DreamBoothTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
+def train_step(trainer: SDTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Take one optimizer step; return the samples' names and the mean losses, still on the GPU."""
     config, accelerator = trainer.config, trainer.accelerator
     names, found = [], []
@@ -363,7 +357,7 @@ def train_step(trainer: DreamBoothTrainer) -> tuple[list[str], dict[str, torch.T
     return names, {name: torch.stack([x[name] for x in found]).mean() for name in found[0]}
 
 
-def train_loop(trainer: DreamBoothTrainer, stop: StopSignal) -> bool:
+def train_loop(trainer: SDTrainer, stop: StopSignal) -> bool:
     """Train to the end or to a stop signal; return whether it was a signal."""
     config, total, stopped = trainer.config, trainer.total_steps(), False
     validation_steps = config.validation_steps or config.checkpointing_steps
@@ -380,9 +374,8 @@ def train_loop(trainer: DreamBoothTrainer, stop: StopSignal) -> bool:
         saves = stopped or step == total or step % config.checkpointing_steps == 0
         draws = not stopped and (step == total or step % validation_steps == 0)
         if logs or saves or draws:
-            pace = (time.monotonic() - clock) / len(steps)
             rate = trainer.lr_scheduler.get_last_lr()[0]
-            log_steps(trainer, trainer.run_log, steps, pace, lr=rate)
+            log_steps(trainer, trainer.run_log, steps, clock, lr=rate)
             if saves:
                 trainer.save_checkpoint()
             if draws:
@@ -392,7 +385,7 @@ def train_loop(trainer: DreamBoothTrainer, stop: StopSignal) -> bool:
     return stopped
 
 
-def make_optimizer(trainer: DreamBoothTrainer) -> tuple[Any, Any]:
+def make_optimizer(trainer: SDTrainer) -> tuple[Any, Any]:
     """Return (AdamW, learning rate schedule) of the adapter's parameters."""
     from diffusers.optimization import get_scheduler
 
@@ -408,14 +401,9 @@ def make_optimizer(trainer: DreamBoothTrainer) -> tuple[Any, Any]:
     else:
         fused = trainer.device.type == "cuda"
         optimizer = torch.optim.AdamW(trainer.trained, rate, fused=fused, **options)
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=trainer.total_steps(),
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
+    kind, warmup, steps = config.lr_scheduler, config.lr_warmup_steps, trainer.total_steps()
+    shape: Any = {"num_cycles": config.lr_num_cycles, "power": config.lr_power}
+    schedule = get_scheduler(kind, optimizer, None, warmup, steps, **shape)
     return trainer.accelerator.prepare(optimizer), schedule
 
 
@@ -523,8 +511,8 @@ def adapted_layers(model: Any, name: str) -> dict[str, SliderLinear]:
     return {p: x for p, x in layers if isinstance(x, SliderLinear) and name in x.down}
 
 
-def slider_layer(model: Any, switch: AdapterSwitch, path: str) -> SliderLinear:
-    """Return the layer at the path, wrapped so that it can have adapters."""
+def adaptable(model: Any, switch: AdapterSwitch, path: str) -> SliderLinear:
+    """Return the linear or convolution layer at a path, wrapped so that it can have adapters."""
     layer = model.get_submodule(path)
     if not isinstance(layer, SliderLinear):
         kind = SliderConv if isinstance(layer, torch.nn.Conv2d) else SliderLinear
@@ -533,10 +521,8 @@ def slider_layer(model: Any, switch: AdapterSwitch, path: str) -> SliderLinear:
     return layer
 
 
-def set_adapter(
-    layer: SliderLinear, name: str, down: torch.Tensor, up: torch.Tensor, strength: float
-) -> None:
-    """Give a layer an adapter; strength is alpha / rank."""
+def set_adapter(layer: SliderLinear, name: str, down: Any, up: Any, strength: float) -> None:
+    """Give a layer an adapter of two factors; strength is alpha / rank."""
     device = layer.base.weight.device
     layer.down[name] = torch.nn.Parameter(down.to(device))
     layer.up[name] = torch.nn.Parameter(up.to(device))
@@ -552,13 +538,13 @@ def add_adapter(
     alpha: float,
     *seed: object,
 ) -> None:
-    """Give a new adapter to the linear and convolution layers whose names end so.
+    """Give the linear and convolution layers whose names end so a new adapter.
 
     Down is Gaussian (std 1 / rank; the draw belongs to `seed`), up is zero, as in diffusers.
     """
     endings = tuple(f".{end}" for end in ends)
     for path in [path for path, _ in model.named_modules() if path.endswith(endings)]:
-        layer = slider_layer(model, switch, path)
+        layer = adaptable(model, switch, path)
         n_out, n_in, *kernel = layer.base.weight.shape
         down = normal((rank, n_in, *kernel), *seed, name, path) / rank  # EDIT HERE: its start
         up = torch.zeros(n_out, rank, *[1] * len(kernel))
@@ -632,26 +618,28 @@ class Sample(NamedTuple):
     name: str
     files: tuple[Path, ...]
     scales: tuple[float, ...]  # of each file on the slider, rising
+    content: tuple[str, ...] = ()  # blake2b of the files
+    size: tuple[int, int] = (0, 0)  # (W, H) px, as the model gets them
 
 
 def find_samples(config: Config) -> tuple[list[Sample], list[str], list[str]]:
-    """Find what the settings train on -> (samples, what was left out, problems)."""
+    """Find what the settings train on -> (samples, notes, problems)."""
     stages = config.stages or [(1.0, config.instance_data_dir or Path())]
     folders = [folder for _, folder in stages]
     kind = "Before/After" if config.use_image_pairs else "Instance"
     if lacking := [folder for folder in folders if not folder.is_dir()]:
-        text = f"{kind} images root doesn't exist"
-        return [], [], [f"{text}: {folder}{siblings(folder)}" for folder in lacking]
+        there = [[place.name for place in folder.parent.glob("*")] for folder in lacking]
+        names = [f"{d}{nearest(d.name, n)}" for d, n in zip(lacking, there, strict=True)]
+        return [], [], [f"{kind} images root doesn't exist: {name}" for name in names]
     pairs = itertools.permutations(folders, 2)
     if nested := [f"{a} is {b} or lies in it: move one" for a, b in pairs if lies_in(a, b)]:
         return [], [], nested
     found = [list_images(folder) for folder in folders]
     samples: list[Sample] = []
-    left_out: list[str] = []
+    notes: list[str] = []
     problems: list[str] = []
     if not config.use_image_pairs:
-        files = [file for same in found[0].values() for file in same]
-        samples = [Sample(file.stem, (file,), (1.0,)) for file in files]
+        samples = single_pictures(folders[0])
         return samples, [], [] if samples else [f"instance_data_dir: no picture in {folders[0]}"]
     least = 2 if len(stages) > 2 else len(stages)  # a sequence may have holes
     for stem in sorted(set().union(*found)):
@@ -661,19 +649,20 @@ def find_samples(config: Config) -> tuple[list[Sample], list[str], list[str]]:
         elif len(there) < least:
             lacking = [d for d, f in zip(folders, found, strict=True) if stem not in f]
             text = f"no picture {stem}.* in {', '.join(map(str, lacking))}"
-            (left_out if config.on_missing == "skip" else problems).append(text)
+            (notes if config.on_missing == "skip" else problems).append(text)
         else:
             scales, times = zip(*((scale, file) for scale, [file] in there), strict=True)
             samples.append(Sample(stem, times, scales))
     if not samples:
         counts = ", ".join(f"{len(f)} in {d}" for d, f in zip(folders, found, strict=True))
         problems.insert(0, f"No matching image pairs found: {counts}")
-    return samples, left_out, problems
+    return samples, notes, problems
 
 
-def siblings(folder: Path) -> str:
-    """Say what there is beside a folder that is not there."""
-    return nearest(folder.name, sorted(place.name for place in folder.parent.glob("*")))
+def single_pictures(folder: Path) -> list[Sample]:
+    """Return every picture in a folder as a sample of its own."""
+    files = sorted(itertools.chain(*list_images(folder).values()))
+    return [Sample(file.stem, (file,), (1.0,)) for file in files]
 
 
 def lies_in(inner: Path, outer: Path) -> bool:
@@ -681,42 +670,29 @@ def lies_in(inner: Path, outer: Path) -> bool:
     return inner.resolve().is_relative_to(outer.resolve())
 
 
-def find_class_pictures(trainer: DreamBoothTrainer) -> list[Path]:
-    """Return the files of class pictures; draws those that are missing. Raises UserError."""
-    config, folder = trainer.config, trainer.config.class_data_dir
-    if not (config.with_prior_preservation and folder):
-        return []
-    lacking = config.num_class_images - sum(map(len, list_images(folder).values()))
-    if lacking > 0:
-        draw_class_pictures(trainer, folder, lacking)
-    files = sorted(file for same in list_images(folder).values() for file in same)
-    files = files[: config.num_class_images]
-    if problems := trainer.index.update(files, look_at_picture):
-        raise UserError(f"class_data_dir\n{listed(problems)}")
-    return files
-
-
-def draw_class_pictures(trainer: DreamBoothTrainer, folder: Path, count: int) -> None:
+def draw_class_pictures(trainer: SDTrainer, folder: Path, count: int) -> None:
     """Draw pictures of the class with the base model, each from a seed of its own."""
     import diffusers
 
-    config, size = trainer.config, trainer.config.sample_batch_size
-    # KEEP None: only the parts that train are fetched from the Hub
-    unused = {"feature_extractor": None, "safety_checker": None, "requires_safety_checker": False}
-    pipeline_class: Any = diffusers.StableDiffusionPipeline
-    pipeline = pipeline_class.from_pretrained(trainer.folder, dtype=trainer.dtype, **unused)
+    config = trainer.config
+    pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(
+        trainer.folder,
+        dtype=trainer.dtype,
+        feature_extractor=None,  # KEEP: only the parts that train are fetched from the Hub
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
     pipeline.to(trainer.device).set_progress_bar_config(disable=True)
     # KEEP: only names that are free, or a deleted one would be drawn over one that is there
-    free = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
-    numbers = list(itertools.islice(free, count))
-    for first in progress(range(0, count, size), "draw class pictures"):
-        batch = numbers[first : first + size]
-        seeds = [draw_key(config.seed, "class", number) for number in batch]
+    paths = ((n, folder / f"class-{n:05d}.png") for n in itertools.count())
+    todo = list(itertools.islice(((n, path) for n, path in paths if not path.exists()), count))
+    for first in progress(range(0, count, config.sample_batch_size), "draw class pictures"):
+        batch, side = todo[first : first + config.sample_batch_size], config.resolution
+        seeds = [draw_key(config.seed, "class", number) for number, _ in batch]
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        prompts, side = [config.class_prompt or ""] * len(batch), config.resolution
+        prompts = [config.class_prompt or ""] * len(batch)
         images = pipeline(prompts, height=side, width=side, generator=draws).images
-        for number, image in zip(batch, images, strict=True):
-            path = folder / f"class-{number:05d}.png"
+        for (_, path), image in zip(batch, images, strict=True):
             save_atomic(path, functools.partial(image.save, format="PNG"))
 
 
@@ -727,22 +703,23 @@ def draw_class_pictures(trainer: DreamBoothTrainer, folder: Path, count: int) ->
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads.
 
-    What was found, left out or is odd is printed and lies in output_dir/audit.json.
+    It lies in output_dir/audit.json, too, with what was found and what is odd.
     """
     unwritable = check_writable("cache_dir", config.cache_dir)
-    problems = unwritable + check_base(config.pretrained_model_name_or_path) + check_places(config)
+    problems = unwritable + check_base(config.pretrained_model_name_or_path) + check_folders(config)
     packages = [config.report_to] if config.report_to in ("tensorboard", "wandb") else []
     problems += check_packages(*packages, *["bitsandbytes"] * config.use_8bit_adam)
     if os.environ.get("RANK", "0") != "0":  # the first process looks at the pictures
         return problems
-    index = FileIndex(None if unwritable else config.cache_dir)
     samples, left_out, wrong = find_samples(config)
-    odd, bad = check_samples(samples, index)
-    problems += wrong + bad + check_class(config, index)
-    if left_out or odd:
-        log.warning("note\n%s", listed(left_out + odd))
-    report: dict[str, Any] = {"samples": [sample.name for sample in samples]}
-    report |= {"left_out": left_out, "odd": odd, "problems": problems}
+    if config.with_prior_preservation and config.class_data_dir:
+        samples += single_pictures(config.class_data_dir)
+    index = FileIndex(None if unwritable else config.cache_dir)
+    notes, bad = check_samples(samples, index)
+    problems += wrong + bad
+    if notes := left_out + notes:
+        log.warning("note\n%s", listed(notes))
+    report = {"samples": [x.name for x in samples], "notes": notes, "problems": problems}
     with contextlib.suppress(OSError):
         save_text(config.output_dir / "audit.json", json.dumps(report, indent=2))
     return problems
@@ -762,10 +739,10 @@ def check_base(name: str) -> list[str]:
         if kind != "StableDiffusionPipeline":
             return [f"{what} is a {kind}; wanted Stable Diffusion 1.x"]
         scheduler = read_model_json(name, "scheduler/scheduler_config.json")
-        if (kind := scheduler.get("prediction_type", "epsilon")) != "epsilon":
-            return [f"{what} predicts {kind}; wanted epsilon (Stable Diffusion 1.x)"]
-        if (channels := read_model_json(name, "unet/config.json").get("in_channels")) != 4:
-            return [f"{what}/unet takes {channels} channels (inpainting?); wanted 4"]
+        target = scheduler.get("prediction_type", "epsilon")
+        channels = read_model_json(name, "unet/config.json").get("in_channels")
+        if (target, channels) != ("epsilon", 4):
+            return [f"{what} predicts {target} from {channels} channels; wanted epsilon from 4"]
         for part, file in PARTS.items() if folder.is_dir() else ():
             read_model_json(name, f"{part}/config.json")
             with safe_open(folder / part / file, framework="pt"):
@@ -777,71 +754,42 @@ def check_base(name: str) -> list[str]:
     return []
 
 
-def check_places(config: Config) -> list[str]:
-    """Return the problems of what a run writes and goes on from."""
-    output_dir, wanted = config.output_dir, config.resume_from_checkpoint or "latest"
-    problems = check_writable("output_dir", output_dir)
-    read = [folder for _, folder in config.stages]
-    read += [f for f in (config.instance_data_dir, config.class_data_dir) if f]
-    for folder in (folder for folder in read if lies_in(output_dir, folder)):
-        text = "which is read with its folders: samples would become training pictures"
-        problems.append(f"output_dir: {output_dir} lies in {folder}, {text}")
-    if wanted != "latest" and not Path(wanted).is_dir() and not (output_dir / wanted).is_dir():
-        text = f"no {output_dir / wanted}{siblings(output_dir / wanted)}"
-        problems.append(f"resume_from_checkpoint: {text}")
-    return problems
+def check_folders(config: Config) -> list[str]:
+    """Return the problems of folders that a run writes into."""
+    output_dir, single = config.output_dir, config.instance_data_dir
+    classes = config.class_data_dir if config.with_prior_preservation else None
+    read = [*(folder for _, folder in config.stages), single, classes]
+    apart = [(output_dir, folder) for folder in read] + [(classes, single), (single, classes)]
+    problems = [
+        f"{inner} lies in {outer}, which is read with its folders: name another folder"
+        for inner, outer in apart
+        if inner and outer and lies_in(inner, outer)
+    ]
+    if classes and len(single_pictures(classes)) < config.num_class_images:
+        problems += check_writable("class_data_dir", classes)
+    return problems + check_writable("output_dir", output_dir)
 
 
 def check_samples(samples: Sequence[Sample], index: FileIndex) -> tuple[list[str], list[str]]:
-    """Look at the pictures -> (what is odd, problems)."""
+    """Look at the pictures -> (notes, problems)."""
     files = sorted({file for sample in samples for file in sample.files})
     problems = index.update(files, look_at_picture)
     readable = {f for f in files if not (problems and index.update([f], look_at_picture))}
     long = [f for f in files if f in readable and not 1 / 3 <= index.aspect(f) <= 3]
-    odd = [f"{file} is longer than 3:1; its ends are cut off" for file in long]
+    notes = [f"{file} is longer than 3:1; its ends are cut off" for file in long]
     for sample in (sample for sample in samples if readable.issuperset(sample.files)):
         for first, other in itertools.pairwise(sample.files):
             if index[first]["pixels"] == index[other]["pixels"]:
                 problems.append(f"{first} and {other} are the same picture: no change to learn")
             elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
-                odd.append(f"{other} has another shape than {first}; both are cropped to one size")
-    return odd, problems
-
-
-def check_class(config: Config, index: FileIndex) -> list[str]:
-    """Return the problems of class_data_dir: mixed up with the instances, unreadable pictures."""
-    folder, single = config.class_data_dir, config.instance_data_dir
-    if not (config.with_prior_preservation and folder and single):
-        return []
-    if lies_in(folder, single) or lies_in(single, folder):
-        return [f"class_data_dir: {folder} and instance_data_dir {single} must lie apart"]
-    files = sorted(file for same in list_images(folder).values() for file in same)
-    problems = index.update(files, look_at_picture)
-    lacking = len(files) < config.num_class_images
-    return problems + (check_writable("class_data_dir", folder) if lacking else [])
+                notes.append(f"{other} has another shape than {first}; both are cropped")
+    return notes, problems
 
 
 # --- pictures and their latents -------------------------------------------------------------------
 
 # differs: the UNet halves its 8 px latents three times
 SIZE_MULTIPLE = 64
-
-
-# differs: cropped around its middle, no view of its own
-class Picture(NamedTuple):
-    """One picture as the model gets it: where it comes from and the transform."""
-
-    source: Path
-    content: str  # blake2b of the file
-    size: tuple[int, int]  # (W, H) px after the transform
-    flip: bool = False
-
-
-class Change(NamedTuple):
-    """Where two pictures of a sample differ."""
-
-    first: Picture
-    last: Picture
 
 
 @functools.lru_cache
@@ -864,21 +812,19 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     return min(buckets(resolution), key=distance)
 
 
-def fit_sample(
-    config: Config, sample: Sample, index: FileIndex, flip: bool = False
-) -> tuple[Picture, ...]:
-    """Return all pictures of a sample in the bucket of its first one."""
-    facts = index[sample.files[0]]
-    size = nearest_bucket(facts["width"], facts["height"], config.resolution)
-    size = (config.resolution, config.resolution) if config.center_crop else size
-    return tuple(Picture(file, index[file]["content"], size, flip) for file in sample.files)
+def fit_sample(config: Config, sample: Sample, index: FileIndex) -> Sample:
+    """Return the sample with its content and its size: the bucket of its first picture."""
+    content = tuple(index[file]["content"] for file in sample.files)
+    facts, side = index[sample.files[0]], config.resolution
+    size = nearest_bucket(facts["width"], facts["height"], side)
+    return sample._replace(content=content, size=(side, side) if config.center_crop else size)
 
 
-# differs: cropped around its middle, no view of its own
-def load_picture(picture: Picture) -> Image.Image:
-    """Open, crop around the middle, resize (Lanczos) -> RGB of picture.size. Raises UserError."""
-    image = ImageOps.fit(open_rgb(picture.source), picture.size, Image.Resampling.LANCZOS)
-    return ImageOps.mirror(image) if picture.flip else image
+def load_pictures(sample: Sample, flip: bool = False) -> list[Image.Image]:
+    """Open, crop around the middle, resize (Lanczos) -> RGB of sample.size. Raises UserError."""
+    fit = functools.partial(ImageOps.fit, size=sample.size, method=Image.Resampling.LANCZOS)
+    images = [fit(open_rgb(file)) for file in sample.files]
+    return [ImageOps.mirror(image) for image in images] if flip else images
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -894,16 +840,18 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def encode_job(vae: Any, job: Picture | Change) -> dict[str, torch.Tensor]:
-    """Return {"latent": (4, h, w)} of a picture; {"change": (1, h, w)} of two.
+def encode_sample(vae: Any, sample: Sample, flip: bool) -> dict[str, torch.Tensor]:
+    """Return {"latents": (n, 4, h, w)} of n pictures, and of two {"change 0 1": (1, h, w)}.
 
     change: mean of |after - before| over channels and each latent's pixels, 0 to 1.
     """
-    if isinstance(job, Picture):
-        return {"latent": encode_sd(vae, to_pixels(load_picture(job)))[0]}
-    before, after = (to_pixels(load_picture(picture)) for picture in job)
-    change = (after - before).abs().mean(1, keepdim=True) / 2
-    return {"change": F.avg_pool2d(change, pixels_per_latent(vae))[0]}
+    pixels = [to_pixels(image) for image in load_pictures(sample, flip)]
+    tensors = {"latents": torch.cat([encode_sd(vae, x) for x in pixels])}
+    factor = pixels[0].shape[-1] // tensors["latents"].shape[-1]  # 8
+    for i, j in itertools.combinations(range(len(pixels)), 2):
+        change = (pixels[j] - pixels[i]).abs().mean(1, keepdim=True) / 2
+        tensors[f"change {i} {j}"] = F.avg_pool2d(change, factor)[0]
+    return tensors
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
@@ -979,20 +927,14 @@ def decode_sd(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
 
 
-def pixels_per_latent(vae: Any) -> int:
-    """Return how many pixels of a side a latent covers: 8."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 def tokenize(folder: Path, prompts: Sequence[str]) -> torch.Tensor:
     """Return token ids (B, 77), padded and cut as the pipeline does; says what was cut off."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     length = tokenizer.model_max_length
-    for prompt in prompts:
-        if len(tokenizer.tokenize(prompt)) > length - 2:  # start and end
-            log.warning("cut off after %d tokens: %s", length - 2, prompt)
+    for prompt in (p for p in prompts if len(tokenizer.tokenize(p)) > length - 2):  # start, end
+        log.warning("cut off after %d tokens: %s", length - 2, prompt)
     options = {"padding": "max_length", "max_length": length, "truncation": True}
     return tokenizer(list(prompts), return_tensors="pt", **options).input_ids
 
@@ -1048,25 +990,22 @@ def draw_sd(
     return torch.stack([drawn[scale] for scale in scales])
 
 
-class Levels(NamedTuple):
-    """Noise levels from noisy to clean: N timesteps, N + 1 alphas_cumprod, the last one t = 0's.
-
-    KEEP alphas_cumprod[0] at the end, not 1: the last step of DDPM needs a variance above 0.
-    """
-
-    timesteps: list[int]
-    alphas: list[float]
+Levels = list[tuple[int, float, float]]
+"""Noise levels from noisy to clean: (timestep, its alphas_cumprod, that after the step)"""
 
 
 def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
-    """Return DDIM's noise levels, omitting the noisiest `skip` fraction."""
+    """Return DDIM's noise levels, omitting the noisiest `skip` fraction.
+
+    KEEP alphas_cumprod[0] at the end, not 1: the last step of DDPM needs a variance above 0.
+    """
     import diffusers
 
     scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps[round(skip * steps) :].tolist()
-    table = scheduler.alphas_cumprod.double()
-    return Levels(timesteps, [*table[timesteps].tolist(), table[0].item()])
+    alphas = scheduler.alphas_cumprod.double()[[*timesteps, 0]].tolist()
+    return list(zip(timesteps, alphas[:-1], alphas[1:], strict=True))
 
 
 def step_mean(
@@ -1074,9 +1013,8 @@ def step_mean(
 ) -> torch.Tensor:
     """Return the mean of the next latents: sqrt(a') x0 + sqrt(1 - a' - s^2) e.
 
-    x0 = (x - sqrt(1 - a) e) / sqrt(a), s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); alpha is a,
-    following a' (alphas_cumprod after the step, which may also lead to more noise with eta 0).
-    eta 0 is DDIM, 1 DDPM (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16).
+    x0 = (x - sqrt(1 - a) e) / sqrt(a), s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); a is alpha, a'
+    following. eta 0 is DDIM, also backwards, 1 DDPM (Song et al. 2020, arXiv 2010.02502, eq. 12).
     """
     clean = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
     variance = eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
@@ -1089,8 +1027,8 @@ def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> list
     Edit-friendly inversion (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140): independent
     noises make the steps' residuals large, so they carry the photo's layout through an edit.
     """
-    pairs = zip(levels.alphas[:-1], noises, strict=True)
-    return [*(math.sqrt(a) * photo + math.sqrt(1 - a) * e for a, e in pairs), photo]
+    pairs = zip(levels, noises, strict=True)
+    return [*(math.sqrt(a) * photo + math.sqrt(1 - a) * noise for (_, a, _), noise in pairs), photo]
 
 
 def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> list[torch.Tensor]:
@@ -1099,9 +1037,8 @@ def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> list[tor
     KEEP: the noise is asked for at the timestep that the step leads to (Dhariwal & Nichol 2021).
     """
     path = [photo]
-    for k in reversed(range(len(levels.timesteps))):
-        noise = predict(path[0], levels.timesteps[k])
-        path.insert(0, step_mean(path[0], noise, levels.alphas[k + 1], levels.alphas[k], 0.0))
+    for t, alpha, following in reversed(levels):
+        path.insert(0, step_mean(path[0], predict(path[0], t), following, alpha, 0.0))
     return path
 
 
@@ -1109,10 +1046,8 @@ def path_means(
     path: Sequence[torch.Tensor], levels: Levels, predict: Predict, eta: float
 ) -> list[torch.Tensor]:
     """Return where each step from the path leads; path[k + 1] - means[k] is its residual."""
-    return [
-        step_mean(path[k], predict(path[k], t), levels.alphas[k], levels.alphas[k + 1], eta)
-        for k, t in enumerate(levels.timesteps)
-    ]
+    pairs = zip(path[:-1], levels, strict=True)
+    return [step_mean(x, predict(x, t), a, b, eta) for x, (t, a, b) in pairs]
 
 
 def follow_path(
@@ -1126,13 +1061,11 @@ def follow_path(
     """Return edited latents: x' = mean(x) + (path' - mean(path)), from the path's first ones.
 
     The residuals are s z of the edit-friendly inversion (DDPM path) or the errors of a DDIM path.
-    With the predictor of the path the path itself comes out, whatever the guidance. mask
-    (1, 1, h, w): where it is 0 the path is kept.
+    With the predictor of the path the path itself comes out. mask (1, 1, h, w): 0 keeps the path.
     """
     x = path[0]
-    for k, t in enumerate(levels.timesteps):
-        mean = step_mean(x, predict(x, t), levels.alphas[k], levels.alphas[k + 1], eta)
-        x = path[k + 1] + mask * (mean - means[k])
+    for kept, usual, (t, alpha, following) in zip(path[1:], means, levels, strict=True):
+        x = kept + mask * (step_mean(x, predict(x, t), alpha, following, eta) - usual)
     return x
 
 
@@ -1141,8 +1074,10 @@ def follow_path(
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-METADATA = "lora_adapter_metadata", "image_edit_lora"  # PEFT's, ours
-LORA_NAME = re.compile(r"(.+?)\.(?:lora[._])?(?:linear_layer\.)?(A|B|down|up|alpha)(?:\.weight)?")
+LORA_NAMES = {  # what kohya and older diffusers have for parts of the names written here
+    "lora_unet_": "unet_", "lora_te_": "text_encoder_", "lora_te1_": "text_encoder_",
+    "_lora_linear_layer_": "_lora_", "_lora_down_": "_lora_A_", "_lora_up_": "_lora_B_",
+}  # fmt: skip
 
 
 def adapter_tensors(models: dict[str, Any], name: str, factor: float) -> dict[str, torch.Tensor]:
@@ -1183,43 +1118,41 @@ def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_atomic(path, lambda file: save_file(renamed, file, metadata=metadata))
 
 
-def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file: Path) -> Any:
+def load_adapter(
+    models: dict[str, Any], switch: AdapterSwitch, name: str, file: Path
+) -> dict[str, Any]:
     """Give {"unet": ..., "text_encoder": ...} the LoRA of a file as adapter `name`.
 
-    Takes the names of diffusers, PEFT and kohya; returns what the file says about itself, a dict.
+    Takes the names of diffusers (PEFT) and kohya; returns what the file says about itself.
     Raises UserError where it is damaged or for another model.
     """
-    found: dict[str, dict[str, torch.Tensor]] = {}  # {"unet_mid_block_...": {down, up, alpha}}
+    tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            said = opened.metadata() or {}
-            adapter, about = (json.loads(said.get(key, "{}")) for key in METADATA)
+            metadata = opened.metadata() or {}
+            adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))  # PEFT's
+            about = json.loads(metadata.get("image_edit_lora", "{}"))
             for key in opened.keys():  # noqa: SIM118 (not a dict)
-                match = LORA_NAME.fullmatch(key)
-                layer, side = match.groups() if match else (key, "")
-                layer = layer.replace(".", "_").replace("lora_te1_", "lora_te_")
-                for part, prefix in KOHYA_PARTS.items():
-                    layer = layer.replace(prefix, f"{part}_")
-                side = {"A": "down", "B": "up"}.get(side, side)
-                found.setdefault(layer, {})[side] = opened.get_tensor(key).float()
+                known = key.replace(".", "_")
+                for theirs, ours in LORA_NAMES.items():
+                    known = known.replace(theirs, ours)
+                tensors[known] = opened.get_tensor(key).float()
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"LoRA {file} cannot be read: {error}") from error
-    layers = {
-        f"{part}.{path_in_file(part, path)}".replace(".", "_"): (part, path)
-        for part, model in models.items()
-        for path, _ in model.named_modules()
-    }
-    for key, its in found.items():
-        try:
-            part, path = layers[key]
-            layer = slider_layer(models[part], switch, path)
-            n_out, n_in, *kernel = layer.base.weight.shape
-            down = its["down"].view(-1, n_in, *kernel)
-            up = its["up"].view(n_out, len(down), *[1] * len(kernel))
-        except (AttributeError, LookupError, RuntimeError, ValueError) as error:
-            raise UserError(f"LoRA {file}: {key} does not fit this model: {error}") from error
-        alpha = its.get("alpha", adapter.get(f"{part}.lora_alpha", len(down)))
-        set_adapter(layer, name, down, up, float(alpha) / len(down))
+    for part, model in models.items():
+        for path, _ in list(model.named_modules()):
+            known = f"{part}.{path_in_file(part, path)}".replace(".", "_")
+            down, up = (tensors.get(f"{known}_lora_{side}_weight") for side in "AB")
+            if down is None or up is None:
+                continue
+            layer, rank = adaptable(model, switch, path), len(down)
+            if layer.base.weight.shape[:2] == (len(up), down.shape[1]):
+                alpha = tensors.pop(f"{known}_alpha", adapter.get(f"{part}.lora_alpha", rank))
+                set_adapter(layer, name, down, up, float(alpha) / rank)
+                del tensors[f"{known}_lora_A_weight"], tensors[f"{known}_lora_B_weight"]
+    if tensors:
+        text = f"{len(tensors)} tensors do not fit this model\n{listed(sorted(tensors), 3)}"
+        raise UserError(f"LoRA {file}: {text}")
     return about
 
 
@@ -1257,8 +1190,19 @@ class ResultsConfig(Section):
     """Classifier-free guidance of the validation images; 1 is none."""
 
 
+@torch.no_grad()
+def encode_prompts(trainer: SDTrainer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return {prompt: (token ids (1, 77), embeddings (1, 77, 768))} of all prompts of the run."""
+    config = trainer.config
+    given = (config.instance_prompt, config.class_prompt, config.validation_prompt, "")
+    prompts = [prompt for prompt in given if prompt is not None]
+    encoder = load_part(trainer.folder, "text_encoder", trainer.dtype, trainer.device)
+    ids = tokenize(trainer.folder, prompts).to(trainer.device).split(1)
+    return {prompt: (row, encoder(row)[0]) for prompt, row in zip(prompts, ids, strict=True)}
+
+
 def predictor(
-    trainer: DreamBoothTrainer, prompt: str, guidance: float
+    trainer: SDTrainer, prompt: str, guidance: float
 ) -> Callable[[torch.Tensor], Predict]:
     """Return strengths (B,) -> noise of the prompt with the adapter at those strengths."""
 
@@ -1273,13 +1217,14 @@ def predictor(
 
 # differs: each trainer draws its own sheets
 @torch.no_grad()
-def validate(trainer: DreamBoothTrainer) -> None:
+def validate(trainer: SDTrainer) -> None:
     """Write samples/step-<n>.png: validation_prompt at every strength, a row per seed."""
     config, step, prompt = trainer.config, trainer.global_step, trainer.config.validation_prompt
     if prompt is not None and trainer.accelerator.is_main_process:
         predict_at = predictor(trainer, prompt, config.validation_guidance_scale)
         vae = load_part(trainer.folder, "vae", trainer.dtype, trainer.device)
-        side, scales = config.resolution // pixels_per_latent(vae), config.validation_scales
+        side = config.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+        scales = config.validation_scales
         rows, captions = [], []
         for seed in range(config.num_validation_images):
             draw = torch.Generator().manual_seed(seed)
@@ -1294,9 +1239,7 @@ def validate(trainer: DreamBoothTrainer) -> None:
 
 
 @torch.no_grad()
-def full_change(
-    trainer: DreamBoothTrainer, most: int = 8, steps: int = 20, skip: float = 0.2
-) -> float:
+def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float = 0.2) -> float:
     """Return the strength at which the befores become the afters: one whole change.
 
     Edits the first pairs as generate.py edits photos (edit-friendly DDPM, no guidance) at several
@@ -1310,21 +1253,18 @@ def full_change(
     whole = [s for s, span in zip(trainer.samples, spans, strict=True) if span == max(spans)]
     shares = []
     for sample in whole[:most]:
-        pictures = fit_sample(trainer.config, sample, trainer.index)
-        first, last = (trainer.put(trainer.entry(pictures[k])["latent"])[None] for k in (0, -1))
-        noises = [normal(first.shape, "calibrate", k) for k in range(len(levels.timesteps))]
+        latents = trainer.put(trainer.entry(sample, False)["latents"])
+        first, last = latents[:1], latents[-1:]
+        noises = [normal(first.shape, "calibrate", k) for k in range(len(levels))]
         path = ddpm_path(first, levels, trainer.put(torch.stack(noises)))
         means = path_means(path, levels, predict_at(torch.zeros(1)), 1.0)
         path = [x.expand(len(strengths), -1, -1, -1) for x in path]
         edited = follow_path(path, means, levels, predict_at(trainer.put(strengths)), 1.0)
         change = last - first
-        shares.append(
-            ((edited - first) * change).sum((1, 2, 3)).cpu() / change.square().sum().cpu()
-        )
+        share = ((edited - first) * change).sum((1, 2, 3)) / change.square().sum()
+        shares.append(share.cpu())
     went = torch.stack(shares).mean(0)
-    log.info(
-        "strength %s goes %s of the way", *(x.round(decimals=2).tolist() for x in (strengths, went))
-    )
+    log.info("strength %s goes %s of the way", strengths.tolist(), went.tolist())
     if (went < 1).all():
         log.warning("%.2f of a whole change is the most; train longer", went.max())
         learnt = went.max() > 0.25  # else the strengths tell nothing
@@ -1334,25 +1274,19 @@ def full_change(
     return torch.lerp(strengths[high - 1], strengths[high], share).item()
 
 
-def about_run(trainer: DreamBoothTrainer, calibration: float = 1.0) -> dict[str, Any]:
+def about_run(trainer: SDTrainer, calibration: float = 1.0) -> dict[str, Any]:
     """Return what a LoRA file says about itself."""
-    config = trainer.config
-    keys = {
-        "lora_rank", "target_modules", "instance_prompt", "resolution", "pair_multiplier",
-        "timestep_min", "timestep_max", "train_text_encoder", "seed",
-    }  # fmt: skip
     return {
         "script": "train_dreambooth_pairs.py",
-        "base_model": config.pretrained_model_name_or_path,
-        "objective": config.objective,
-        "lora_alpha": config.lora_alpha or config.lora_rank,
+        "base_model": trainer.config.pretrained_model_name_or_path,
+        "objective": trainer.config.objective,
         "step": trainer.global_step,
         "calibration": calibration,
-        **config.model_dump(include=keys),
+        **trainer.trained_as,
     }
 
 
-def save_result(trainer: DreamBoothTrainer, calibrated: bool) -> None:
+def save_result(trainer: SDTrainer, calibrated: bool) -> None:
     """Write the LoRA of the run, at the strength that `calibrate` asks for, and its card."""
     config, factor = trainer.config, 1.0
     wanted = config.objective == "difference" if config.calibrate is None else config.calibrate
@@ -1371,10 +1305,8 @@ base_model: {base_model}
 library_name: diffusers
 tags: [text-to-image, lora, stable-diffusion, {objective}]
 ---
-# LoRA for {base_model}
-
-Trained with {script} ({objective}) to step {step}: rank {lora_rank}, alpha {lora_alpha:g} (folded
-into the weights), calibration {calibration:g}. Prompt: "{instance_prompt}".
+Trained with {script} ({objective}) to step {step}: rank {lora_rank}, calibration {calibration:g}
+(folded into the weights, as alpha is). Prompt: "{instance_prompt}".
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("{base_model}")
     pipe.load_lora_weights(".", weight_name="{file}", adapter_name="change")
@@ -1466,7 +1398,7 @@ class Batches:
         return [alike[self.order(len(alike), "scenes", shape, n)[k]] for n, k in visits]
 
 
-def draw_batch(trainer: DreamBoothTrainer, batch: int) -> list[Draw]:
+def draw_batch(trainer: SDTrainer, batch: int) -> list[Draw]:
     """Draw forward pass number `batch` of the whole run, over all processes and accumulation."""
     config, seed, draws = trainer.config, trainer.config.seed, []
     for number, sample in enumerate(trainer.batches[batch]):
@@ -1478,11 +1410,8 @@ def draw_batch(trainer: DreamBoothTrainer, batch: int) -> list[Draw]:
     return draws
 
 
-class DreamBoothTrainer:
-    """Hold the state of a run. fit() does it all; every method can be called alone.
-
-    >>> DreamBoothTrainer(load_config(Config, ["--config", "configs/x.yaml"])).fit()
-    """
+class SDTrainer:
+    """Hold the state of a run. fit() does it all; every method can be called alone."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.cache_dir = config, config.cache_dir
@@ -1491,6 +1420,7 @@ class DreamBoothTrainer:
         self.dtype = dtypes[config.mixed_precision]
         self.accelerator: Any = None
         self.samples: list[Sample] = []
+        self.class_samples: list[Sample] = []
         self.switch = AdapterSwitch()
         self.global_step = 0
 
@@ -1536,9 +1466,19 @@ class DreamBoothTrainer:
                 problems.append(f"{text}; lr_scheduler {kind} needs some after the warm-up")
             if problems:
                 raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
-            self.class_pictures = find_class_pictures(self)
-        sizes = [fit_sample(config, sample, self.index)[0].size for sample in self.samples]
-        self.batches = Batches(sizes, config.train_batch_size, config.seed)
+            self.folder = fetch_sd(config.pretrained_model_name_or_path)
+            self.vae_hash = fingerprint([self.folder / "vae"])
+            if (folder := config.class_data_dir) and config.with_prior_preservation:
+                lacking = config.num_class_images - len(single_pictures(folder))
+                if lacking > 0:
+                    draw_class_pictures(self, folder, lacking)
+                self.class_samples = single_pictures(folder)[: config.num_class_images]
+                check_samples(self.class_samples, self.index)
+        fit = functools.partial(fit_sample, config, index=self.index)
+        self.samples = [fit(sample) for sample in self.samples]
+        self.class_samples = [fit(sample) for sample in self.class_samples]
+        shapes = [sample.size for sample in self.samples]
+        self.batches = Batches(shapes, config.train_batch_size, config.seed)
 
     def epoch_steps(self) -> int:
         """Return the optimizer steps of a pass over the data."""
@@ -1550,36 +1490,17 @@ class DreamBoothTrainer:
 
     # -- the cache
 
-    @functools.cached_property
-    def folder(self) -> Path:
-        """The checkpoint of the base."""
-        return fetch_sd(self.config.pretrained_model_name_or_path)
+    def key_of(self, sample: Sample, flip: bool) -> str:
+        """Return the name of a sample's entry."""
+        place = {"content": sample.content, "size": sample.size, "flip": flip}
+        return cache_key("sd", vae=self.vae_hash, **place)
 
-    @functools.cached_property
-    def vae_hash(self) -> str:
-        """Fingerprint of the VAE."""
-        return fingerprint([self.folder / "vae"])
-
-    def key_of(self, job: Picture | Change) -> str:
-        """Return the name of the entry of a picture's latents or of a change map."""
-        kind, pictures = ("latent", [job]) if isinstance(job, Picture) else ("change", [*job])
-        places = [(picture.content, picture.size, picture.flip) for picture in pictures]
-        return cache_key(f"sd {kind}", vae=self.vae_hash, pictures=places)
-
-    def cache_jobs(self) -> dict[str, Picture | Change]:
-        """Return every entry that training can ask for: {key: what to encode}."""
-        config, sizes = self.config, set()
-        jobs: list[Picture | Change] = []
-        for sample in self.samples:
-            for flip in {False, config.random_flip}:
-                pictures = fit_sample(config, sample, self.index, flip)
-                sizes.add(pictures[0].size)
-                jobs += pictures
-                if config.region_weight:
-                    jobs += [Change(a, b) for a, b in itertools.combinations(pictures, 2)]
-        for file in self.class_pictures:
-            jobs += [Picture(file, self.index[file]["content"], size) for size in sizes]
-        return {self.key_of(job): job for job in jobs}
+    def cache_jobs(self) -> dict[str, tuple[Sample, bool]]:
+        """Return every entry that training can ask for: {key: (sample, whether mirrored)}."""
+        flips, sizes = {False, self.config.random_flip}, {sample.size for sample in self.samples}
+        jobs = [(sample, flip) for sample in self.samples for flip in flips]
+        jobs += [(x._replace(size=size), False) for x in self.class_samples for size in sizes]
+        return {self.key_of(*job): job for job in jobs}
 
     def cache_embeddings(self) -> int:
         """Encode the pictures that are missing in the cache, a share per process.
@@ -1593,31 +1514,28 @@ class DreamBoothTrainer:
         jobs = self.cache_jobs()
         # KEEP: shares of ALL entries; what is missing changes while other processes write
         share = sorted(jobs)[self.accelerator.process_index :: self.accelerator.num_processes]
-        todo = [key for key in share if not self.is_cached(key)]
+        todo = []
+        for key in share:
+            try:
+                read_entry(path := entry_path(self.cache_dir, key))
+            except ValueError as error:
+                if path.exists():
+                    log.warning("%s; it is built again", error)
+                todo.append(key)
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
-        if todo:
-            vae = load_part(self.folder, "vae", self.dtype, self.device)
-            for key in progress(todo, "encode pictures"):
-                write_entry(self.cache_dir, key, encode_job(vae, jobs[key]))
-            del vae
-            release_memory()
+        vae = load_part(self.folder, "vae", self.dtype, self.device) if todo else None
+        for key in progress(todo, "encode pictures"):
+            write_entry(self.cache_dir, key, encode_sample(vae, *jobs[key]))
+        del vae
+        release_memory()
         self.accelerator.wait_for_everyone()
         return len(todo)
 
-    def is_cached(self, key: str) -> bool:
-        """Return whether an entry is there and whole."""
-        path = entry_path(self.cache_dir, key)
-        try:
-            return path.exists() and bool(read_entry(path))
-        except ValueError as error:
-            log.warning("%s; it is built again", error)
-            return False
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 (as long as the trainer; 64 KB each)
-    def entry(self, job: Picture | Change) -> dict[str, torch.Tensor]:
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (as long as the trainer)
+    def entry(self, sample: Sample, flip: bool) -> dict[str, torch.Tensor]:
         """Return the tensors of an entry, on the CPU."""
         try:
-            return read_entry(entry_path(self.cache_dir, self.key_of(job)))
+            return read_entry(entry_path(self.cache_dir, self.key_of(sample, flip)))
         except ValueError as error:
             raise UserError(f"{error}. Repair: cache_embeddings.py --verify") from error
 
@@ -1633,38 +1551,25 @@ class DreamBoothTrainer:
         self, prompts: Sequence[str], parts: Sequence[BatchPart], models: dict[str, Any]
     ) -> torch.Tensor:
         """Return (B, 77, 768) of the prompts; through the adapted text encoder if there is one."""
-        ids, embeds = (torch.stack(x) for x in zip(*(self.texts[p] for p in prompts), strict=True))
+        ids, embeds = (torch.cat(x) for x in zip(*(self.texts[p] for p in prompts), strict=True))
         if "text_encoder" not in models:
             return embeds
         self.switch.parts = parts
         return models["text_encoder"](ids)[0].to(self.dtype)
 
-    @torch.no_grad()
-    def encode_prompts(self) -> Any:
-        """Set texts to {prompt: (ids (77), embeds (77, 768))}; return the text encoder."""
-        config = self.config
-        given = (config.instance_prompt, config.class_prompt, config.validation_prompt, "")
-        prompts = [prompt for prompt in given if prompt is not None]
-        encoder = load_part(self.folder, "text_encoder", self.dtype, self.device)
-        ids = tokenize(self.folder, prompts).to(self.device)
-        texts = zip(prompts, ids, strict=True)
-        self.texts = {prompt: (row, encoder(row[None])[0][0]) for prompt, row in texts}
-        return encoder
-
     def load_models(self) -> None:
-        """Load the frozen UNet (and CLIP), give them adapters, make the optimizer."""
+        """Encode the prompts, load the frozen UNet (and CLIP), give them adapters, an optimizer."""
         import diffusers
 
         config = self.config
-        encoder = self.encode_prompts()
-        unet = load_part(self.folder, "unet", self.dtype, self.device)
-        self.bare = {"unet": unet}
-        if config.train_text_encoder:
-            self.bare["text_encoder"] = encoder
+        self.texts = encode_prompts(self)
+        parts = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
+        self.bare = {part: load_part(self.folder, part, self.dtype, self.device) for part in parts}
         for part, model in self.bare.items():
             ends = TARGETS[config.target_modules] if part == "unet" else TEXT_TARGETS
             rank, alpha = config.lora_rank, config.lora_alpha or config.lora_rank
             add_adapter(model, self.switch, "change", ends, rank, alpha, config.seed, part)
+        unet = self.bare["unet"]
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if config.compile:
@@ -1694,9 +1599,8 @@ class DreamBoothTrainer:
             self.run_log = RunLog(self.accelerator, config.output_dir, config, self.global_step)
             if main:
                 run_record(config.output_dir, config, Path(__file__))
-                shown = [fit_sample(config, sample, self.index) for sample in self.samples[:8]]
-                rows = [[load_picture(picture) for picture in pictures] for pictures in shown]
-                sheet = contact_sheet(rows, captions=[sample.name for sample in self.samples[:8]])
+                few = self.samples[:8]
+                sheet = contact_sheet([*map(load_pictures, few)], captions=[x.name for x in few])
                 self.run_log.picture("pairs", sheet, self.global_step)
             with StopSignal() as stop:
                 stopped = train_loop(self, stop)
@@ -1712,11 +1616,11 @@ class DreamBoothTrainer:
     def trained_as(self) -> dict[str, Any]:
         """All that decides what a run learns; a run that goes on must share it."""
         config = self.config
-        files = [file for sample in self.samples for file in sample.files] + self.class_pictures
+        content = [sample.content for sample in self.samples + self.class_samples]
         base = [self.folder / part for part in ("unet", "text_encoder", "scheduler")]
         found = {
             **config.model_dump(mode="json", exclude={*MAY_DIFFER, *ResultsConfig.model_fields}),
-            "pictures (hash)": draw_key([self.index[file]["content"] for file in files]),
+            "pictures (hash)": draw_key(content),
             "base model (hash)": fingerprint(base),
             "forward passes per step": self.passes_per_step,
         }
@@ -1738,11 +1642,12 @@ class DreamBoothTrainer:
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
-            tensors, about = adapter_tensors(self.bare, "change", 1.0), about_run(self)
-            write = functools.partial(save_lora, tensors=tensors, about=about)
-            self.checkpoints.save(
-                self.global_step, self.trained_as, training, lambda at: write(at / LORA_FILE)
-            )
+
+            def write(folder: Path) -> None:
+                tensors = adapter_tensors(self.bare, "change", 1.0)
+                save_lora(folder / LORA_FILE, tensors, about_run(self))
+
+            self.checkpoints.save(self.global_step, self.trained_as, training, write)
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -1808,10 +1713,8 @@ class Config(
             "sequence_dirs: two folders or more": len(times) == 1,
             "sequence_scales: one for each of sequence_dirs, no two alike": scales and not unlike,
             "give instance_data_dir, or use_image_pairs and folders": not pairs and not single,
-            "instance_data_dir: not read beside use_image_pairs": pairs and single,
             "instance_prompt: single pictures need one": single
             and not self.instance_prompt.strip(),
-            "with_prior_preservation: not read beside use_image_pairs": prior and pairs,
             "with_prior_preservation needs class_data_dir and class_prompt": prior and no_class,
             "region_weight: only pairs have a region of change": self.region_weight and not pairs,
             f"calibrate: {self.objective} learns no change": self.calibrate and not learns_change,
@@ -1829,7 +1732,7 @@ def main() -> None:
     if len(argv) < len(sys.argv) - 1:
         print(load_tool("plan").plan(sys.modules[__name__], config))
     else:
-        DreamBoothTrainer(config).fit()
+        SDTrainer(config).fit()
 
 
 if __name__ == "__main__":
