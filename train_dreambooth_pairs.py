@@ -248,15 +248,14 @@ def add_noise(
     """Return the noised batch, and (with region_weight) where it changes, (B, 1, h, w)."""
     config, rows, scales, changes = trainer.config, [], [], []
     for draw in draws:
-        sample = trainer.samples[draw.sample]
-        tensors = trainer.entry(sample, draw.flip)
+        tensors = trainer.entry(draw.sample)
         low, high = tensors["latents"][[draw.low, draw.high]]
         noise = normal(low.shape, config.seed, "noise", draw.visit)
         if config.noise_offset:
             shift = normal((low.shape[0], 1, 1), config.seed, "offset", draw.visit)
             noise = noise + config.noise_offset * shift
         rows.append((low, high, noise))
-        scales.append((sample.scales[draw.low], sample.scales[draw.high]))
+        scales.append((draw.sample.scales[draw.low], draw.sample.scales[draw.high]))
         if config.region_weight:
             changes.append(tensors[f"change {draw.low} {draw.high}"])
     low, high, noise = (trainer.put(torch.stack(column)) for column in zip(*rows, strict=True))
@@ -280,10 +279,8 @@ def class_pass(trainer: SDTrainer, draws: Sequence[Draw], t: torch.Tensor) -> Pa
     config, rows = trainer.config, []
     for draw in draws:
         number = int(uniform(config.seed, "class", draw.visit) * len(trainer.class_samples))
-        size = trainer.samples[draw.sample].size
-        [latent] = trainer.entry(trainer.class_samples[number]._replace(size=size), False)[
-            "latents"
-        ]
+        sample = trainer.class_samples[number]._replace(size=draw.sample.size)
+        [latent] = trainer.entry(sample)["latents"]
         rows.append((latent, normal(latent.shape, config.seed, "class noise", draw.visit)))
     latents, noise = (trainer.put(torch.stack(column)) for column in zip(*rows, strict=True))
     noisy = mix_noise(latents, noise, trainer.put(trainer.alphas[t]))
@@ -347,7 +344,7 @@ def train_step(trainer: SDTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
             losses = compute_losses(trainer, draws)
             loss = torch.stack([*losses.values()]).sum()
             accelerator.backward(loss)
-        names += [trainer.samples[draw.sample].name for draw in draws]
+        names += [draw.sample.name for draw in draws]
         found.append({name: x.detach() for name, x in {"loss": loss, **losses}.items()})
     accelerator.clip_grad_norm_(trainer.trained, config.max_grad_norm)
     trainer.optimizer.step()
@@ -620,6 +617,7 @@ class Sample(NamedTuple):
     scales: tuple[float, ...]  # of each file on the slider, rising
     content: tuple[str, ...] = ()  # blake2b of the files
     size: tuple[int, int] = (0, 0)  # (W, H) px, as the model gets them
+    flip: bool = False  # mirrored
 
 
 def find_samples(config: Config) -> tuple[list[Sample], list[str], list[str]]:
@@ -628,8 +626,7 @@ def find_samples(config: Config) -> tuple[list[Sample], list[str], list[str]]:
     folders = [folder for _, folder in stages]
     kind = "Before/After" if config.use_image_pairs else "Instance"
     if lacking := [folder for folder in folders if not folder.is_dir()]:
-        there = [[place.name for place in folder.parent.glob("*")] for folder in lacking]
-        names = [f"{d}{nearest(d.name, n)}" for d, n in zip(lacking, there, strict=True)]
+        names = [f"{d}{nearest(d.name, (x.name for x in d.parent.glob('*')))}" for d in lacking]
         return [], [], [f"{kind} images root doesn't exist: {name}" for name in names]
     pairs = itertools.permutations(folders, 2)
     if nested := [f"{a} is {b} or lies in it: move one" for a, b in pairs if lies_in(a, b)]:
@@ -670,11 +667,13 @@ def lies_in(inner: Path, outer: Path) -> bool:
     return inner.resolve().is_relative_to(outer.resolve())
 
 
-def draw_class_pictures(trainer: SDTrainer, folder: Path, count: int) -> None:
-    """Draw pictures of the class with the base model, each from a seed of its own."""
+def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
+    """Draw what is missing of the class with the base model, each from a seed of its own."""
+    config, lacking = trainer.config, trainer.config.num_class_images - len(single_pictures(folder))
+    if lacking <= 0:
+        return
     import diffusers
 
-    config = trainer.config
     pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(
         trainer.folder,
         dtype=trainer.dtype,
@@ -684,15 +683,16 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path, count: int) -> None:
     )
     pipeline.to(trainer.device).set_progress_bar_config(disable=True)
     # KEEP: only names that are free, or a deleted one would be drawn over one that is there
-    paths = ((n, folder / f"class-{n:05d}.png") for n in itertools.count())
-    todo = list(itertools.islice(((n, path) for n, path in paths if not path.exists()), count))
-    for first in progress(range(0, count, config.sample_batch_size), "draw class pictures"):
-        batch, side = todo[first : first + config.sample_batch_size], config.resolution
-        seeds = [draw_key(config.seed, "class", number) for number, _ in batch]
+    free = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
+    numbers, size = list(itertools.islice(free, lacking)), config.sample_batch_size
+    for first in progress(range(0, lacking, size), "draw class pictures"):
+        batch, side = numbers[first : first + size], config.resolution
+        seeds = [draw_key(config.seed, "class", number) for number in batch]
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         prompts = [config.class_prompt or ""] * len(batch)
         images = pipeline(prompts, height=side, width=side, generator=draws).images
-        for (_, path), image in zip(batch, images, strict=True):
+        for number, image in zip(batch, images, strict=True):
+            path = folder / f"class-{number:05d}.png"
             save_atomic(path, functools.partial(image.save, format="PNG"))
 
 
@@ -715,7 +715,7 @@ def audit(config: Config) -> list[str]:
     if config.with_prior_preservation and config.class_data_dir:
         samples += single_pictures(config.class_data_dir)
     index = FileIndex(None if unwritable else config.cache_dir)
-    notes, bad = check_samples(samples, index)
+    _, notes, bad = check_samples(config, samples, index)
     problems += wrong + bad
     if notes := left_out + notes:
         log.warning("note\n%s", listed(notes))
@@ -770,23 +770,23 @@ def check_folders(config: Config) -> list[str]:
     return problems + check_writable("output_dir", output_dir)
 
 
-def check_samples(samples: Sequence[Sample], index: FileIndex) -> tuple[list[str], list[str]]:
-    """Look at the pictures -> (notes, problems)."""
+def check_samples(
+    config: Config, samples: Sequence[Sample], index: FileIndex
+) -> tuple[list[Sample], list[str], list[str]]:
+    """Look at the pictures -> (samples with content and size, notes, problems)."""
     files = sorted({file for sample in samples for file in sample.files})
     problems = index.update(files, look_at_picture)
     readable = {f for f in files if not (problems and index.update([f], look_at_picture))}
     long = [f for f in files if f in readable and not 1 / 3 <= index.aspect(f) <= 3]
     notes = [f"{file} is longer than 3:1; its ends are cut off" for file in long]
-    for sample in (sample for sample in samples if readable.issuperset(sample.files)):
-        for first, other in itertools.pairwise(sample.files):
-            if index[first]["pixels"] == index[other]["pixels"]:
-                problems.append(f"{first} and {other} are the same picture: no change to learn")
-            elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
-                notes.append(f"{other} has another shape than {first}; both are cropped")
-    return notes, problems
+    samples = [sample for sample in samples if readable.issuperset(sample.files)]
+    for first, other in (pair for s in samples for pair in itertools.pairwise(s.files)):
+        if index[first]["pixels"] == index[other]["pixels"]:
+            problems.append(f"{first} and {other} are the same picture: no change to learn")
+        elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
+            notes.append(f"{other} has another shape than {first}; both are cropped")
+    return [fit_sample(config, sample, index) for sample in samples], notes, problems
 
-
-# --- pictures and their latents -------------------------------------------------------------------
 
 # differs: the UNet halves its 8 px latents three times
 SIZE_MULTIPLE = 64
@@ -820,11 +820,11 @@ def fit_sample(config: Config, sample: Sample, index: FileIndex) -> Sample:
     return sample._replace(content=content, size=(side, side) if config.center_crop else size)
 
 
-def load_pictures(sample: Sample, flip: bool = False) -> list[Image.Image]:
+def load_pictures(sample: Sample) -> list[Image.Image]:
     """Open, crop around the middle, resize (Lanczos) -> RGB of sample.size. Raises UserError."""
     fit = functools.partial(ImageOps.fit, size=sample.size, method=Image.Resampling.LANCZOS)
     images = [fit(open_rgb(file)) for file in sample.files]
-    return [ImageOps.mirror(image) for image in images] if flip else images
+    return [ImageOps.mirror(image) for image in images] if sample.flip else images
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -840,12 +840,12 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def encode_sample(vae: Any, sample: Sample, flip: bool) -> dict[str, torch.Tensor]:
+def encode_sample(vae: Any, sample: Sample) -> dict[str, torch.Tensor]:
     """Return {"latents": (n, 4, h, w)} of n pictures, and of two {"change 0 1": (1, h, w)}.
 
     change: mean of |after - before| over channels and each latent's pixels, 0 to 1.
     """
-    pixels = [to_pixels(image) for image in load_pictures(sample, flip)]
+    pixels = [to_pixels(image) for image in load_pictures(sample)]
     tensors = {"latents": torch.cat([encode_sd(vae, x) for x in pixels])}
     factor = pixels[0].shape[-1] // tensors["latents"].shape[-1]  # 8
     for i, j in itertools.combinations(range(len(pixels)), 2):
@@ -872,11 +872,8 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 
 # --- sampling: the interface of generate.py, which loads this file --------------------------------
 
-PARTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
+DIFFUSION = "diffusion_pytorch_model.safetensors"
+PARTS = {"unet": DIFFUSION, "vae": DIFFUSION, "text_encoder": "model.safetensors"}
 
 
 class ModelConfig(Section):
@@ -1069,8 +1066,6 @@ def follow_path(
     return x
 
 
-# --- LoRA files -----------------------------------------------------------------------------------
-
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
@@ -1253,7 +1248,7 @@ def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float 
     whole = [s for s, span in zip(trainer.samples, spans, strict=True) if span == max(spans)]
     shares = []
     for sample in whole[:most]:
-        latents = trainer.put(trainer.entry(sample, False)["latents"])
+        latents = trainer.put(trainer.entry(sample)["latents"])
         first, last = latents[:1], latents[-1:]
         noises = [normal(first.shape, "calibrate", k) for k in range(len(levels))]
         path = ddpm_path(first, levels, trainer.put(torch.stack(noises)))
@@ -1365,10 +1360,9 @@ class Draw(NamedTuple):
     """Everything random about one visit of a sample but its noise."""
 
     visit: int  # number over the whole run; timestep and noise hang on it
-    sample: int
+    sample: Sample
     low: int  # which of its times
     high: int
-    flip: bool
 
 
 class Batches:
@@ -1401,12 +1395,11 @@ class Batches:
 def draw_batch(trainer: SDTrainer, batch: int) -> list[Draw]:
     """Draw forward pass number `batch` of the whole run, over all processes and accumulation."""
     config, seed, draws = trainer.config, trainer.config.seed, []
-    for number, sample in enumerate(trainer.batches[batch]):
-        visit = batch * config.train_batch_size + number
-        times = len(trainer.samples[sample].files)
-        low, high = sorted(shuffled(times, seed, "times", visit)[:2]) if times > 1 else (0, 0)
+    for number, place in enumerate(trainer.batches[batch]):
+        visit, sample = batch * config.train_batch_size + number, trainer.samples[place]
+        times = shuffled(len(sample.files), seed, "times", visit)[:2]
         flip = config.random_flip and uniform(seed, "flip", visit) < 0.5
-        draws.append(Draw(visit, sample, low, high, flip))
+        draws.append(Draw(visit, sample._replace(flip=flip), min(times), max(times)))
     return draws
 
 
@@ -1457,26 +1450,17 @@ class SDTrainer:
             return
         config = self.config
         with self.accelerator.main_process_first():
-            self.index = FileIndex(self.cache_dir)  # KEEP: inside, to see what process 0 recorded
-            self.samples, _, problems = find_samples(config)
-            problems += check_samples(self.samples, self.index)[1]
-            steps, warmup, kind = self.total_steps(), config.lr_warmup_steps, config.lr_scheduler
-            if warmup >= steps and not kind.startswith("constant"):
-                text = f"lr_warmup_steps: {warmup}, but the run has {steps} steps"
-                problems.append(f"{text}; lr_scheduler {kind} needs some after the warm-up")
-            if problems:
+            index = FileIndex(self.cache_dir)  # KEEP: inside, to see what process 0 recorded
+            samples, _, problems = find_samples(config)
+            self.samples, _, bad = check_samples(config, samples, index)
+            if problems := problems + bad:
                 raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
             self.folder = fetch_sd(config.pretrained_model_name_or_path)
             self.vae_hash = fingerprint([self.folder / "vae"])
             if (folder := config.class_data_dir) and config.with_prior_preservation:
-                lacking = config.num_class_images - len(single_pictures(folder))
-                if lacking > 0:
-                    draw_class_pictures(self, folder, lacking)
-                self.class_samples = single_pictures(folder)[: config.num_class_images]
-                check_samples(self.class_samples, self.index)
-        fit = functools.partial(fit_sample, config, index=self.index)
-        self.samples = [fit(sample) for sample in self.samples]
-        self.class_samples = [fit(sample) for sample in self.class_samples]
+                draw_class_pictures(self, folder)
+                samples = single_pictures(folder)[: config.num_class_images]
+                self.class_samples = check_samples(config, samples, index)[0]
         shapes = [sample.size for sample in self.samples]
         self.batches = Batches(shapes, config.train_batch_size, config.seed)
 
@@ -1490,17 +1474,17 @@ class SDTrainer:
 
     # -- the cache
 
-    def key_of(self, sample: Sample, flip: bool) -> str:
+    def key_of(self, sample: Sample) -> str:
         """Return the name of a sample's entry."""
-        place = {"content": sample.content, "size": sample.size, "flip": flip}
+        place = {"content": sample.content, "size": sample.size, "flip": sample.flip}
         return cache_key("sd", vae=self.vae_hash, **place)
 
-    def cache_jobs(self) -> dict[str, tuple[Sample, bool]]:
-        """Return every entry that training can ask for: {key: (sample, whether mirrored)}."""
+    def cache_jobs(self) -> dict[str, Sample]:
+        """Return every entry that training can ask for: {key: sample}."""
         flips, sizes = {False, self.config.random_flip}, {sample.size for sample in self.samples}
-        jobs = [(sample, flip) for sample in self.samples for flip in flips]
-        jobs += [(x._replace(size=size), False) for x in self.class_samples for size in sizes]
-        return {self.key_of(*job): job for job in jobs}
+        jobs = [sample._replace(flip=flip) for sample in self.samples for flip in flips]
+        jobs += [sample._replace(size=size) for sample in self.class_samples for size in sizes]
+        return {self.key_of(sample): sample for sample in jobs}
 
     def cache_embeddings(self) -> int:
         """Encode the pictures that are missing in the cache, a share per process.
@@ -1525,17 +1509,17 @@ class SDTrainer:
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
         vae = load_part(self.folder, "vae", self.dtype, self.device) if todo else None
         for key in progress(todo, "encode pictures"):
-            write_entry(self.cache_dir, key, encode_sample(vae, *jobs[key]))
+            write_entry(self.cache_dir, key, encode_sample(vae, jobs[key]))
         del vae
         release_memory()
         self.accelerator.wait_for_everyone()
         return len(todo)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (as long as the trainer)
-    def entry(self, sample: Sample, flip: bool) -> dict[str, torch.Tensor]:
-        """Return the tensors of an entry, on the CPU."""
+    def entry(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """Return the tensors of a sample's entry, on the CPU."""
         try:
-            return read_entry(entry_path(self.cache_dir, self.key_of(sample, flip)))
+            return read_entry(entry_path(self.cache_dir, self.key_of(sample)))
         except ValueError as error:
             raise UserError(f"{error}. Repair: cache_embeddings.py --verify") from error
 
@@ -1664,9 +1648,6 @@ class SDTrainer:
         log.info("resumed from %s (step %d)", folder, step)
 
 
-# --- all settings, main ---------------------------------------------------------------------------
-
-
 # the last class comes first in --help and config.yaml
 class Config(
     ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, DataConfig, ModelConfig, Section
@@ -1704,6 +1685,7 @@ class Config(
         folders = "before_data_dir with after_data_dir, or sequence_dirs"
         unlike = len(set(scales)) == len(scales) == len(times)
         objective = f"no '{name}'{nearest(name, OBJECTIVES)}; more are in experiments/"
+        falls = not self.lr_scheduler.startswith("constant")
         learns_change = self.objective not in ("joint", "instance")
         return {
             f"pair_objective: {objective}": name not in OBJECTIVES,
@@ -1720,6 +1702,8 @@ class Config(
             f"calibrate: {self.objective} learns no change": self.calibrate and not learns_change,
             "validation_epochs: not beside validation_steps": self.validation_epochs
             and self.validation_steps,
+            f"lr_warmup_steps: {self.lr_scheduler} needs some steps after them": falls
+            and self.lr_warmup_steps >= (self.max_train_steps or math.inf),
             "timestep_min is above timestep_max": self.timestep_min > self.timestep_max,
         }
 
