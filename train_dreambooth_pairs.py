@@ -76,8 +76,7 @@ from utils import (
     write_entry,
 )
 
-# KEEP: diffusers, transformers, accelerate are imported where they are used: a mistake in the
-# settings or the data is reported within seconds, before any of them is loaded.
+# KEEP: diffusers, transformers, accelerate are imported where they are used; mistakes show at once
 
 log = logging.getLogger("train_dreambooth_pairs")
 
@@ -628,9 +627,6 @@ def find_samples(config: Config) -> tuple[list[Sample], list[str], list[str]]:
     if lacking := [folder for folder in folders if not folder.is_dir()]:
         names = [f"{d}{nearest(d.name, (x.name for x in d.parent.glob('*')))}" for d in lacking]
         return [], [], [f"{kind} images root doesn't exist: {name}" for name in names]
-    pairs = itertools.permutations(folders, 2)
-    if nested := [f"{a} is {b} or lies in it: move one" for a, b in pairs if lies_in(a, b)]:
-        return [], [], nested
     found = [list_images(folder) for folder in folders]
     samples: list[Sample] = []
     notes: list[str] = []
@@ -662,11 +658,6 @@ def single_pictures(folder: Path) -> list[Sample]:
     return [Sample(file.stem, (file,), (1.0,)) for file in files]
 
 
-def lies_in(inner: Path, outer: Path) -> bool:
-    """Return whether a scan of `outer` goes through `inner`; also where they are the same."""
-    return inner.resolve().is_relative_to(outer.resolve())
-
-
 def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
     """Draw what is missing of the class with the base model, each from a seed of its own."""
     config, lacking = trainer.config, trainer.config.num_class_images - len(single_pictures(folder))
@@ -674,12 +665,10 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
         return
     import diffusers
 
+    # KEEP None: only the parts that train are fetched from the Hub
+    unused: Any = {"feature_extractor": None, "safety_checker": None}
     pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(
-        trainer.folder,
-        dtype=trainer.dtype,
-        feature_extractor=None,  # KEEP: only the parts that train are fetched from the Hub
-        safety_checker=None,
-        requires_safety_checker=False,
+        trainer.folder, dtype=trainer.dtype, requires_safety_checker=False, **unused
     )
     pipeline.to(trainer.device).set_progress_bar_config(disable=True)
     # KEEP: only names that are free, or a deleted one would be drawn over one that is there
@@ -755,15 +744,16 @@ def check_base(name: str) -> list[str]:
 
 
 def check_folders(config: Config) -> list[str]:
-    """Return the problems of folders that a run writes into."""
+    """Return the problems of folders that are read with all below them, or written."""
     output_dir, single = config.output_dir, config.instance_data_dir
     classes = config.class_data_dir if config.with_prior_preservation else None
-    read = [*(folder for _, folder in config.stages), single, classes]
-    apart = [(output_dir, folder) for folder in read] + [(classes, single), (single, classes)]
+    read = [folder for folder in (*(f for _, f in config.stages), single, classes) if folder]
+    apart = [*itertools.permutations(read, 2), *((output_dir, folder) for folder in read)]
+    text = "pictures there would be read twice, or as training pictures: move one"
     problems = [
-        f"{inner} lies in {outer}, which is read with its folders: name another folder"
+        f"{inner} is {outer} or lies in it; {text}"
         for inner, outer in apart
-        if inner and outer and lies_in(inner, outer)
+        if inner.resolve().is_relative_to(outer.resolve())
     ]
     if classes and len(single_pictures(classes)) < config.num_class_images:
         problems += check_writable("class_data_dir", classes)
@@ -938,6 +928,8 @@ def tokenize(folder: Path, prompts: Sequence[str]) -> torch.Tensor:
 
 Predict = Callable[[torch.Tensor, int], torch.Tensor]
 """(latents (B, 4, h, w), timestep) -> noise (B, 4, h, w)"""
+PredictAt = Callable[[torch.Tensor], Predict]
+"""Strengths (B,) -> what predicts the noise of B latents with the adapter at them"""
 
 
 def guided(
@@ -959,16 +951,15 @@ def guided(
 
 @torch.no_grad()
 def draw_sd(
-    predict_at: Callable[[torch.Tensor], Predict],
+    predict_at: PredictAt,
     noise: torch.Tensor,
     scheduler_config: Any,
     steps: int,
-    scales: Sequence[float],
+    scales: list[float],
 ) -> torch.Tensor:
     """Draw by DDIM from `noise` (1, 4, h, w) at every strength -> (scales, 4, h, w).
 
-    predict_at: strengths (B,) -> what predicts the noise of B latents. Strength 0 goes alone: it
-    is what the base model draws, bit for bit.
+    Strength 0 goes alone: it is what the base model draws, bit for bit.
     """
     import diffusers
 
@@ -989,6 +980,8 @@ def draw_sd(
 
 Levels = list[tuple[int, float, float]]
 """Noise levels from noisy to clean: (timestep, its alphas_cumprod, that after the step)"""
+LatentPath = list[torch.Tensor]
+"""Latents (B, 4, h, w) of a photo at every noise level, and (not of means) the clean ones"""
 
 
 def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
@@ -1018,8 +1011,8 @@ def step_mean(
     return math.sqrt(following) * clean + math.sqrt(1 - following - variance) * noise
 
 
-def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> list[torch.Tensor]:
-    """Return the photo (B, 4, h, w) at every level, with noise (N, B, 4, h, w) of its own; then it.
+def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> LatentPath:
+    """Return the path of a photo (B, 4, h, w) with noise (N, B, 4, h, w) of its own at each level.
 
     Edit-friendly inversion (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140): independent
     noises make the steps' residuals large, so they carry the photo's layout through an edit.
@@ -1028,8 +1021,8 @@ def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> list
     return [*(math.sqrt(a) * photo + math.sqrt(1 - a) * noise for (_, a, _), noise in pairs), photo]
 
 
-def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> list[torch.Tensor]:
-    """Return the photo (B, 4, h, w) at every level by DDIM's steps backwards; then it.
+def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> LatentPath:
+    """Return the path of a photo (B, 4, h, w) by DDIM's steps backwards.
 
     KEEP: the noise is asked for at the timestep that the step leads to (Dhariwal & Nichol 2021).
     """
@@ -1039,21 +1032,19 @@ def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> list[tor
     return path
 
 
-def path_means(
-    path: Sequence[torch.Tensor], levels: Levels, predict: Predict, eta: float
-) -> list[torch.Tensor]:
+def path_means(path: LatentPath, levels: Levels, predict: Predict, eta: float) -> LatentPath:
     """Return where each step from the path leads; path[k + 1] - means[k] is its residual."""
     pairs = zip(path[:-1], levels, strict=True)
     return [step_mean(x, predict(x, t), a, b, eta) for x, (t, a, b) in pairs]
 
 
 def follow_path(
-    path: Sequence[torch.Tensor],
-    means: Sequence[torch.Tensor],
+    path: LatentPath,
+    means: LatentPath,
     levels: Levels,
     predict: Predict,
     eta: float,
-    mask: torch.Tensor | float = 1.0,
+    mask: Any = 1.0,
 ) -> torch.Tensor:
     """Return edited latents: x' = mean(x) + (path' - mean(path)), from the path's first ones.
 
@@ -1101,11 +1092,11 @@ def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any
 
 def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a LoRA with the names of WebUIs, lora_unet_* and lora_te_*; .alpha is the rank."""
-    renamed, rank = {}, float(next(iter(tensors.values())).shape[0])
+    renamed, rank = {}, float(len(next(iter(tensors.values()))))
     for name, tensor in tensors.items():
-        part, _, layer = name.removesuffix(".weight").partition(".")
-        layer, side = layer[:-7].replace(".", "_"), layer[-1]
-        where = f"{KOHYA_PARTS[part]}{layer}"
+        layer, side = name.removesuffix(".weight").split(".lora_")
+        part, _, path_in_part = layer.partition(".")
+        where = KOHYA_PARTS[part] + path_in_part.replace(".", "_")
         renamed[f"{where}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
         renamed[f"{where}.alpha"] = torch.tensor(rank)
     metadata = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"}
@@ -1196,10 +1187,8 @@ def encode_prompts(trainer: SDTrainer) -> dict[str, tuple[torch.Tensor, torch.Te
     return {prompt: (row, encoder(row)[0]) for prompt, row in zip(prompts, ids, strict=True)}
 
 
-def predictor(
-    trainer: SDTrainer, prompt: str, guidance: float
-) -> Callable[[torch.Tensor], Predict]:
-    """Return strengths (B,) -> noise of the prompt with the adapter at those strengths."""
+def predictor(trainer: SDTrainer, prompt: str, guidance: float) -> PredictAt:
+    """Return what predicts the noise of a prompt with the adapter at given strengths."""
 
     def predict_at(strengths: torch.Tensor) -> Predict:
         part: BatchPart = (Active("change", strengths),) if strengths.any() else ()
@@ -1300,8 +1289,8 @@ base_model: {base_model}
 library_name: diffusers
 tags: [text-to-image, lora, stable-diffusion, {objective}]
 ---
-Trained with {script} ({objective}) to step {step}: rank {lora_rank}, calibration {calibration:g}
-(folded into the weights, as alpha is). Prompt: "{instance_prompt}".
+Trained with {script} ({objective}) to step {step}; alpha and calibration ({calibration:g}) are
+folded into the weights. Prompt: "{instance_prompt}".
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("{base_model}")
     pipe.load_lora_weights(".", weight_name="{file}", adapter_name="change")
@@ -1430,7 +1419,6 @@ class SDTrainer:
             # bf16: layers cast by themselves, as in inference; fp16 needs the scaler
             mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
             cpu=not torch.accelerator.is_available(),
-            device_placement=False,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=config.output_dir,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -1652,10 +1640,7 @@ class SDTrainer:
 class Config(
     ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, DataConfig, ModelConfig, Section
 ):
-    """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs.
-
-    Names and defaults are those of diffusers' DreamBooth LoRA script, where it has them.
-    """
+    """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs."""
 
     newcomer = (
         "pretrained_model_name_or_path", "use_image_pairs", "before_data_dir", "after_data_dir",
