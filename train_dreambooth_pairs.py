@@ -178,10 +178,8 @@ def huber_error(error: torch.Tensor, c: float) -> torch.Tensor:
 ERRORS = {"mse": lambda error, _c: error**2, "huber": huber_error}
 
 
-def snr_weight(alphas_cumprod: torch.Tensor, gamma: float | None) -> torch.Tensor:
-    """Return min(1, gamma / SNR) (Hang et al. 2023), SNR = a^2 / s^2; ones without gamma."""
-    if gamma is None:
-        return torch.ones_like(alphas_cumprod)
+def snr_weight(alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return min(1, gamma / SNR) (Hang et al. 2023) with SNR = a^2 / s^2."""
     return (gamma * (1 - alphas_cumprod) / alphas_cumprod).clamp(max=1)
 
 
@@ -218,11 +216,11 @@ def compute_losses(trainer: SDTrainer, draws: Sequence[Draw]) -> dict[str, torch
     parts = [each.active for each in passes]
     prompts = {"instance": config.instance_prompt, "class": config.class_prompt or ""}
     texts = [prompts[each.prompt] for each in passes for _ in draws]
-    embeds = trainer.embeds(texts, parts, trainer.models)
+    embeds = trainer.embeds(texts, parts)
     noisy, times = torch.cat([each.noisy for each in passes]), trainer.put(t).repeat(len(passes))
     trainer.switch.parts = parts
     predicted = predict_noise(trainer.models["unet"], noisy, times, embeds)
-    weights = trainer.put(snr_weight(trainer.alphas[t], config.snr_gamma))
+    weights = trainer.put(snr_weight(trainer.alphas[t], config.snr_gamma or math.inf))
     losses: dict[str, torch.Tensor] = {}
     for each, noise in zip(passes, predicted.chunk(len(passes)), strict=True):
         error = ERRORS[config.loss_type](noise - each.target, config.huber_c)
@@ -265,7 +263,7 @@ def add_noise(
         trainer.switch.parts = [()]
         times = trainer.put(t).repeat(len(noisy) // len(t))
         embed = trainer.texts[config.instance_prompt][1]
-        return predict_noise(trainer.bare["unet"], noisy, times, embed)
+        return predict_noise(trainer.models["unet"], noisy, times, embed)
 
     low_scale, high_scale = (config.pair_multiplier * trainer.put(torch.tensor(scales))).T
     low, high = mix_noise(low, noise, alphas), mix_noise(high, noise, alphas)
@@ -339,18 +337,27 @@ def train_step(trainer: SDTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
         number = trainer.global_step * config.gradient_accumulation_steps + micro
         number = number * accelerator.num_processes + accelerator.process_index
         draws = draw_batch(trainer, number)
-        with accelerator.accumulate(*trainer.models.values()):
-            losses = compute_losses(trainer, draws)
-            loss = torch.stack([*losses.values()]).sum()
-            accelerator.backward(loss)
+        losses = compute_losses(trainer, draws)
+        loss = torch.stack([*losses.values()]).sum()
+        accelerator.backward(loss / config.gradient_accumulation_steps)
         names += [draw.sample.name for draw in draws]
         found.append({name: x.detach() for name, x in {"loss": loss, **losses}.items()})
+    average_gradients(trainer)
     accelerator.clip_grad_norm_(trainer.trained, config.max_grad_norm)
     trainer.optimizer.step()
     trainer.lr_scheduler.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.global_step += 1
     return names, {name: torch.stack([x[name] for x in found]).mean() for name in found[0]}
+
+
+def average_gradients(trainer: SDTrainer) -> None:
+    """Average the gradients over processes: one message, as an adapter is small."""
+    grads = [p.grad for p in trainer.trained if p.grad is not None]
+    if trainer.accelerator.num_processes > 1:
+        mean = trainer.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
 
 def train_loop(trainer: SDTrainer, stop: StopSignal) -> bool:
@@ -388,15 +395,16 @@ def make_optimizer(trainer: SDTrainer) -> tuple[Any, Any]:
     config, rate = trainer.config, trainer.config.learning_rate
     if config.scale_lr:
         rate *= config.train_batch_size * trainer.passes_per_step
-    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
-    options: dict[str, Any] = {"betas": betas, "weight_decay": decay, "eps": config.adam_epsilon}
     if config.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        optimizer: Any = AdamW8bit(trainer.trained, rate, **options)
+        from bitsandbytes.optim import AdamW8bit as AdamW
     else:
-        fused = trainer.device.type == "cuda"
-        optimizer = torch.optim.AdamW(trainer.trained, rate, fused=fused, **options)
+        from torch.optim import AdamW  # type: ignore[assignment]
+    betas, eps, decay = (
+        (config.adam_beta1, config.adam_beta2),
+        config.adam_epsilon,
+        config.adam_weight_decay,
+    )
+    optimizer: Any = AdamW(trainer.trained, rate, betas, eps, decay)
     kind, warmup, steps = config.lr_scheduler, config.lr_warmup_steps, trainer.total_steps()
     shape: Any = {"num_cycles": config.lr_num_cycles, "power": config.lr_power}
     schedule = get_scheduler(kind, optimizer, None, warmup, steps, **shape)
@@ -518,10 +526,12 @@ def adaptable(model: Any, switch: AdapterSwitch, path: str) -> SliderLinear:
 
 
 def set_adapter(layer: SliderLinear, name: str, down: Any, up: Any, strength: float) -> None:
-    """Give a layer an adapter of two factors; strength is alpha / rank."""
-    device = layer.base.weight.device
-    layer.down[name] = torch.nn.Parameter(down.to(device))
-    layer.up[name] = torch.nn.Parameter(up.to(device))
+    """Give a layer an adapter of two factors; strength is alpha / rank. Raises UserError."""
+    weight = layer.base.weight
+    if (len(up), down.shape[1]) != weight.shape[:2]:
+        raise UserError(f"factors {[*down.shape]}, {[*up.shape]} do not fit {[*weight.shape]}")
+    layer.down[name] = torch.nn.Parameter(down.to(weight.device))
+    layer.up[name] = torch.nn.Parameter(up.to(weight.device))
     layer.strength[name] = strength
 
 
@@ -914,16 +924,23 @@ def decode_sd(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
 
 
-def tokenize(folder: Path, prompts: Sequence[str]) -> torch.Tensor:
-    """Return token ids (B, 77), padded and cut as the pipeline does; says what was cut off."""
+@torch.no_grad()
+def encode_prompts(
+    folder: Path, prompts: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return {prompt: (token ids (1, 77), embeddings (1, 77, 768))}, as the pipeline makes them."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    length = tokenizer.model_max_length
-    for prompt in (p for p in prompts if len(tokenizer.tokenize(p)) > length - 2):  # start, end
-        log.warning("cut off after %d tokens: %s", length - 2, prompt)
+    encoder, length = load_part(folder, "text_encoder", dtype, device), tokenizer.model_max_length
     options = {"padding": "max_length", "max_length": length, "truncation": True}
-    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids
+    found = {}
+    for prompt in prompts:
+        ids = tokenizer([prompt], return_tensors="pt", **options).input_ids.to(device)
+        found[prompt] = ids, encoder(ids)[0]
+        if len(tokenizer.tokenize(prompt)) > length - 2:  # start and end
+            log.warning("cut off after %d tokens: %s", length - 2, prompt)
+    return found
 
 
 Predict = Callable[[torch.Tensor, int], torch.Tensor]
@@ -1115,9 +1132,7 @@ def load_adapter(
     tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))  # PEFT's
-            about = json.loads(metadata.get("image_edit_lora", "{}"))
+            about = json.loads((opened.metadata() or {}).get("image_edit_lora", "{}"))
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 known = key.replace(".", "_")
                 for theirs, ours in LORA_NAMES.items():
@@ -1128,17 +1143,13 @@ def load_adapter(
     for part, model in models.items():
         for path, _ in list(model.named_modules()):
             known = f"{part}.{path_in_file(part, path)}".replace(".", "_")
-            down, up = (tensors.get(f"{known}_lora_{side}_weight") for side in "AB")
-            if down is None or up is None:
-                continue
-            layer, rank = adaptable(model, switch, path), len(down)
-            if layer.base.weight.shape[:2] == (len(up), down.shape[1]):
-                alpha = tensors.pop(f"{known}_alpha", adapter.get(f"{part}.lora_alpha", rank))
-                set_adapter(layer, name, down, up, float(alpha) / rank)
-                del tensors[f"{known}_lora_A_weight"], tensors[f"{known}_lora_B_weight"]
+            down, up = (tensors.pop(f"{known}_lora_{side}_weight", None) for side in "AB")
+            if down is not None and up is not None:
+                strength = float(tensors.pop(f"{known}_alpha", len(down))) / len(down)
+                set_adapter(adaptable(model, switch, path), name, down, up, strength)
     if tensors:
-        text = f"{len(tensors)} tensors do not fit this model\n{listed(sorted(tensors), 3)}"
-        raise UserError(f"LoRA {file}: {text}")
+        names = listed(sorted(tensors), 3)
+        raise UserError(f"LoRA {file}: {len(tensors)} tensors are not of this model\n{names}")
     return about
 
 
@@ -1176,25 +1187,14 @@ class ResultsConfig(Section):
     """Classifier-free guidance of the validation images; 1 is none."""
 
 
-@torch.no_grad()
-def encode_prompts(trainer: SDTrainer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return {prompt: (token ids (1, 77), embeddings (1, 77, 768))} of all prompts of the run."""
-    config = trainer.config
-    given = (config.instance_prompt, config.class_prompt, config.validation_prompt, "")
-    prompts = [prompt for prompt in given if prompt is not None]
-    encoder = load_part(trainer.folder, "text_encoder", trainer.dtype, trainer.device)
-    ids = tokenize(trainer.folder, prompts).to(trainer.device).split(1)
-    return {prompt: (row, encoder(row)[0]) for prompt, row in zip(prompts, ids, strict=True)}
-
-
 def predictor(trainer: SDTrainer, prompt: str, guidance: float) -> PredictAt:
     """Return what predicts the noise of a prompt with the adapter at given strengths."""
 
     def predict_at(strengths: torch.Tensor) -> Predict:
         part: BatchPart = (Active("change", strengths),) if strengths.any() else ()
         prompts = [prompt, ""] if guidance > 1 else [prompt]
-        texts = [trainer.embeds([p] * len(strengths), [part], trainer.bare) for p in prompts]
-        return guided(trainer.bare["unet"], trainer.switch, part, texts, guidance)
+        texts = [trainer.embeds([p] * len(strengths), [part]) for p in prompts]
+        return guided(trainer.models["unet"], trainer.switch, part, texts, guidance)
 
     return predict_at
 
@@ -1260,14 +1260,9 @@ def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float 
 
 def about_run(trainer: SDTrainer, calibration: float = 1.0) -> dict[str, Any]:
     """Return what a LoRA file says about itself."""
-    return {
-        "script": "train_dreambooth_pairs.py",
-        "base_model": trainer.config.pretrained_model_name_or_path,
-        "objective": trainer.config.objective,
-        "step": trainer.global_step,
-        "calibration": calibration,
-        **trainer.trained_as,
-    }
+    about = {"script": Path(__file__).name, "objective": trainer.config.objective}
+    about |= {"step": trainer.global_step, "calibration": calibration}
+    return trainer.trained_as | about
 
 
 def save_result(trainer: SDTrainer, calibrated: bool) -> None:
@@ -1277,7 +1272,7 @@ def save_result(trainer: SDTrainer, calibrated: bool) -> None:
     if calibrated and wanted:
         factor = full_change(trainer)
         log.info("calibrated: one full change is %.3g times the trained strength", factor)
-    tensors, about = adapter_tensors(trainer.bare, "change", factor), about_run(trainer, factor)
+    tensors, about = adapter_tensors(trainer.models, "change", factor), about_run(trainer, factor)
     save_lora(config.output_dir / LORA_FILE, tensors, about)
     if config.export == "kohya":
         save_kohya(config.output_dir / KOHYA_FILE, tensors)
@@ -1285,14 +1280,14 @@ def save_result(trainer: SDTrainer, calibrated: bool) -> None:
 
 
 CARD = """---
-base_model: {base_model}
+base_model: {pretrained_model_name_or_path}
 library_name: diffusers
 tags: [text-to-image, lora, stable-diffusion, {objective}]
 ---
 Trained with {script} ({objective}) to step {step}; alpha and calibration ({calibration:g}) are
 folded into the weights. Prompt: "{instance_prompt}".
 
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained("{base_model}")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained("{pretrained_model_name_or_path}")
     pipe.load_lora_weights(".", weight_name="{file}", adapter_name="change")
     pipe.set_adapters("change", 0.5)  # half of it
 """
@@ -1363,9 +1358,7 @@ class Batches:
 
     def __init__(self, shapes: Sequence[object], size: int, seed: int) -> None:
         self.shapes, self.size = shapes, size
-        self.alike: dict[object, list[int]] = {}
-        for sample, shape in enumerate(shapes):
-            self.alike.setdefault(shape, []).append(sample)
+        self.alike = {x: [n for n, shape in enumerate(shapes) if shape == x] for x in {*shapes}}
         # a run asks for the same orders again and again
         self.order = functools.lru_cache(64)(lambda n, *what: shuffled(n, seed, *what))
 
@@ -1411,23 +1404,19 @@ class SDTrainer:
         if self.accelerator:
             return
         from accelerate import Accelerator
-        from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+        from accelerate.utils import InitProcessGroupKwargs
 
         config = self.config
-        micro_steps = config.gradient_accumulation_steps
         self.accelerator = Accelerator(
             # bf16: layers cast by themselves, as in inference; fp16 needs the scaler
             mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
             cpu=not torch.accelerator.is_available(),
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=config.output_dir,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                micro_steps, sync_with_dataloader=False
-            ),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
         )
         self.device: torch.device = self.accelerator.device
-        self.passes_per_step = micro_steps * self.accelerator.num_processes
+        self.passes_per_step = config.gradient_accumulation_steps * self.accelerator.num_processes
         if config.allow_tf32:
             torch.set_float32_matmul_precision("high")
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
@@ -1519,37 +1508,37 @@ class SDTrainer:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def embeds(
-        self, prompts: Sequence[str], parts: Sequence[BatchPart], models: dict[str, Any]
-    ) -> torch.Tensor:
+    def embeds(self, prompts: Sequence[str], parts: Sequence[BatchPart]) -> torch.Tensor:
         """Return (B, 77, 768) of the prompts; through the adapted text encoder if there is one."""
         ids, embeds = (torch.cat(x) for x in zip(*(self.texts[p] for p in prompts), strict=True))
-        if "text_encoder" not in models:
+        if "text_encoder" not in self.models:
             return embeds
         self.switch.parts = parts
-        return models["text_encoder"](ids)[0].to(self.dtype)
+        return self.models["text_encoder"](ids)[0].to(self.dtype)
 
     def load_models(self) -> None:
         """Encode the prompts, load the frozen UNet (and CLIP), give them adapters, an optimizer."""
         import diffusers
 
         config = self.config
-        self.texts = encode_prompts(self)
+        given = (config.instance_prompt, config.class_prompt, config.validation_prompt, "")
+        prompts = [prompt for prompt in given if prompt is not None]
+        self.texts = encode_prompts(self.folder, prompts, self.dtype, self.device)
         parts = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
-        self.bare = {part: load_part(self.folder, part, self.dtype, self.device) for part in parts}
-        for part, model in self.bare.items():
+        self.models = {
+            part: load_part(self.folder, part, self.dtype, self.device) for part in parts
+        }
+        for part, model in self.models.items():
             ends = TARGETS[config.target_modules] if part == "unet" else TEXT_TARGETS
             rank, alpha = config.lora_rank, config.lora_alpha or config.lora_rank
             add_adapter(model, self.switch, "change", ends, rank, alpha, config.seed, part)
-        unet = self.bare["unet"]
+        unet = self.models["unet"]
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if config.compile:
             unet.compile()
-        self.trained = [p for m in self.bare.values() for p in m.parameters() if p.requires_grad]
+        self.trained = [p for m in self.models.values() for p in m.parameters() if p.requires_grad]
         self.optimizer, self.lr_scheduler = make_optimizer(self)
-        # KEEP: DDP must wrap the models themselves, or gradients are never averaged
-        self.models = {name: self.accelerator.prepare(m) for name, m in self.bare.items()}
         self.scheduler_config = read_model_json(str(self.folder), "scheduler/scheduler_config.json")
         self.alphas = diffusers.DDPMScheduler.from_config(self.scheduler_config).alphas_cumprod
 
@@ -1616,7 +1605,7 @@ class SDTrainer:
             }
 
             def write(folder: Path) -> None:
-                tensors = adapter_tensors(self.bare, "change", 1.0)
+                tensors = adapter_tensors(self.models, "change", 1.0)
                 save_lora(folder / LORA_FILE, tensors, about_run(self))
 
             self.checkpoints.save(self.global_step, self.trained_as, training, write)
