@@ -297,10 +297,6 @@ class TrainingConfig(Section):
     """Forward passes per optimizer step."""
     seed: int = 0
     """Seed of every random draw; a draw belongs to (seed, purpose, sample number)."""
-    logging_steps: int = Field(10, ge=1)
-    """Steps between two log lines; only then the loop waits for the GPU."""
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
-    """Trackers beside metrics.jsonl, which is always written."""
     learning_rate: float = Field(5e-4, gt=0)
     """Learning rate after the warm-up."""
     scale_lr: bool = False
@@ -327,6 +323,14 @@ class TrainingConfig(Section):
     """Smallest divisor of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the frozen base; LoRA, loss and optimizer are fp32."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice: saves memory, costs about a third more time."""
+    allow_tf32: bool = False
+    """Faster fp32 products on Ampere and newer; they round more."""
+    compile: bool = False
+    """torch.compile the UNet: slower to start, faster steps on a GPU."""
 
 
 def train_step(trainer: SDTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -399,15 +403,11 @@ def make_optimizer(trainer: SDTrainer) -> tuple[Any, Any]:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW  # type: ignore[assignment]
-    betas, eps, decay = (
-        (config.adam_beta1, config.adam_beta2),
-        config.adam_epsilon,
-        config.adam_weight_decay,
-    )
-    optimizer: Any = AdamW(trainer.trained, rate, betas, eps, decay)
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
+    optimizer: Any = AdamW(trainer.trained, rate, betas, config.adam_epsilon, decay)
     kind, warmup, steps = config.lr_scheduler, config.lr_warmup_steps, trainer.total_steps()
-    shape: Any = {"num_cycles": config.lr_num_cycles, "power": config.lr_power}
-    schedule = get_scheduler(kind, optimizer, None, warmup, steps, **shape)
+    cycles, power = config.lr_num_cycles, config.lr_power
+    schedule = get_scheduler(kind, optimizer, None, warmup, steps, cycles, power)
     return trainer.accelerator.prepare(optimizer), schedule
 
 
@@ -422,8 +422,8 @@ TARGETS = {  # EDIT HERE: layers with an adapter, by the end of their names; cou
         "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
         "conv1", "conv2", "conv_shortcut", "samplers.0.conv",
     ),
+    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),  # 48
 }  # fmt: skip
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # 48
 
 
 class AdapterConfig(Section):
@@ -544,10 +544,7 @@ def add_adapter(
     alpha: float,
     *seed: object,
 ) -> None:
-    """Give the linear and convolution layers whose names end so a new adapter.
-
-    Down is Gaussian (std 1 / rank; the draw belongs to `seed`), up is zero, as in diffusers.
-    """
+    """Give a new adapter, Gaussian down (by `seed`) and zero up, to layers whose names end so."""
     endings = tuple(f".{end}" for end in ends)
     for path in [path for path, _ in model.named_modules() if path.endswith(endings)]:
         layer = adaptable(model, switch, path)
@@ -570,8 +567,10 @@ Numbers = Annotated[list[float], BeforeValidator(split_commas)]
 
 
 class DataConfig(Section):
-    """What is trained on."""
+    """The base model, and what it is trained on."""
 
+    pretrained_model_name_or_path: str
+    """Stable Diffusion 1.x: a folder in diffusers layout, or a Hub id."""
     use_image_pairs: bool = False
     """Learn a change from before_data_dir and after_data_dir, or from sequence_dirs."""
     before_data_dir: Path | None = None
@@ -604,8 +603,6 @@ class DataConfig(Section):
     """Crop to a square of `resolution` instead."""
     random_flip: bool = False
     """Mirror half of the visits, both sides of a pair alike."""
-    cache_dir: Path = Path("cache")
-    """Folder of the latents, named by their content; runs may share it."""
 
     @property
     def stages(self) -> list[tuple[float, Path]]:
@@ -629,37 +626,38 @@ class Sample(NamedTuple):
     flip: bool = False  # mirrored
 
 
-def find_samples(config: Config) -> tuple[list[Sample], list[str], list[str]]:
-    """Find what the settings train on -> (samples, notes, problems)."""
+Found = tuple[list[Sample], list[str], list[str]]  # samples, notes, problems
+
+
+def find_samples(config: Config) -> Found:
+    """Find what the settings train on."""
     stages = config.stages or [(1.0, config.instance_data_dir or Path())]
     folders = [folder for _, folder in stages]
     kind = "Before/After" if config.use_image_pairs else "Instance"
     if lacking := [folder for folder in folders if not folder.is_dir()]:
-        names = [f"{d}{nearest(d.name, (x.name for x in d.parent.glob('*')))}" for d in lacking]
-        return [], [], [f"{kind} images root doesn't exist: {name}" for name in names]
-    found = [list_images(folder) for folder in folders]
-    samples: list[Sample] = []
-    notes: list[str] = []
-    problems: list[str] = []
+        return [], [], [f"{kind} images root doesn't exist: {folder}" for folder in lacking]
+    stems = [list_images(folder) for folder in folders]
     if not config.use_image_pairs:
         samples = single_pictures(folders[0])
         return samples, [], [] if samples else [f"instance_data_dir: no picture in {folders[0]}"]
+    found: Found = [], [], []
+    samples, notes, problems = found
     least = 2 if len(stages) > 2 else len(stages)  # a sequence may have holes
-    for stem in sorted(set().union(*found)):
-        there = [(s, f[stem]) for (s, _), f in zip(stages, found, strict=True) if stem in f]
+    for stem in sorted(set().union(*stems)):
+        there = [(s, f[stem]) for (s, _), f in zip(stages, stems, strict=True) if stem in f]
         if twice := [same for _, same in there if len(same) > 1]:
             problems.append(f"{', '.join(map(str, twice[0]))}: same stem; keep one")
         elif len(there) < least:
-            lacking = [d for d, f in zip(folders, found, strict=True) if stem not in f]
+            lacking = [d for d, f in zip(folders, stems, strict=True) if stem not in f]
             text = f"no picture {stem}.* in {', '.join(map(str, lacking))}"
             (notes if config.on_missing == "skip" else problems).append(text)
         else:
             scales, times = zip(*((scale, file) for scale, [file] in there), strict=True)
             samples.append(Sample(stem, times, scales))
     if not samples:
-        counts = ", ".join(f"{len(f)} in {d}" for d, f in zip(folders, found, strict=True))
+        counts = ", ".join(f"{len(f)} in {d}" for d, f in zip(folders, stems, strict=True))
         problems.insert(0, f"No matching image pairs found: {counts}")
-    return samples, notes, problems
+    return found
 
 
 def single_pictures(folder: Path) -> list[Sample]:
@@ -675,11 +673,11 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
         return
     import diffusers
 
-    # KEEP None: only the parts that train are fetched from the Hub
-    unused: Any = {"feature_extractor": None, "safety_checker": None}
-    pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(
-        trainer.folder, dtype=trainer.dtype, requires_safety_checker=False, **unused
-    )
+    unused: Any = dict.fromkeys(
+        ("feature_extractor", "safety_checker")
+    )  # KEEP: nobody fetched them
+    pipeline_class: Any = diffusers.StableDiffusionPipeline
+    pipeline = pipeline_class.from_pretrained(trainer.folder, dtype=trainer.dtype, **unused)
     pipeline.to(trainer.device).set_progress_bar_config(disable=True)
     # KEEP: only names that are free, or a deleted one would be drawn over one that is there
     free = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
@@ -700,10 +698,7 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
 
 # differs: each script audits its own settings
 def audit(config: Config) -> list[str]:
-    """Return everything that can be known to be wrong before a model loads.
-
-    It lies in output_dir/audit.json, too, with what was found and what is odd.
-    """
+    """Return everything that can be known to be wrong before a model loads; see audit.json."""
     unwritable = check_writable("cache_dir", config.cache_dir)
     problems = unwritable + check_base(config.pretrained_model_name_or_path) + check_folders(config)
     packages = [config.report_to] if config.report_to in ("tensorboard", "wandb") else []
@@ -715,13 +710,13 @@ def audit(config: Config) -> list[str]:
         samples += single_pictures(config.class_data_dir)
     index = FileIndex(None if unwritable else config.cache_dir)
     _, notes, bad = check_samples(config, samples, index)
-    problems += wrong + bad
-    if notes := left_out + notes:
-        log.warning("note\n%s", listed(notes))
-    report = {"samples": [x.name for x in samples], "notes": notes, "problems": problems}
+    report = {"notes": left_out + notes, "problems": problems + wrong + bad}
+    if report["notes"]:
+        log.warning("note\n%s", listed(report["notes"]))
     with contextlib.suppress(OSError):
-        save_text(config.output_dir / "audit.json", json.dumps(report, indent=2))
-    return problems
+        names = {"samples": [sample.name for sample in samples]}
+        save_text(config.output_dir / "audit.json", json.dumps(names | report, indent=2))
+    return report["problems"]
 
 
 def check_packages(*names: str) -> list[str]:
@@ -746,10 +741,10 @@ def check_base(name: str) -> list[str]:
             read_model_json(name, f"{part}/config.json")
             with safe_open(folder / part / file, framework="pt"):
                 pass  # its length must be what its header says
+        if folder.is_dir() and not list(folder.glob("tokenizer/[vt]o*.json")):
+            return [f"{what}/tokenizer holds no vocab.json and no tokenizer.json"]
     except (OSError, SafetensorError, UserError) as error:
         return [f"{what}: {error}"]
-    if folder.is_dir() and not list(folder.glob("tokenizer/[vt]o*.json")):
-        return [f"{what}/tokenizer holds no vocab.json and no tokenizer.json"]
     return []
 
 
@@ -770,10 +765,8 @@ def check_folders(config: Config) -> list[str]:
     return problems + check_writable("output_dir", output_dir)
 
 
-def check_samples(
-    config: Config, samples: Sequence[Sample], index: FileIndex
-) -> tuple[list[Sample], list[str], list[str]]:
-    """Look at the pictures -> (samples with content and size, notes, problems)."""
+def check_samples(config: Config, samples: list[Sample], index: FileIndex) -> Found:
+    """Look at the pictures of samples, and give them content and size."""
     files = sorted({file for sample in samples for file in sample.files})
     problems = index.update(files, look_at_picture)
     readable = {f for f in files if not (problems and index.update([f], look_at_picture))}
@@ -841,10 +834,7 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 
 
 def encode_sample(vae: Any, sample: Sample) -> dict[str, torch.Tensor]:
-    """Return {"latents": (n, 4, h, w)} of n pictures, and of two {"change 0 1": (1, h, w)}.
-
-    change: mean of |after - before| over channels and each latent's pixels, 0 to 1.
-    """
+    """Return {"latents": (n, 4, h, w), "change 0 1": (1, h, w) mean |after - before|, ...}."""
     pixels = [to_pixels(image) for image in load_pictures(sample)]
     tensors = {"latents": torch.cat([encode_sd(vae, x) for x in pixels])}
     factor = pixels[0].shape[-1] // tensors["latents"].shape[-1]  # 8
@@ -874,21 +864,6 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 
 DIFFUSION = "diffusion_pytorch_model.safetensors"
 PARTS = {"unet": DIFFUSION, "vae": DIFFUSION, "text_encoder": "model.safetensors"}
-
-
-class ModelConfig(Section):
-    """The base model, and how it computes."""
-
-    pretrained_model_name_or_path: str
-    """Stable Diffusion 1.x: a folder in diffusers layout, or a Hub id."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the frozen base; LoRA, loss and optimizer are fp32."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice: saves memory, costs about a third more time."""
-    allow_tf32: bool = False
-    """Faster fp32 products on Ampere and newer; they round more."""
-    compile: bool = False
-    """torch.compile the UNet: slower to start, faster steps on a GPU."""
 
 
 def fetch_sd(name: str) -> Path:
@@ -943,27 +918,12 @@ def encode_prompts(
     return found
 
 
-Predict = Callable[[torch.Tensor, int], torch.Tensor]
-"""(latents (B, 4, h, w), timestep) -> noise (B, 4, h, w)"""
-PredictAt = Callable[[torch.Tensor], Predict]
-"""Strengths (B,) -> what predicts the noise of B latents with the adapter at them"""
-
-
-def guided(
-    unet: Any, switch: AdapterSwitch, part: BatchPart, texts: Sequence[torch.Tensor], scale: float
-) -> Predict:
-    """Return the UNet's noise with `part` on, under classifier-free guidance.
-
-    texts: embeddings (B or 1, 77, 768) of the prompts; for a scale above 1 also of what to avoid.
-    """
-
-    def predict(latents: torch.Tensor, t: int) -> torch.Tensor:
-        times = torch.full((len(latents),), int(t), device=latents.device)
-        switch.parts = [part]
-        found = [predict_noise(unet, latents, times, embeds) for embeds in texts]
-        return found[-1] + scale * (found[0] - found[-1]) if scale > 1 else found[0]
-
-    return predict
+Predict = Callable[[torch.Tensor, int], torch.Tensor]  # (latents (B, 4, h, w), timestep) -> noise
+PredictAt = Callable[[torch.Tensor], Predict]  # (strengths (B,) of the adapter) -> Predict
+Levels = list[
+    tuple[int, float, float]
+]  # timestep, alphas_cumprod, that after the step; noisy first
+LatentPath = list[torch.Tensor]  # latents (B, 4, h, w) at every level, then the clean ones
 
 
 @torch.no_grad()
@@ -995,22 +955,14 @@ def draw_sd(
     return torch.stack([drawn[scale] for scale in scales])
 
 
-Levels = list[tuple[int, float, float]]
-"""Noise levels from noisy to clean: (timestep, its alphas_cumprod, that after the step)"""
-LatentPath = list[torch.Tensor]
-"""Latents (B, 4, h, w) of a photo at every noise level, and (not of means) the clean ones"""
-
-
 def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
-    """Return DDIM's noise levels, omitting the noisiest `skip` fraction.
-
-    KEEP alphas_cumprod[0] at the end, not 1: the last step of DDPM needs a variance above 0.
-    """
+    """Return DDIM's noise levels, omitting the noisiest `skip` fraction."""
     import diffusers
 
     scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps[round(skip * steps) :].tolist()
+    # KEEP alphas_cumprod[0] at the end, not 1: the last step of DDPM needs a variance above 0
     alphas = scheduler.alphas_cumprod.double()[[*timesteps, 0]].tolist()
     return list(zip(timesteps, alphas[:-1], alphas[1:], strict=True))
 
@@ -1020,8 +972,8 @@ def step_mean(
 ) -> torch.Tensor:
     """Return the mean of the next latents: sqrt(a') x0 + sqrt(1 - a' - s^2) e.
 
-    x0 = (x - sqrt(1 - a) e) / sqrt(a), s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); a is alpha, a'
-    following. eta 0 is DDIM, also backwards, 1 DDPM (Song et al. 2020, arXiv 2010.02502, eq. 12).
+    x0 = (x - sqrt(1 - a) e) / sqrt(a), s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a'); a: alpha, a':
+    following; eta 0: DDIM, also backwards, 1: DDPM (Song et al. 2020, arXiv 2010.02502, eq. 12).
     """
     clean = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
     variance = eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
@@ -1031,20 +983,16 @@ def step_mean(
 def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> LatentPath:
     """Return the path of a photo (B, 4, h, w) with noise (N, B, 4, h, w) of its own at each level.
 
-    Edit-friendly inversion (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140): independent
-    noises make the steps' residuals large, so they carry the photo's layout through an edit.
+    Edit-friendly (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140): residuals carry the layout.
     """
     pairs = zip(levels, noises, strict=True)
     return [*(math.sqrt(a) * photo + math.sqrt(1 - a) * noise for (_, a, _), noise in pairs), photo]
 
 
 def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> LatentPath:
-    """Return the path of a photo (B, 4, h, w) by DDIM's steps backwards.
-
-    KEEP: the noise is asked for at the timestep that the step leads to (Dhariwal & Nichol 2021).
-    """
+    """Return the path of a photo (B, 4, h, w) by DDIM's steps backwards."""
     path = [photo]
-    for t, alpha, following in reversed(levels):
+    for t, alpha, following in reversed(levels):  # KEEP: t is where the step leads to
         path.insert(0, step_mean(path[0], predict(path[0], t), following, alpha, 0.0))
     return path
 
@@ -1065,7 +1013,6 @@ def follow_path(
 ) -> torch.Tensor:
     """Return edited latents: x' = mean(x) + (path' - mean(path)), from the path's first ones.
 
-    The residuals are s z of the edit-friendly inversion (DDPM path) or the errors of a DDIM path.
     With the predictor of the path the path itself comes out. mask (1, 1, h, w): 0 keeps the path.
     """
     x = path[0]
@@ -1121,13 +1068,10 @@ def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_atomic(path, lambda file: save_file(renamed, file, metadata=metadata))
 
 
-def load_adapter(
-    models: dict[str, Any], switch: AdapterSwitch, name: str, file: Path
-) -> dict[str, Any]:
-    """Give {"unet": ..., "text_encoder": ...} the LoRA of a file as adapter `name`.
+def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file: Path) -> Any:
+    """Give {"unet": ..., "text_encoder": ...} the LoRA of a file; return what it says about itself.
 
-    Takes the names of diffusers (PEFT) and kohya; returns what the file says about itself.
-    Raises UserError where it is damaged or for another model.
+    Takes the names of diffusers (PEFT) and kohya. Raises UserError: damaged, for another model.
     """
     tensors: dict[str, torch.Tensor] = {}
     try:
@@ -1161,6 +1105,12 @@ class ResultsConfig(Section):
 
     output_dir: Path = Path("lora-dreambooth-model")
     """Folder of everything a run leaves (but for the cache)."""
+    cache_dir: Path = Path("cache")
+    """Folder of the latents, named by their content; runs may share it."""
+    logging_steps: int = Field(10, ge=1)
+    """Steps between two log lines; only then the loop waits for the GPU."""
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+    """Trackers beside metrics.jsonl, which is always written."""
     checkpointing_steps: int = Field(500, ge=1)
     """Steps between two checkpoints."""
     checkpoints_total_limit: int | None = Field(None, ge=1)
@@ -1188,13 +1138,20 @@ class ResultsConfig(Section):
 
 
 def predictor(trainer: SDTrainer, prompt: str, guidance: float) -> PredictAt:
-    """Return what predicts the noise of a prompt with the adapter at given strengths."""
+    """Return what predicts the noise of a prompt, under classifier-free guidance if above 1."""
 
     def predict_at(strengths: torch.Tensor) -> Predict:
         part: BatchPart = (Active("change", strengths),) if strengths.any() else ()
         prompts = [prompt, ""] if guidance > 1 else [prompt]
         texts = [trainer.embeds([p] * len(strengths), [part]) for p in prompts]
-        return guided(trainer.models["unet"], trainer.switch, part, texts, guidance)
+
+        def predict(latents: torch.Tensor, t: int) -> torch.Tensor:
+            trainer.switch.parts = [part]
+            times = torch.full((len(latents),), int(t), device=latents.device)
+            found = [predict_noise(trainer.models["unet"], latents, times, x) for x in texts]
+            return found[-1] + guidance * (found[0] - found[-1]) if guidance > 1 else found[0]
+
+        return predict
 
     return predict_at
 
@@ -1224,17 +1181,16 @@ def validate(trainer: SDTrainer) -> None:
 
 @torch.no_grad()
 def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float = 0.2) -> float:
-    """Return the strength at which the befores become the afters: one whole change.
+    """Return the strength at which edits of the first pairs go the whole way to their afters.
 
-    Edits the first pairs as generate.py edits photos (edit-friendly DDPM, no guidance) at several
-    strengths. <edit - before, after - before> / |after - before|^2 says how far each went; where
-    the mean of that is 1 is found between two of them.
+    Edits as generate.py does (edit-friendly DDPM, no guidance) at several strengths; how far is
+    <edit - before, after - before> / |after - before|^2.
     """
     strengths = trainer.config.pair_multiplier * torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
     levels = sd_levels(trainer.scheduler_config, steps, skip)
     predict_at = predictor(trainer, trainer.config.instance_prompt, 1.0)
-    spans = [sample.scales[-1] - sample.scales[0] for sample in trainer.samples]
-    whole = [s for s, span in zip(trainer.samples, spans, strict=True) if span == max(spans)]
+    span = max(sample.scales[-1] - sample.scales[0] for sample in trainer.samples)
+    whole = [s for s in trainer.samples if s.scales[-1] - s.scales[0] == span]
     shares = []
     for sample in whole[:most]:
         latents = trainer.put(trainer.entry(sample)["latents"])
@@ -1260,7 +1216,7 @@ def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float 
 
 def about_run(trainer: SDTrainer, calibration: float = 1.0) -> dict[str, Any]:
     """Return what a LoRA file says about itself."""
-    about = {"script": Path(__file__).name, "objective": trainer.config.objective}
+    about: dict[str, Any] = {"script": Path(__file__).name, "objective": trainer.config.objective}
     about |= {"step": trainer.global_step, "calibration": calibration}
     return trainer.trained_as | about
 
@@ -1284,8 +1240,8 @@ base_model: {pretrained_model_name_or_path}
 library_name: diffusers
 tags: [text-to-image, lora, stable-diffusion, {objective}]
 ---
-Trained with {script} ({objective}) to step {step}; alpha and calibration ({calibration:g}) are
-folded into the weights. Prompt: "{instance_prompt}".
+Trained with {script} ({objective}) to step {step}; calibration {calibration:g} and alpha are folded
+into the weights. Prompt: "{instance_prompt}".
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("{pretrained_model_name_or_path}")
     pipe.load_lora_weights(".", weight_name="{file}", adapter_name="change")
@@ -1296,10 +1252,9 @@ folded into the weights. Prompt: "{instance_prompt}".
 # --- the trainer ----------------------------------------------------------------------------------
 
 MAY_DIFFER = {  # beside ResultsConfig, settings that a run which goes on may change
-    "cache_dir", "before_data_dir", "after_data_dir", "sequence_dirs", "instance_data_dir",
-    "class_data_dir", "on_missing", "sample_batch_size", "gradient_accumulation_steps",
-    "allow_tf32", "gradient_checkpointing", "compile", "logging_steps", "report_to",
-    "max_train_steps", "num_train_epochs",
+    "before_data_dir", "after_data_dir", "sequence_dirs", "instance_data_dir", "class_data_dir",
+    "on_missing", "sample_batch_size", "gradient_accumulation_steps", "allow_tf32", "compile",
+    "gradient_checkpointing", "max_train_steps", "num_train_epochs",
 }  # fmt: skip
 
 
@@ -1352,8 +1307,7 @@ class Draw(NamedTuple):
 class Batches:
     """Which samples each forward pass sees: of one shape, and in the long run all equally often.
 
-    A round has as many batches as there are samples, in a new order each time; a shape has as many
-    of them as samples, and they go through those again and again, each time in another order.
+    A round has as many batches of a shape as samples of it, in a new order each time.
     """
 
     def __init__(self, shapes: Sequence[object], size: int, seed: int) -> None:
@@ -1449,8 +1403,6 @@ class SDTrainer:
         """Return max_train_steps, or what num_train_epochs come to."""
         return self.config.max_train_steps or self.epoch_steps() * self.config.num_train_epochs
 
-    # -- the cache
-
     def key_of(self, sample: Sample) -> str:
         """Return the name of a sample's entry."""
         place = {"content": sample.content, "size": sample.size, "flip": sample.flip}
@@ -1464,10 +1416,7 @@ class SDTrainer:
         return {self.key_of(sample): sample for sample in jobs}
 
     def cache_embeddings(self) -> int:
-        """Encode the pictures that are missing in the cache, a share per process.
-
-        Returns how many entries this process encoded; with nothing to do no model is loaded.
-        """
+        """Encode what is missing in the cache, a share per process; return how much that was."""
         from accelerate.utils import release_memory
 
         self.setup_accelerator()
@@ -1500,8 +1449,6 @@ class SDTrainer:
         except ValueError as error:
             raise UserError(f"{error}. Repair: cache_embeddings.py --verify") from error
 
-    # -- models
-
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor on the device. KEEP pinned: the loop must not wait for the GPU here."""
         if self.device.type == "cuda":
@@ -1524,12 +1471,10 @@ class SDTrainer:
         given = (config.instance_prompt, config.class_prompt, config.validation_prompt, "")
         prompts = [prompt for prompt in given if prompt is not None]
         self.texts = encode_prompts(self.folder, prompts, self.dtype, self.device)
-        parts = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
-        self.models = {
-            part: load_part(self.folder, part, self.dtype, self.device) for part in parts
-        }
+        parts = ["unet"] + ["text_encoder"] * config.train_text_encoder
+        self.models = {x: load_part(self.folder, x, self.dtype, self.device) for x in parts}
         for part, model in self.models.items():
-            ends = TARGETS[config.target_modules] if part == "unet" else TEXT_TARGETS
+            ends = TARGETS[config.target_modules if part == "unet" else part]
             rank, alpha = config.lora_rank, config.lora_alpha or config.lora_rank
             add_adapter(model, self.switch, "change", ends, rank, alpha, config.seed, part)
         unet = self.models["unet"]
@@ -1541,8 +1486,6 @@ class SDTrainer:
         self.optimizer, self.lr_scheduler = make_optimizer(self)
         self.scheduler_config = read_model_json(str(self.folder), "scheduler/scheduler_config.json")
         self.alphas = diffusers.DDPMScheduler.from_config(self.scheduler_config).alphas_cumprod
-
-    # -- the run
 
     def fit(self) -> None:
         """Cache, load, train, calibrate, save."""
@@ -1570,8 +1513,8 @@ class SDTrainer:
                 self.run_log.report()
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
-        word = "stopped" if stopped else "done"
-        log.info("%s at step %d: %s", word, self.global_step, config.output_dir / LORA_FILE)
+        what = "stopped" if stopped else "done"
+        log.info("%s at step %d: %s", what, self.global_step, config.output_dir / LORA_FILE)
 
     @functools.cached_property
     def trained_as(self) -> dict[str, Any]:
@@ -1579,12 +1522,9 @@ class SDTrainer:
         config = self.config
         content = [sample.content for sample in self.samples + self.class_samples]
         base = [self.folder / part for part in ("unet", "text_encoder", "scheduler")]
-        found = {
-            **config.model_dump(mode="json", exclude={*MAY_DIFFER, *ResultsConfig.model_fields}),
-            "pictures (hash)": draw_key(content),
-            "base model (hash)": fingerprint(base),
-            "forward passes per step": self.passes_per_step,
-        }
+        found = config.model_dump(mode="json", exclude={*MAY_DIFFER, *ResultsConfig.model_fields})
+        found["pictures (hash)"], found["base (hash)"] = draw_key(content), fingerprint(base)
+        found["forward passes per step"] = self.passes_per_step
         if not config.lr_scheduler.startswith("constant"):  # the rate hangs on the length
             found["max_train_steps"] = self.total_steps()
         return found
@@ -1594,7 +1534,6 @@ class SDTrainer:
         if not torch.stack([p.isfinite().all() for p in self.trained]).all():
             text = f"the weights of step {self.global_step} are not finite; nothing of it was saved"
             raise UserError(f"{text}. Lower learning_rate")
-        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             training = {
@@ -1626,9 +1565,7 @@ class SDTrainer:
 
 
 # the last class comes first in --help and config.yaml
-class Config(
-    ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, DataConfig, ModelConfig, Section
-):
+class Config(ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, DataConfig, Section):
     """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs."""
 
     newcomer = (
