@@ -77,7 +77,6 @@ from utils import (
 )
 
 # KEEP: diffusers, transformers, accelerate are imported where they are used; mistakes show at once
-
 log = logging.getLogger("train_dreambooth_pairs")
 
 
@@ -209,7 +208,7 @@ def compute_losses(trainer: SDTrainer, draws: Sequence[Draw]) -> dict[str, torch
     """Return the weighted loss of every pass, all of them from one forward."""
     config = trainer.config
     t = torch.tensor([draw_timestep(config, draw.visit) for draw in draws])
-    noised, change = add_noise(trainer, draws, t)
+    noised, change = noised_batch(trainer, draws, t)
     passes = OBJECTIVES[config.objective](noised)
     if config.with_prior_preservation:
         passes.append(class_pass(trainer, draws, t))
@@ -239,7 +238,7 @@ def predict_noise(
     return unet(noisy, t, encoder_hidden_states=embeds, return_dict=False)[0].float()
 
 
-def add_noise(
+def noised_batch(
     trainer: SDTrainer, draws: Sequence[Draw], t: torch.Tensor
 ) -> tuple[Noised, torch.Tensor | None]:
     """Return the noised batch, and (with region_weight) where it changes, (B, 1, h, w)."""
@@ -337,10 +336,9 @@ def train_step(trainer: SDTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Take one optimizer step; return the samples' names and the mean losses, still on the GPU."""
     config, accelerator = trainer.config, trainer.accelerator
     names, found = [], []
+    first = trainer.global_step * trainer.passes_per_step + accelerator.process_index
     for micro in range(config.gradient_accumulation_steps):
-        number = trainer.global_step * config.gradient_accumulation_steps + micro
-        number = number * accelerator.num_processes + accelerator.process_index
-        draws = draw_batch(trainer, number)
+        draws = draw_batch(trainer, first + micro * accelerator.num_processes)
         losses = compute_losses(trainer, draws)
         loss = torch.stack([*losses.values()]).sum()
         accelerator.backward(loss / config.gradient_accumulation_steps)
@@ -392,7 +390,7 @@ def train_loop(trainer: SDTrainer, stop: StopSignal) -> bool:
     return stopped
 
 
-def make_optimizer(trainer: SDTrainer) -> tuple[Any, Any]:
+def make_adam(trainer: SDTrainer) -> tuple[Any, Any]:
     """Return (AdamW, learning rate schedule) of the adapter's parameters."""
     from diffusers.optimization import get_scheduler
 
@@ -539,7 +537,7 @@ def add_adapter(
     model: Any,
     switch: AdapterSwitch,
     name: str,
-    ends: Sequence[str],
+    ends: tuple,
     rank: int,
     alpha: float,
     *seed: object,
@@ -566,7 +564,7 @@ def split_commas(value: Any) -> Any:
 Numbers = Annotated[list[float], BeforeValidator(split_commas)]
 
 
-class DataConfig(Section):
+class PicturesConfig(Section):
     """The base model, and what it is trained on."""
 
     pretrained_model_name_or_path: str
@@ -607,14 +605,14 @@ class DataConfig(Section):
     @property
     def stages(self) -> list[tuple[float, Path]]:
         """(scale, folder) of each time, rising; empty without pairs."""
-        folders = list(self.sequence_dirs)
-        if not folders and self.before_data_dir and self.after_data_dir:
-            folders = [self.before_data_dir, self.after_data_dir]
+        sides = self.before_data_dir, self.after_data_dir
+        folders = self.sequence_dirs or [folder for folder in sides if folder]
         last = max(1, len(folders) - 1)
         scales = self.sequence_scales or [2 * i / last - 1 for i in range(len(folders))]
         return sorted(zip(scales, folders, strict=True))
 
 
+# differs: what SD trains on
 class Sample(NamedTuple):
     """The same scene at two times or more; or one picture of DreamBooth."""
 
@@ -629,13 +627,14 @@ class Sample(NamedTuple):
 Found = tuple[list[Sample], list[str], list[str]]  # samples, notes, problems
 
 
-def find_samples(config: Config) -> Found:
+def match_pictures(config: Config) -> Found:
     """Find what the settings train on."""
     stages = config.stages or [(1.0, config.instance_data_dir or Path())]
     folders = [folder for _, folder in stages]
     kind = "Before/After" if config.use_image_pairs else "Instance"
     if lacking := [folder for folder in folders if not folder.is_dir()]:
-        return [], [], [f"{kind} images root doesn't exist: {folder}" for folder in lacking]
+        names = [f"{d}{nearest(d.name, (x.name for x in d.parent.glob('*')))}" for d in lacking]
+        return [], [], [f"{kind} images root doesn't exist: {name}" for name in names]
     stems = [list_images(folder) for folder in folders]
     if not config.use_image_pairs:
         samples = single_pictures(folders[0])
@@ -673,11 +672,9 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
         return
     import diffusers
 
-    unused: Any = dict.fromkeys(
-        ("feature_extractor", "safety_checker")
-    )  # KEEP: nobody fetched them
-    pipeline_class: Any = diffusers.StableDiffusionPipeline
-    pipeline = pipeline_class.from_pretrained(trainer.folder, dtype=trainer.dtype, **unused)
+    pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(
+        trainer.folder, dtype=trainer.dtype, feature_extractor=None, safety_checker=None
+    )  # KEEP None: only the parts that train are fetched from the Hub
     pipeline.to(trainer.device).set_progress_bar_config(disable=True)
     # KEEP: only names that are free, or a deleted one would be drawn over one that is there
     free = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
@@ -705,17 +702,17 @@ def audit(config: Config) -> list[str]:
     problems += check_packages(*packages, *["bitsandbytes"] * config.use_8bit_adam)
     if os.environ.get("RANK", "0") != "0":  # the first process looks at the pictures
         return problems
-    samples, left_out, wrong = find_samples(config)
+    samples, left_out, wrong = match_pictures(config)
     if config.with_prior_preservation and config.class_data_dir:
         samples += single_pictures(config.class_data_dir)
     index = FileIndex(None if unwritable else config.cache_dir)
     _, notes, bad = check_samples(config, samples, index)
-    report = {"notes": left_out + notes, "problems": problems + wrong + bad}
+    report = {"samples": [x.name for x in samples], "notes": left_out + notes}
+    report["problems"] = problems + wrong + bad
     if report["notes"]:
         log.warning("note\n%s", listed(report["notes"]))
     with contextlib.suppress(OSError):
-        names = {"samples": [sample.name for sample in samples]}
-        save_text(config.output_dir / "audit.json", json.dumps(names | report, indent=2))
+        save_text(config.output_dir / "audit.json", json.dumps(report, indent=2))
     return report["problems"]
 
 
@@ -754,15 +751,14 @@ def check_folders(config: Config) -> list[str]:
     classes = config.class_data_dir if config.with_prior_preservation else None
     read = [folder for folder in (*(f for _, f in config.stages), single, classes) if folder]
     apart = [*itertools.permutations(read, 2), *((output_dir, folder) for folder in read)]
-    text = "pictures there would be read twice, or as training pictures: move one"
-    problems = [
-        f"{inner} is {outer} or lies in it; {text}"
-        for inner, outer in apart
-        if inner.resolve().is_relative_to(outer.resolve())
-    ]
+    problems = check_writable("output_dir", output_dir)
+    for inner, outer in apart:
+        if inner.resolve().is_relative_to(outer.resolve()):
+            text = "and that is read with all below it, as training pictures: move one"
+            problems.append(f"{inner} is {outer} or lies in it, {text}")
     if classes and len(single_pictures(classes)) < config.num_class_images:
         problems += check_writable("class_data_dir", classes)
-    return problems + check_writable("output_dir", output_dir)
+    return problems
 
 
 def check_samples(config: Config, samples: list[Sample], index: FileIndex) -> Found:
@@ -934,24 +930,20 @@ def draw_sd(
     steps: int,
     scales: list[float],
 ) -> torch.Tensor:
-    """Draw by DDIM from `noise` (1, 4, h, w) at every strength -> (scales, 4, h, w).
-
-    Strength 0 goes alone: it is what the base model draws, bit for bit.
-    """
+    """Draw by DDIM at every strength -> (scales, 4, h, w); 0 alone: the base's, bit for bit."""
     import diffusers
 
     # KEEP: latents are no pixels; where a config says nothing, DDIM would clip them
     scheduler = diffusers.DDIMScheduler.from_config(scheduler_config, clip_sample=False)
     scheduler.set_timesteps(steps, device=noise.device)
     drawn: dict[float, torch.Tensor] = {}
-    for group in ({0.0} & set(scales), set(scales) - {0.0}):
-        if group:
-            strengths = sorted(group)
-            predict = predict_at(torch.tensor(strengths, device=noise.device))
-            latents = noise.expand(len(group), -1, -1, -1)
-            for t in scheduler.timesteps:
-                latents = scheduler.step(predict(latents, t), t, latents).prev_sample
-            drawn |= zip(strengths, latents, strict=True)
+    moved = sorted({scale for scale in scales if scale})
+    for strengths in [[0.0]] * (0 in scales) + [moved] * bool(moved):
+        predict = predict_at(torch.tensor(strengths, device=noise.device))
+        latents = noise.expand(len(strengths), -1, -1, -1)
+        for t in scheduler.timesteps:
+            latents = scheduler.step(predict(latents, t), t, latents).prev_sample
+        drawn |= zip(strengths, latents, strict=True)
     return torch.stack([drawn[scale] for scale in scales])
 
 
@@ -981,10 +973,8 @@ def step_mean(
 
 
 def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> LatentPath:
-    """Return the path of a photo (B, 4, h, w) with noise (N, B, 4, h, w) of its own at each level.
-
-    Edit-friendly (Huberman-Spiegelglas et al. 2023, arXiv 2304.06140): residuals carry the layout.
-    """
+    """Return the path of a photo (B, 4, h, w) with its own noise (N, B, 4, h, w) at each level."""
+    # edit-friendly (Huberman-Spiegelglas et al. 2023, 2304.06140): residuals carry the layout
     pairs = zip(levels, noises, strict=True)
     return [*(math.sqrt(a) * photo + math.sqrt(1 - a) * noise for (_, a, _), noise in pairs), photo]
 
@@ -1047,9 +1037,8 @@ def path_in_file(part: str, path: str) -> str:
     return path if part == "unet" else f"text_model.{path.removeprefix('text_model.')}"
 
 
-# differs: no alpha in the file, which every loader takes for alpha = rank
 def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Write a LoRA with the names of diffusers and PEFT; `about` is what it says about itself."""
+    """Write diffusers' (PEFT's) names and `about`; no alpha: every loader takes alpha = rank."""
     metadata = {"format": "pt", "image_edit_lora": json.dumps(about, sort_keys=True)}
     save_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
 
@@ -1069,10 +1058,7 @@ def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file: Path) -> Any:
-    """Give {"unet": ..., "text_encoder": ...} the LoRA of a file; return what it says about itself.
-
-    Takes the names of diffusers (PEFT) and kohya. Raises UserError: damaged, for another model.
-    """
+    """Give {"unet": ..., "text_encoder": ...} a LoRA file; return its `about`. Raises UserError."""
     tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(file, framework="pt") as opened:
@@ -1095,9 +1081,6 @@ def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file:
         names = listed(sorted(tensors), 3)
         raise UserError(f"LoRA {file}: {len(tensors)} tensors are not of this model\n{names}")
     return about
-
-
-# --- validation, calibration, results -------------------------------------------------------------
 
 
 class ResultsConfig(Section):
@@ -1156,7 +1139,6 @@ def predictor(trainer: SDTrainer, prompt: str, guidance: float) -> PredictAt:
     return predict_at
 
 
-# differs: each trainer draws its own sheets
 @torch.no_grad()
 def validate(trainer: SDTrainer) -> None:
     """Write samples/step-<n>.png: validation_prompt at every strength, a row per seed."""
@@ -1165,27 +1147,22 @@ def validate(trainer: SDTrainer) -> None:
         predict_at = predictor(trainer, prompt, config.validation_guidance_scale)
         vae = load_part(trainer.folder, "vae", trainer.dtype, trainer.device)
         side = config.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-        scales = config.validation_scales
+        steps, scales = config.validation_inference_steps, config.validation_scales
         rows, captions = [], []
         for seed in range(config.num_validation_images):
             draw = torch.Generator().manual_seed(seed)
             noise = torch.randn((1, 4, side, side), generator=draw, dtype=trainer.dtype)
-            noise, steps = trainer.put(noise).float(), config.validation_inference_steps
+            noise = trainer.put(noise).float()
             latents = draw_sd(predict_at, noise, trainer.scheduler_config, steps, scales)
             rows.append([to_image(decode_sd(vae, x[None])[0]) for x in latents])
             captions.append(f"step {step}, seed {seed}: {prompt}")
         sheet = contact_sheet(rows, [f"strength {scale:g}" for scale in scales], captions)
         trainer.run_log.picture(f"step-{step:06d}", sheet, step)
-    trainer.accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
 def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float = 0.2) -> float:
-    """Return the strength at which edits of the first pairs go the whole way to their afters.
-
-    Edits as generate.py does (edit-friendly DDPM, no guidance) at several strengths; how far is
-    <edit - before, after - before> / |after - before|^2.
-    """
+    """Return the strength at which edits (edit-friendly DDPM) go the whole way to the afters."""
     strengths = trainer.config.pair_multiplier * torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
     levels = sd_levels(trainer.scheduler_config, steps, skip)
     predict_at = predictor(trainer, trainer.config.instance_prompt, 1.0)
@@ -1194,13 +1171,12 @@ def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float 
     shares = []
     for sample in whole[:most]:
         latents = trainer.put(trainer.entry(sample)["latents"])
-        first, last = latents[:1], latents[-1:]
+        first, change = latents[:1], latents[-1:] - latents[:1]
         noises = [normal(first.shape, "calibrate", k) for k in range(len(levels))]
         path = ddpm_path(first, levels, trainer.put(torch.stack(noises)))
         means = path_means(path, levels, predict_at(torch.zeros(1)), 1.0)
         path = [x.expand(len(strengths), -1, -1, -1) for x in path]
         edited = follow_path(path, means, levels, predict_at(trainer.put(strengths)), 1.0)
-        change = last - first
         share = ((edited - first) * change).sum((1, 2, 3)) / change.square().sum()
         shares.append(share.cpu())
     went = torch.stack(shares).mean(0)
@@ -1240,8 +1216,8 @@ base_model: {pretrained_model_name_or_path}
 library_name: diffusers
 tags: [text-to-image, lora, stable-diffusion, {objective}]
 ---
-Trained with {script} ({objective}) to step {step}; calibration {calibration:g} and alpha are folded
-into the weights. Prompt: "{instance_prompt}".
+Trained with {script} ({objective}) to step {step}; calibration {calibration:g} is folded in.
+Prompt: "{instance_prompt}".
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("{pretrained_model_name_or_path}")
     pipe.load_lora_weights(".", weight_name="{file}", adapter_name="change")
@@ -1340,28 +1316,23 @@ def draw_batch(trainer: SDTrainer, batch: int) -> list[Draw]:
 
 
 class SDTrainer:
-    """Hold the state of a run. fit() does it all; every method can be called alone."""
+    """Hold the state of a run. fit() does it all, method by method."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.cache_dir = config, config.cache_dir
         self.checkpoints = Checkpoints(config.output_dir, config.checkpoints_total_limit)
         dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         self.dtype = dtypes[config.mixed_precision]
-        self.accelerator: Any = None
-        self.samples: list[Sample] = []
-        self.class_samples: list[Sample] = []
         self.switch = AdapterSwitch()
         self.global_step = 0
 
     def setup_accelerator(self) -> None:
         """Set up processes, devices, trackers."""
-        if self.accelerator:
-            return
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
         config = self.config
-        self.accelerator = Accelerator(
+        self.accelerator: Any = Accelerator(
             # bf16: layers cast by themselves, as in inference; fp16 needs the scaler
             mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
             cpu=not torch.accelerator.is_available(),
@@ -1377,12 +1348,11 @@ class SDTrainer:
 
     def find_data(self) -> None:
         """Pair and hash the pictures, draw missing ones of the class. Raises UserError."""
-        if self.samples:
-            return
         config = self.config
+        self.class_samples: list[Sample] = []
         with self.accelerator.main_process_first():
             index = FileIndex(self.cache_dir)  # KEEP: inside, to see what process 0 recorded
-            samples, _, problems = find_samples(config)
+            samples, _, problems = match_pictures(config)
             self.samples, _, bad = check_samples(config, samples, index)
             if problems := problems + bad:
                 raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
@@ -1419,8 +1389,6 @@ class SDTrainer:
         """Encode what is missing in the cache, a share per process; return how much that was."""
         from accelerate.utils import release_memory
 
-        self.setup_accelerator()
-        self.find_data()
         jobs = self.cache_jobs()
         # KEEP: shares of ALL entries; what is missing changes while other processes write
         share = sorted(jobs)[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -1477,13 +1445,12 @@ class SDTrainer:
             ends = TARGETS[config.target_modules if part == "unet" else part]
             rank, alpha = config.lora_rank, config.lora_alpha or config.lora_rank
             add_adapter(model, self.switch, "change", ends, rank, alpha, config.seed, part)
-        unet = self.models["unet"]
         if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            self.models["unet"].enable_gradient_checkpointing()
         if config.compile:
-            unet.compile()
+            self.models["unet"].compile()
         self.trained = [p for m in self.models.values() for p in m.parameters() if p.requires_grad]
-        self.optimizer, self.lr_scheduler = make_optimizer(self)
+        self.optimizer, self.lr_scheduler = make_adam(self)
         self.scheduler_config = read_model_json(str(self.folder), "scheduler/scheduler_config.json")
         self.alphas = diffusers.DDPMScheduler.from_config(self.scheduler_config).alphas_cumprod
 
@@ -1513,8 +1480,12 @@ class SDTrainer:
                 self.run_log.report()
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
-        what = "stopped" if stopped else "done"
-        log.info("%s at step %d: %s", what, self.global_step, config.output_dir / LORA_FILE)
+        what, file = "stopped" if stopped else "done", config.output_dir / LORA_FILE
+        base = config.pretrained_model_name_or_path
+        show = (
+            f"python generate.py --pretrained_model_name_or_path {base} --lora {file} --prompt ..."
+        )
+        log.info("%s at step %d: %s; look at it: %s", what, self.global_step, file, show)
 
     @functools.cached_property
     def trained_as(self) -> dict[str, Any]:
@@ -1532,15 +1503,14 @@ class SDTrainer:
     def save_checkpoint(self) -> None:
         """Write checkpoint-<step>/: LoRA file, raw adapters, optimizer, schedule."""
         if not torch.stack([p.isfinite().all() for p in self.trained]).all():
-            text = f"the weights of step {self.global_step} are not finite; nothing of it was saved"
-            raise UserError(f"{text}. Lower learning_rate")
+            text = "weights are not finite, nothing of it was saved; lower learning_rate"
+            raise UserError(f"step {self.global_step}: {text}")
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
             training = {
                 "adapters": [p.detach().cpu() for p in self.trained],
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.lr_scheduler.state_dict(),
-                "scaler": scaler.state_dict() if scaler else None,
+                "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
             }
 
             def write(folder: Path) -> None:
@@ -1548,7 +1518,6 @@ class SDTrainer:
                 save_lora(folder / LORA_FILE, tensors, about_run(self))
 
             self.checkpoints.save(self.global_step, self.trained_as, training, write)
-        self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def restore(self, folder: Path, step: int) -> None:
@@ -1565,7 +1534,9 @@ class SDTrainer:
 
 
 # the last class comes first in --help and config.yaml
-class Config(ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, DataConfig, Section):
+class Config(
+    ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, PicturesConfig, Section
+):
     """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs."""
 
     newcomer = (
@@ -1577,7 +1548,6 @@ class Config(ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, Data
         "enable_xformers_memory_efficient_attention": "torch's own fused attention is used",
         "dataloader_num_workers": "latents are cached; nothing is decoded during training",
         "push_to_hub": "upload it afterwards: hf upload NAME output_dir",
-        "revision": "download it (hf download NAME --revision R) and give the folder",
         "video": "python tools/video_pairs.py VIDEO writes before/ and after/ folders",
         "frame_gap": "python tools/video_pairs.py VIDEO --frame_gap N",
     }
@@ -1611,8 +1581,6 @@ class Config(ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, Data
             "with_prior_preservation needs class_data_dir and class_prompt": prior and no_class,
             "region_weight: only pairs have a region of change": self.region_weight and not pairs,
             f"calibrate: {self.objective} learns no change": self.calibrate and not learns_change,
-            "validation_epochs: not beside validation_steps": self.validation_epochs
-            and self.validation_steps,
             f"lr_warmup_steps: {self.lr_scheduler} needs some steps after them": falls
             and self.lr_warmup_steps >= (self.max_train_steps or math.inf),
             "timestep_min is above timestep_max": self.timestep_min > self.timestep_max,
