@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -1539,12 +1539,12 @@ class Config(
 ):
     """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs."""
 
-    newcomer = (
+    newcomer: ClassVar = (
         "pretrained_model_name_or_path", "use_image_pairs", "before_data_dir", "after_data_dir",
         "instance_data_dir", "instance_prompt", "output_dir", "pair_objective", "lora_rank",
         "max_train_steps",
     )  # fmt: skip
-    not_here = {  # flags of diffusers' script that are often pasted, and what is gone
+    not_here: ClassVar = {  # flags of diffusers' script that are often pasted, and what is gone
         "enable_xformers_memory_efficient_attention": "torch's own fused attention is used",
         "dataloader_num_workers": "latents are cached; nothing is decoded during training",
         "push_to_hub": "upload it afterwards: hf upload NAME output_dir",
