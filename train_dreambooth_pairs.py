@@ -734,12 +734,13 @@ def check_base(name: str) -> list[str]:
         channels = read_model_json(name, "unet/config.json").get("in_channels")
         if (target, channels) != ("epsilon", 4):
             return [f"{what} predicts {target} from {channels} channels; wanted epsilon from 4"]
+        if folder.is_dir() and not list(folder.glob("tokenizer/[vt]o*.json")):
+            return [f"{what}/tokenizer holds no vocab.json and no tokenizer.json"]
         for part, file in PARTS.items() if folder.is_dir() else ():
+            what = f"pretrained_model_name_or_path: {folder / part / file}"
             read_model_json(name, f"{part}/config.json")
             with safe_open(folder / part / file, framework="pt"):
                 pass  # its length must be what its header says
-        if folder.is_dir() and not list(folder.glob("tokenizer/[vt]o*.json")):
-            return [f"{what}/tokenizer holds no vocab.json and no tokenizer.json"]
     except (OSError, SafetensorError, UserError) as error:
         return [f"{what}: {error}"]
     return []
