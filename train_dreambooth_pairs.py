@@ -10,8 +10,8 @@ Page: docs/train_dreambooth_pairs.md
     ... --instance_data_dir data/dog --instance_prompt "a photo of sks dog"    # DreamBooth
     ... --config configs/x.yaml | --plan | --print_config | --help
 
-The flags are those of diffusers' script. Copy the file, change it, run it; only utils.py must lie
-beside it. `# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
+The flags are those of diffusers' DreamBooth LoRA script. Copy the file, change it, run it: it needs
+only utils.py. `# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
 
 Shapes: B samples, H W pixels in [-1, 1], latents z (B, 4, h, w) = posterior mode * 0.18215, h w =
 H/8 W/8, text (B, 77, 768). Noised: z_t = a z + s e with a^2 = alphas_cumprod[t], s^2 = 1 - a^2.
@@ -225,7 +225,8 @@ def compute_losses(trainer: SDTrainer, draws: Sequence[Draw]) -> dict[str, torch
         error = ERRORS[config.loss_type](noise - each.target, config.huber_c)
         if change is not None and each.prompt == "instance":
             error = error * region_weights(change, config.region_weight)
-        losses[each.name] = each.weight * (weights * error.mean(dim=(1, 2, 3))).mean()
+        loss = each.weight * (weights * error.mean(dim=(1, 2, 3))).mean()
+        losses[each.name] = losses.get(each.name, 0) + loss
     return losses
 
 
@@ -238,9 +239,7 @@ def predict_noise(
     return unet(noisy, t, encoder_hidden_states=embeds, return_dict=False)[0].float()
 
 
-def noised_batch(
-    trainer: SDTrainer, draws: Sequence[Draw], t: torch.Tensor
-) -> tuple[Noised, torch.Tensor | None]:
+def noised_batch(trainer: SDTrainer, draws: Sequence[Draw], t: torch.Tensor) -> tuple[Noised, Any]:
     """Return the noised batch, and (with region_weight) where it changes, (B, 1, h, w)."""
     config, rows, scales, changes = trainer.config, [], [], []
     for draw in draws:
@@ -261,8 +260,8 @@ def noised_batch(
     def base(noisy: torch.Tensor) -> torch.Tensor:
         trainer.switch.parts = [()]
         times = trainer.put(t).repeat(len(noisy) // len(t))
-        embed = trainer.texts[config.instance_prompt][1]
-        return predict_noise(trainer.models["unet"], noisy, times, embed)
+        texts = trainer.texts[config.instance_prompt][1]
+        return predict_noise(trainer.models["unet"], noisy, times, texts)
 
     low_scale, high_scale = (config.pair_multiplier * trainer.put(torch.tensor(scales))).T
     low, high = mix_noise(low, noise, alphas), mix_noise(high, noise, alphas)
@@ -524,10 +523,10 @@ def adaptable(model: Any, switch: AdapterSwitch, path: str) -> SliderLinear:
 
 
 def set_adapter(layer: SliderLinear, name: str, down: Any, up: Any, strength: float) -> None:
-    """Give a layer an adapter of two factors; strength is alpha / rank. Raises UserError."""
+    """Give a layer an adapter of two factors; strength is alpha / rank. Raises ValueError."""
     weight = layer.base.weight
     if (len(up), down.shape[1]) != weight.shape[:2]:
-        raise UserError(f"factors {[*down.shape]}, {[*up.shape]} do not fit {[*weight.shape]}")
+        raise ValueError(f"factors {[*down.shape]}, {[*up.shape]} do not fit {[*weight.shape]}")
     layer.down[name] = torch.nn.Parameter(down.to(weight.device))
     layer.up[name] = torch.nn.Parameter(up.to(weight.device))
     layer.strength[name] = strength
@@ -604,7 +603,7 @@ class PicturesConfig(Section):
 
     @property
     def stages(self) -> list[tuple[float, Path]]:
-        """(scale, folder) of each time, rising; empty without pairs."""
+        """Return (scale, folder) of each time, rising; empty without pairs."""
         sides = self.before_data_dir, self.after_data_dir
         folders = self.sequence_dirs or [folder for folder in sides if folder]
         last = max(1, len(folders) - 1)
@@ -876,8 +875,7 @@ def load_part(folder: Path, part: str, dtype: torch.dtype, device: torch.device)
 
     classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
     model_class: Any = classes.get(part, transformers.CLIPTextModel)
-    if part == "vae":
-        dtype = torch.float32  # in fp16 that of SD 1.5 overflows
+    dtype = torch.float32 if part == "vae" else dtype  # in fp16 that of SD 1.5 overflows
     model = model_class.from_pretrained(folder, subfolder=part, dtype=dtype)
     layout = torch.channels_last if part == "unet" else torch.preserve_format
     return model.eval().requires_grad_(False).to(device, memory_format=layout)
@@ -1069,18 +1067,17 @@ def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file:
                 for theirs, ours in LORA_NAMES.items():
                     known = known.replace(theirs, ours)
                 tensors[known] = opened.get_tensor(key).float()
+        for part, model in models.items():
+            for path, _ in list(model.named_modules()):
+                known = f"{part}.{path_in_file(part, path)}".replace(".", "_")
+                down, up = (tensors.pop(f"{known}_lora_{side}_weight", None) for side in "AB")
+                if down is not None and up is not None:
+                    strength = float(tensors.pop(f"{known}_alpha", len(down))) / len(down)
+                    set_adapter(adaptable(model, switch, path), name, down, up, strength)
+        if tensors:
+            raise ValueError(f"no such layers\n{listed(sorted(tensors), 3)}")
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"LoRA {file} cannot be read: {error}") from error
-    for part, model in models.items():
-        for path, _ in list(model.named_modules()):
-            known = f"{part}.{path_in_file(part, path)}".replace(".", "_")
-            down, up = (tensors.pop(f"{known}_lora_{side}_weight", None) for side in "AB")
-            if down is not None and up is not None:
-                strength = float(tensors.pop(f"{known}_alpha", len(down))) / len(down)
-                set_adapter(adaptable(model, switch, path), name, down, up, strength)
-    if tensors:
-        names = listed(sorted(tensors), 3)
-        raise UserError(f"LoRA {file}: {len(tensors)} tensors are not of this model\n{names}")
+        raise UserError(f"LoRA {file} is damaged or of another model: {error}") from error
     return about
 
 
@@ -1184,8 +1181,8 @@ def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float 
     log.info("strength %s goes %s of the way", strengths.tolist(), went.tolist())
     if (went < 1).all():
         log.warning("%.2f of a whole change is the most; train longer", went.max())
-        learnt = went.max() > 0.25  # else the strengths tell nothing
-        return strengths[went.argmax()].item() if learnt else 1.0
+        # near 0 the strengths tell nothing
+        return strengths[went.argmax()].item() if went.max() > 0.25 else 1.0
     high = int((went >= 1).nonzero()[0])
     share = (1 - went[high - 1]) / (went[high] - went[high - 1])
     return torch.lerp(strengths[high - 1], strengths[high], share).item()
@@ -1282,10 +1279,7 @@ class Draw(NamedTuple):
 
 
 class Batches:
-    """Which samples each forward pass sees: of one shape, and in the long run all equally often.
-
-    A round has as many batches of a shape as samples of it, in a new order each time.
-    """
+    """Which samples each forward pass sees: of one shape, and in the long run all equally often."""
 
     def __init__(self, shapes: Sequence[object], size: int, seed: int) -> None:
         self.shapes, self.size = shapes, size
@@ -1295,6 +1289,7 @@ class Batches:
 
     def __getitem__(self, batch: int) -> list[int]:
         """Return the samples of forward pass number `batch` of the whole run."""
+        # a round has as many batches of a shape as there are samples of it
         number, place = divmod(batch, len(self.shapes))
         order = self.order(len(self.shapes), "round", number)
         shape = self.shapes[order[place]]
@@ -1410,7 +1405,7 @@ class SDTrainer:
         self.accelerator.wait_for_everyone()
         return len(todo)
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 (as long as the trainer)
+    @functools.lru_cache(maxsize=2048)  # noqa: B019 (as long as the trainer)
     def entry(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Return the tensors of a sample's entry, on the CPU."""
         try:
@@ -1490,7 +1485,7 @@ class SDTrainer:
 
     @functools.cached_property
     def trained_as(self) -> dict[str, Any]:
-        """All that decides what a run learns; a run that goes on must share it."""
+        """Return all that decides what a run learns; a run that goes on must share it."""
         config = self.config
         content = [sample.content for sample in self.samples + self.class_samples]
         base = [self.folder / part for part in ("unet", "text_encoder", "scheduler")]
@@ -1555,7 +1550,7 @@ class Config(
 
     @property
     def objective(self) -> str:
-        """A name of OBJECTIVES."""
+        """Return a name of OBJECTIVES."""
         return self.pair_objective if self.use_image_pairs else "instance"
 
     def rules(self) -> dict[str, Any]:
