@@ -448,17 +448,18 @@ def test_what_the_objectives_learn_where_the_answer_is_known():
 
 
 def test_an_ablation_is_one_function(make, monkeypatch):
-    """Named in OBJECTIVES, it trains."""
+    """The example of the page, named in OBJECTIVES."""
 
-    def mine(n):
-        return [script.Pass("after", n.high, n.noise, on(2.0), weight=0.5)]
+    def keeps_before(n):
+        keep = script.Pass("keep", n.low, n.base(n.low), on(), weight=0.5)
+        return [*script.difference(n), keep]
 
-    monkeypatch.setitem(script.OBJECTIVES, "mine", mine)
-    trainer = make(pair_objective="mine", max_train_steps=1)
+    monkeypatch.setitem(script.OBJECTIVES, "keeps_before", keeps_before)
+    trainer = make(pair_objective="keeps_before", max_train_steps=1)
     trainer.fit()
     assert any(t.abs().max() > 0 for t in trainer.trained)
     lines = (trainer.config.output_dir / "metrics.jsonl").read_text().splitlines()
-    assert {"step", "loss", "after", "lr"} <= json.loads(lines[-1]).keys()
+    assert {"loss", "forward", "backward", "keep", "lr"} <= json.loads(lines[-1]).keys()
 
 
 def test_resume_is_bit_exact_for_a_plain_run(straight, make, tmp_path):
