@@ -858,6 +858,9 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 
 # --- sampling: the interface of generate.py, which loads this file --------------------------------
 
+# unet = load_part(fetch_sd(name), "unet", dtype, device); switch = AdapterSwitch()
+# load_adapter({"unet": unet}, switch, "change", file); switch.parts = [(Active("change", 0.5),)]
+# predict_noise(unet, latents, t, embeds) is then half of the change; schedule: the scheduler's JSON
 DIFFUSION = "diffusion_pytorch_model.safetensors"
 PARTS = {"unet": DIFFUSION, "vae": DIFFUSION, "text_encoder": "model.safetensors"}
 
@@ -915,25 +918,19 @@ def encode_prompts(
 
 Predict = Callable[[torch.Tensor, int], torch.Tensor]  # (latents (B, 4, h, w), timestep) -> noise
 PredictAt = Callable[[torch.Tensor], Predict]  # (strengths (B,) of the adapter) -> Predict
-Levels = list[
-    tuple[int, float, float]
-]  # timestep, alphas_cumprod, that after the step; noisy first
+Levels = list[tuple[int, float, float]]  # timestep, alphas_cumprod, that after the step; N
 LatentPath = list[torch.Tensor]  # latents (B, 4, h, w) at every level, then the clean ones
 
 
 @torch.no_grad()
 def draw_sd(
-    predict_at: PredictAt,
-    noise: torch.Tensor,
-    scheduler_config: Any,
-    steps: int,
-    scales: list[float],
+    predict_at: PredictAt, noise: torch.Tensor, schedule: Any, steps: int, scales: list[float]
 ) -> torch.Tensor:
     """Draw by DDIM at every strength -> (scales, 4, h, w); 0 alone: the base's, bit for bit."""
     import diffusers
 
     # KEEP: latents are no pixels; where a config says nothing, DDIM would clip them
-    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config, clip_sample=False)
+    scheduler = diffusers.DDIMScheduler.from_config(schedule, clip_sample=False)
     scheduler.set_timesteps(steps, device=noise.device)
     drawn: dict[float, torch.Tensor] = {}
     moved = sorted({scale for scale in scales if scale})
@@ -946,11 +943,11 @@ def draw_sd(
     return torch.stack([drawn[scale] for scale in scales])
 
 
-def sd_levels(scheduler_config: Any, steps: int, skip: float = 0.0) -> Levels:
-    """Return DDIM's noise levels, omitting the noisiest `skip` fraction."""
+def sd_levels(schedule: Any, steps: int, skip: float = 0.0) -> Levels:
+    """Return DDIM's noise levels, noisy first, omitting the noisiest `skip` fraction."""
     import diffusers
 
-    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+    scheduler = diffusers.DDIMScheduler.from_config(schedule)
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps[round(skip * steps) :].tolist()
     # KEEP alphas_cumprod[0] at the end, not 1: the last step of DDPM needs a variance above 0
@@ -993,12 +990,7 @@ def path_means(path: LatentPath, levels: Levels, predict: Predict, eta: float) -
 
 
 def follow_path(
-    path: LatentPath,
-    means: LatentPath,
-    levels: Levels,
-    predict: Predict,
-    eta: float,
-    mask: Any = 1.0,
+    path: LatentPath, means: LatentPath, levels: Levels, predict: Predict, eta: float, mask: Any = 1
 ) -> torch.Tensor:
     """Return edited latents: x' = mean(x) + (path' - mean(path)), from the path's first ones.
 
@@ -1061,7 +1053,9 @@ def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file:
     tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("image_edit_lora", "{}"))
+            metadata = opened.metadata() or {}
+            about = json.loads(metadata.get("image_edit_lora", "{}"))
+            peft = json.loads(metadata.get("lora_adapter_metadata", "{}"))  # of other programs
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 known = key.replace(".", "_")
                 for theirs, ours in LORA_NAMES.items():
@@ -1072,7 +1066,8 @@ def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file:
                 known = f"{part}.{path_in_file(part, path)}".replace(".", "_")
                 down, up = (tensors.pop(f"{known}_lora_{side}_weight", None) for side in "AB")
                 if down is not None and up is not None:
-                    strength = float(tensors.pop(f"{known}_alpha", len(down))) / len(down)
+                    usual = peft.get(f"{part}.lora_alpha", len(down))
+                    strength = float(tensors.pop(f"{known}_alpha", usual)) / len(down)
                     set_adapter(adaptable(model, switch, path), name, down, up, strength)
         if tensors:
             raise ValueError(f"no such layers\n{listed(sorted(tensors), 3)}")

@@ -795,6 +795,19 @@ def test_a_lora_of_another_model_is_named(make, checkpoints, tmp_path):
         script.load_adapter({"unet": unet}, script.AdapterSwitch(), "x", tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("alpha", ["in the metadata of PEFT", "as a tensor of kohya", "not at all"])
+def test_the_strength_of_a_lora_of_another_program_is_kept(alpha, tmp_path):
+    tensors = {f"unet.a.b.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8})}
+    if "kohya" in alpha:
+        tensors = {f"lora_unet_a_b.lora_{way}.weight": torch.ones(4, 4) for way in ("up", "down")}
+        tensors["lora_unet_a_b.alpha"] = torch.tensor(8.0)
+    save_file(tensors, tmp_path / "x.safetensors", metadata if "PEFT" in alpha else None)
+    model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"b": torch.nn.Linear(4, 4)})})
+    script.load_adapter({"unet": model}, script.AdapterSwitch(), "x", tmp_path / "x.safetensors")
+    assert model["a"]["b"].strength["x"] == (1 if alpha == "not at all" else 2)
+
+
 @pytest.mark.parametrize("multiplier", [1.0, 0.25])
 def test_calibration_finds_the_strength_of_one_full_change(multiplier, make, monkeypatch):
     """A base that knows N(0, 1), and an adapter that moves it by the change at strength 1.7.
