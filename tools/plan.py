@@ -1,7 +1,7 @@
 """What a run would be: data, tokens, memory, disk and time. Loads no model, downloads none.
 
     python train_qwen_edit.py --config configs/x.yaml --plan      # the same for the other trainers
-    python tools/plan.py --script my_fork.py --config my.yaml     # a fork of one
+    python tools/plan.py my_fork.py --config my.yaml              # any of them, or a fork
 
 Every figure is computed from shapes and settings; peaks are estimates.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, load_config, load_script, read_model_json, run_script
+from utils import FileIndex, load_config, load_script, read_model_json, run_script
 
 TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}  # 16 bit, dense, as published
 CONTEXT_GB = 1.0  # what CUDA and its libraries keep for themselves
@@ -28,11 +28,9 @@ BITS = {"int8": 8.01, "fp8": 8.01, "int4": 4.25, "int2": 2.25, "nf4": 4.5}  # of
 
 def plan(script: Any, config: Any) -> str:
     """Return the plan of a run of a training script (its module) with this config."""
-    if hasattr(script, "QwenImageEditTrainer"):
-        return plan_qwen(script, config)
-    return (
-        plan_flux(script, config) if hasattr(script, "PairEditTrainer") else plan_sd(script, config)
-    )
+    families = {"QwenImageEditTrainer": plan_qwen, "PairEditTrainer": plan_flux}
+    found = [make for name, make in families.items() if hasattr(script, name)]
+    return (found or [plan_sd])[0](script, config)
 
 
 def time_lines(tflop: float, steps: int, share: float) -> list[str]:
@@ -294,3 +292,200 @@ def plan_qwen(script: Any, config: Any) -> str:
         ways[words] = qwen_peak_gb(script, other, plain, trained, most)
         loads = outlook.loads
     return "\n".join([*lines, *fit_lines(peak, ways)])
+
+
+# --- FLUX.1, PairEdit -----------------------------------------------------------------------------
+
+FLUX_ENCODERS_GB = 9.8  # T5-XXL and CLIP-L of FLUX.1-dev in bf16
+
+
+def planned_flux(script: Any, config: Any) -> Any:
+    """Return the transformer without weights; the published one needs no network."""
+    name = config.pretrained_model_name_or_path
+    if name == script.PUBLISHED_MODEL and not Path(name).is_dir():
+        return script.empty_flux(script.PUBLISHED_TRANSFORMER)
+    return script.empty_flux(read_model_json(name, "transformer/config.json"))
+
+
+def token_area_px(config: Any) -> int:
+    """Pixels behind one token: 2 x 2 latents of the VAE's 8 x 8."""
+    name, levels = config.pretrained_model_name_or_path, 4
+    if Path(name).is_dir():
+        levels = len(read_model_json(name, "vae/config.json")["block_out_channels"])
+    return (2 * 2 ** (levels - 1)) ** 2
+
+
+def flux_forward_tflop(transformer: Any, tokens: int) -> float:
+    """Of one sample: 2 per weight and token, and attention's 4 n^2 width per block.
+
+    A token passes half of a double block's weights (the other half is for text, or for pictures);
+    modulation runs once per sample and is left out.
+    """
+
+    def weights(blocks: Any) -> float:
+        layers = (m for name, m in blocks.named_modules() if "norm" not in name)
+        return sum(m.weight.numel() for m in layers if isinstance(m, torch.nn.Linear))
+
+    double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
+    linear = 2 * tokens * (weights(double) / 2 + weights(single))
+    attention = 4 * tokens**2 * transformer.inner_dim * (len(double) + len(single))
+    return (linear + attention) / 1e12
+
+
+def passes_of(script: Any, objective: str) -> int:
+    """Return how many slices the fused batch of an objective has for each sample."""
+    x = torch.ones(1, 2, 4)
+    batch = script.PairBatch(x, x, x, torch.ones(1, 1, 1), 1.0, 1.0, (x, x, x))
+    return len(script.LOSSES[objective](batch))
+
+
+def adapter_numbers(script: Any, config: Any, transformer: Any) -> int:
+    """Return the numbers in one adapter."""
+    layers = script.target_layers(transformer, config.train_method).values()
+    return sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def flux_memory(script: Any, config: Any, transformer: Any, tokens: int) -> dict[str, float]:
+    """Estimated GB of a training step, by what it is for; tokens: of a sample, text included.
+
+    A block keeps about 34 numbers per token and channel for the backward pass; with gradient
+    checkpointing only its input, and one block at a time the rest.
+    """
+    rows = config.batch_size * passes_of(script, config.python_name)
+    size = 4 if config.mixed_precision == "no" else 2
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    kept = (blocks + 34) if config.gradient_checkpointing else 34 * blocks
+    adapters = adapter_numbers(script, config, transformer)
+    adapters *= len(script.adapters_of(config.python_name))
+    fine = script.MODULATION
+    return {
+        "weights": weights_gb(transformer, config.base_model_precision, size, fine),
+        "adapters": adapters * 16 / 1e9,  # fp32: weight, gradient, two moments
+        "activations": rows * tokens * transformer.inner_dim * kept * size / 1e9,
+    }
+
+
+def plan_flux(script: Any, config: Any) -> str:
+    """Return the plan of train_pairedit.py, or of a fork of it."""
+    transformer, runs = planned_flux(script, config), script.all_runs(config)
+    index, sizes = FileIndex(config.cache_dir), Counter[tuple[int, int]]()
+    for dataset in config.datasets:
+        sizes.update(sample.size for sample in script.find_pairs(config, dataset, index)[0])
+    tokens = max(w * h for w, h in sizes) // token_area_px(config) + config.max_sequence_length
+    rows = config.batch_size * passes_of(script, config.python_name)
+    forward = rows * flux_forward_tflop(transformer, tokens)
+    tflop = forward * (3 if config.gradient_checkpointing else 2)
+    if config.python_name == "slider_text":  # the way to its noise level, and three teachers
+        tflop += forward * ((config.start_step + config.end_step) / 2 + 3)
+    steps, names = config.train_iteration, script.adapters_of(config.python_name)
+    numbers = adapter_numbers(script, config, transformer)
+    layers = len(script.target_layers(transformer, config.train_method))
+    lora_gb, saves = numbers * len(names) / 1e9, math.ceil(steps / config.save_per_steps)
+    files = 4 * lora_gb * (2 if config.save_original_format else 1) * saves * len(runs)
+    parts = flux_memory(script, config, transformer, tokens)
+    said = ", ".join(f"{name} {gb:.1f}" for name, gb in parts.items())
+    peak, ways = sum(parts.values()), {}
+    choices: list[tuple[str, Any]] = [("gradient_checkpointing", True)]
+    choices += [("base_model_precision", kind) for kind in ("int8-quanto", "nf4-bnb")]
+    for name, value in choices:
+        other = config.model_copy(update={name: value})
+        words = f"{name}: {str(value).lower()}"
+        ways[words] = sum(flux_memory(script, other, transformer, tokens).values())
+    lines = [
+        f"Runs         {len(runs)} of {steps} steps ({config.python_name})",
+        *(f"  {script.run_folder(config, run)}" for run in runs[:5]),
+        *([f"  ... and {len(runs) - 5} more"] if len(runs) > 5 else []),
+        f"Pictures     {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
+        f"Tokens       {tokens}, {config.max_sequence_length} of them text; {rows} rows a step",
+        f"Transformer  {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} billion "
+        f"parameters ({config.base_model_precision}); {' and '.join(names)} adapter on "
+        f"{layers} layers, {numbers / 1e6:.1f} million each",
+        f"Disk         {files:.2f} GB of LoRA files, {12 * lora_gb:.2f} GB a checkpoint",
+        f"Compute      {tflop:.1f} TFLOP a step",
+        *time_lines(tflop, steps * len(runs), 0.5),
+        f"Memory       about {peak:.1f} GB while training ({said}); before that the VAE,",
+        f"             then the text encoders ({FLUX_ENCODERS_GB} GB), alone",
+    ]
+    return "\n".join([*lines, *fit_lines(peak, ways)])
+
+
+# --- Stable Diffusion, DreamBooth -----------------------------------------------------------------
+
+
+def empty_unet(name: str) -> Any:
+    """Return UNet2DConditionModel without weights."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return diffusers.UNet2DConditionModel.from_config(read_model_json(name, "unet/config.json"))
+
+
+def unet_cost(unet: Any, side: int) -> tuple[float, float]:
+    """(TFLOP of a forward pass, GB in 16 bit of what it keeps for backward) of side^2 latents.
+
+    Both are counted on a pass that computes nothing: the UNet has no weights.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    noisy = torch.empty(1, unet.config.in_channels, side, side, device="meta")
+    text = torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")
+    known, kept = {id(p.untyped_storage()) for p in unet.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # a GPU keeps no attention maps
+        square = tensor.dim() > 2 and tensor.shape[-2] == tensor.shape[-1] >= 256
+        if id(storage) not in known and not square:
+            kept[id(storage)] = storage, storage.nbytes() / tensor.element_size()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
+        unet(noisy.requires_grad_(), torch.zeros(1, device="meta"), encoder_hidden_states=text)
+    gb = sum(numbers for _, numbers in kept.values()) * 2 / 1e9
+    return counter.get_total_flops() / 1e12, gb
+
+
+def plan_sd(script: Any, config: Any) -> str:
+    """Return the plan of train_dreambooth_pairs.py, or of a fork of it."""
+    unet, index = empty_unet(config.pretrained_model_name_or_path), FileIndex(config.cache_dir)
+    samples = script.check_samples(config, script.match_pictures(config)[0], index)[0]
+    sizes = Counter(sample.size for sample in samples)
+    ends = script.TARGETS[config.target_modules]
+    script.add_adapter(unet, script.AdapterSwitch(), "change", ends, config.lora_rank, 1)
+    layers = script.adapted_layers(unet, "change").values()
+    adapter = sum(x.down["change"].numel() + x.up["change"].numel() for x in layers)
+    weights = sum(p.numel() for p in unet.parameters()) - adapter
+    rows = config.train_batch_size * (1 if config.objective == "instance" else 2)
+    rows += config.train_batch_size if config.with_prior_preservation else 0
+    area = max((w * h for w, h in sizes), default=config.resolution**2)
+    side = round(math.sqrt(area) / script.SIZE_MULTIPLE) * script.SIZE_MULTIPLE // 8
+    size = 4 if config.mixed_precision == "no" else 2
+    tflop, activations = (rows * figure for figure in unet_cost(unet, side))
+    passes = 4 if config.gradient_checkpointing else 3
+    tflop *= passes + (config.objective == "difference")  # the base's own prediction
+    parts = {"weights": weights * size / 1e9, "adapter": adapter * 16 / 1e9}
+    parts["activations"] = activations
+    said, peak = ", ".join(f"{k} {gb:.2f}" for k, gb in parts.items()), sum(parts.values())
+    epoch = math.ceil(len(samples) / config.train_batch_size)
+    steps = config.max_train_steps or epoch * config.num_train_epochs
+    lines = [
+        f"Samples      {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
+        f"UNet         {weights / 1e6:.0f} million parameters; adapter on {len(layers)} layers, "
+        f"{adapter / 1e6:.2f} million",
+        f"Step         {rows} rows of {config.objective}, {tflop:.1f} TFLOP",
+        *time_lines(tflop, steps, 0.25),
+        f"Memory       about {peak:.1f} GB while training ({said})",
+    ]
+    return "\n".join([*lines, *fit_lines(peak, {})])
+
+
+def main() -> None:
+    """Load the script that is named first, and plan a run of its config."""
+    script = load_script(Path(sys.argv[1] if len(sys.argv) > 1 else ""))
+    print(plan(script, load_config(script.Config, sys.argv[2:], check=script.audit)))
+
+
+if __name__ == "__main__":
+    run_script(main)
