@@ -269,10 +269,10 @@ def train_loop(trainer: Trainer, loader: Any, run_log: RunLog, stop: utils.StopS
 
 
 def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: float) -> None:
-    """Log the mean of each loss over these steps and all processes; waits for the GPU.
+    """Log the mean of each loss over steps (names of samples, losses) and processes.
 
-    steps: (names of the samples, losses) of each; clock: time.monotonic() at the first one's start;
-    more: other figures. Raises UserError where a loss is not finite, with the samples of that step.
+    Waits for the GPU. clock: time.monotonic() when the first one began. Raises UserError where a
+    loss is not finite, with the samples of that step.
     """
     losses = torch.stack([torch.stack([*values.values()]) for _, values in steps])
     losses = trainer.accelerator.reduce(losses, "mean").cpu()  # (steps, losses)
@@ -645,7 +645,7 @@ class DatasetConfig(Section):
         if self.target_dir or self.table:
             idle = {f"{kind}_configs" for kind in ("target", "reference", "caption", "batch")}
             idle |= {"caption_ext", "mask_dir", "reference_dirs"} if self.table else set()
-        unread = sorted(idle & self.model_fields_set)
+        unread = sorted(n for n in idle if getattr(self, n) != type(self).model_fields[n].default)
         crops = self.view_flip or self.view_scale < 1
         weights = sum(batch.weight or 0 for batch in self.batch_configs)
         problems = {
@@ -980,10 +980,12 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     files = {path for variant in variants for path in variant.files()}
     files |= {path for edit in edits for path in edit.images}
     unreadable = index.update(sorted(files), utils.look_at_picture)
-    held_out, masks = all(s.held_out for s in samples), any(v.mask for v in variants)
+    held_out, masks = [s.held_out for s in samples], any(v.mask for v in variants)
+    idle = config.validation.steps and samples and not any(held_out) and not edits
     rules = {
+        "validation.steps: nothing to draw; name holdout, eval_dataset_id or samples": idle,
         "data.dataset_configs: no data set is named": not found,
-        "data.dataset_configs: every sample is held out": samples and held_out,
+        "data.dataset_configs: every sample is held out": samples and all(held_out),
         "loss.mask: file, but no sample has a mask": config.loss.mask == "file" and not masks,
     }
     data = PairData(config, flavour, samples, index)
@@ -1082,7 +1084,7 @@ def audit(config: Config) -> list[str]:
     model, cache, tracker = config.model, config.cache, config.logging.report_to
     problems = check_model(config, model.base_model_precision)
     problems += utils.check_writable("logging.output_dir", config.logging.output_dir)
-    devices = {f"predict.devices.{part}": d for part, d in config.predict.devices.items()}
+    devices = {f"predict.devices.{part}": d for part, d in config.predict.devices}
     devices |= {f"model.devices.{i}": device for i, device in enumerate(model.devices)}
     if cache.use_cache:
         devices["cache.vae_encoder_device"] = cache.vae_encoder_device
@@ -1797,11 +1799,21 @@ def place_adapter(transformer: Any) -> None:
 # --- 8. sampling and validation -------------------------------------------------------------------
 
 
+class PredictDevices(Section):
+    """A device per component for trainer.predict(); null is the training device."""
+
+    vae: str | None = None
+    """Device of the VAE, e.g. cuda:1."""
+    text_encoder: str | None = None
+    """Device of the text encoder, e.g. cuda:2."""
+    transformer: str | None = None
+    """Device of the transformer, e.g. cuda:0."""
+
+
 class PredictConfig(Section):
     """Inference with trainer.predict()."""
 
-    devices: dict[Literal["vae", "text_encoder", "transformer"], str | None] = {}
-    """Device per component, e.g. {vae: cuda:1}; the training device where none is given."""
+    devices: PredictDevices = PredictDevices()
 
 
 class ValidationSample(Section):
@@ -1936,9 +1948,8 @@ def edit_example(
 ) -> Example:
     """What an edit without a target shows the model, by the rules of training.
 
-    pictures: each whole, at its own size. `pixel` of the result is the main one (2508: the first,
-    else the last) at `size` (W, H) px, down to a multiple of 16; default: 1 MP, or the training
-    size if references are as large as the target.
+    The main picture (2508: the first, else the last) is drawn at `size` (W, H) px, down to a
+    multiple of 16; default: 1 MP, or the training size if references are as large as the target.
     """
     datasets = trainer.config.data.dataset_configs
     main = pictures[-1 if trainer.flavour.vision_area else 0]
@@ -2058,9 +2069,9 @@ def edit_sheet(examples: Sequence[Example], results: Any, heads: list[str]) -> I
 class StepPlan:
     """For every optimizer step the micro-batches of this process, from `first_step` on.
 
-    One step takes `size` samples, whatever the processes, batch size and accumulation; process r
-    of n gets the r-th n-th of them, cut into micro-batches of one shape. Every epoch visits each
-    sample `repeats` times (its last step is filled up from its beginning).
+    One step takes `size` samples, however the work is split: process r of n gets the r-th n-th, cut
+    into micro-batches of one shape. An epoch visits each sample `repeats` times; its last step is
+    filled up from its beginning.
     """
 
     def __init__(self, data: PairData, accelerator: Any, first_step: int = 0) -> None:
@@ -2362,10 +2373,7 @@ class QwenImageEditTrainer:
         return self.data.read(job)
 
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
-        """Return the Examples of a batch {"image": [...], "control": [...], "prompt": [...]}.
-
-        Pictures are PIL or HWC uint8; "control" holds one, or a list of them, per sample.
-        """
+        """Return the Examples of lists "image", "control", "prompt"; pictures: PIL or HWC uint8."""
         found = []
         rows = zip(batch["image"], batch["control"], batch["prompt"], strict=True)
         for image, control, prompt in rows:
@@ -2378,11 +2386,7 @@ class QwenImageEditTrainer:
         return found
 
     def cache_step(self, batch: Any, vae_device: Any = None, text_device: Any = None) -> list[Any]:
-        """Encode a batch of pictures and prompts, and keep that in the cache.
-
-        Returns per sample: pixel_latent, control_latent (list), prompt_embed and empty_prompt_embed
-        (T, D) with their masks (T,).
-        """
+        """Encode a batch of pictures and prompts into the cache; return the tensors per sample."""
         items = []
         for example in self.examples_of(batch):
             jobs, item = jobs_of(example), {}
@@ -2492,12 +2496,12 @@ class QwenImageEditTrainer:
         """Load everything onto predict.devices; takes the LoRA just trained, or the config's."""
         devices, start = self.config.predict.devices, self.config.model.lora.pretrained_weight
         self.transformer = self.bare_transformer()
-        self.place_transformer(devices.get("transformer") or self.device)
+        self.place_transformer(devices.transformer or self.device)
         self.load_model()
         if start and not getattr(self.transformer, "peft_config", None):
             self.load_lora(start)
-        self.vae.to(devices.get("vae") or self.device)
-        self.qwen_vl.to(devices.get("text_encoder") or self.device)
+        self.vae.to(devices.vae or self.device)
+        self.qwen_vl.to(devices.text_encoder or self.device)
         self.transformer.eval()
 
     def predict(
@@ -2869,17 +2873,12 @@ class Config(Section):
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
         swap, again = self.model.blocks_to_swap, self.train.gradient_checkpointing
-        datasets, wanted = self.data.dataset_configs, self.validation
-        names = [ds.name for ds in datasets]
-        held_out = any(ds.holdout or ds.holdout_ratio for ds in datasets)
-        something = wanted.samples or wanted.eval_dataset_id or held_out
+        names = [ds.name for ds in self.data.dataset_configs]
         problems: dict[str, Any] = {
             f"validation.eval_dataset_id: wanted one data set '{n}'{nearest(n, names)}": True
-            for n in wanted.eval_dataset_id
+            for n in self.validation.eval_dataset_id
             if names.count(n) != 1
         }
-        text = "nothing to draw; name holdout, holdout_ratio, eval_dataset_id or samples"
-        problems[f"validation.steps: {text}"] = datasets and wanted.steps and not something
         text = "needs train.gradient_checkpointing, or the backward pass holds every block"
         return problems | {f"model.blocks_to_swap: {text}": swap and not again}
 

@@ -361,9 +361,9 @@ def test_simpletuner_values(tmp_path):
     assert output["data"] == {"reference_area": "target"}
     # alpha = rank is the default here too
     assert output["model"] == {"base_model_precision": "nf4-bnb", "lora": {"r": 32}}
-    assert output["train"]["use_ema"] and output["train"]["ema_device"] == "cpu"
+    assert output["train"]["use_ema"]
     loss = output["loss"]
-    assert loss["timestep_density"] == "sigmoid" and "timestep_shift" not in loss  # the model's
+    assert loss.get("timestep_density", "logit_normal") == "logit_normal" and "timestep_shift" not in loss  # the model's
     assert loss["mask"] == "file" and loss["background_weight"] == 0
     assert output["validation"] == {
         **{"steps": 100, "eval_dataset_id": ["val", "held"], "resolution": 724},
@@ -417,7 +417,7 @@ predict: {{devices: {{vae: "cuda:5", text_encoder: "cuda:6", transformer: "cuda:
             **{"on_missing": "skip", "caption_lines": False, **folders},
         }
     ]
-    assert output["model"]["lora"] == {"r": 32} and output["model"]["quantize"]
+    assert output["model"]["lora"] == {"r": 32} and output["model"]["base_model_precision"] == "fp8-quanto"
     assert output["optimizer"]["init_args"] == {"lr": 2e-4, "betas": [0.9, 0.99]}
     assert output["train"] == {
         **{"max_train_steps": 3000, "num_epochs": 3, "gradient_accumulation_steps": 4},
@@ -462,7 +462,7 @@ def test_qwen_image_finetune_second_generation(tmp_path):
     assert len(pair["references"]) == 2 and pair["prompt"] == "snow"
     assert output["data"]["reference_area"] == 384 * 672
     assert output["model"]["lora"] == {"r": 32, "lora_alpha": 16.0}  # its default is not r
-    assert output["loss"]["mask_loss"] and output["loss"]["foreground_weight"] == 3
+    assert output["loss"]["mask"] == "file" and output["loss"]["foreground_weight"] == 3
     assert "num_epochs" not in output["train"] and named(lines, "train.num_epochs")
     assert output["validation"]["steps"] == 50 and output["validation"]["true_cfg_scale"] == 1
     assert output["validation"]["samples"] == [{"prompt": "snow", "images": ["a.png"]}]

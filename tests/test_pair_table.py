@@ -108,7 +108,7 @@ def test_two_folders_of_references_some_of_them_missing(tmp_path):
     flags = ["--train_data_dir", tmp_path, "--target_dir", "t", "--reference_dirs", "r1", "r2"]
     flags += ["--mask_dir", "m", "--caption", "x"]
     text = mistakes(tmp_path, *flags)
-    for problem in (f"'b' lacks its reference 2 ({tmp_path}/r2/b.*)", "'c' lacks", "typo.png has"):
+    for problem in ("'b' lacks its reference 2", f"{tmp_path}/r1/b", "'c' lacks", "typo.png has"):
         assert problem in text
     (tmp_path / "m/typo.png").unlink()
     text = mistakes(tmp_path, *flags, "--on_missing", "allow_fewer")

@@ -253,8 +253,6 @@ def from_simpletuner(source: Any, backends: Any, say: Say) -> Settings:
     shift = float(source.pop("flow_schedule_shift") or 0)
     ours["loss.timestep_shift"] = shift or ("model" if by_size else 1)
     source |= {f"model_kwargs.{k}": v for k, v in source.pop("model_kwargs", {}).items()}
-    if source.get("use_ema"):
-        source.setdefault("ema_device", "cpu")
     ours["data.dataset_configs"] = st_data_sets(backends, source, ours, say)
     follow(tables()["simpletuner"]["keys"], source, ours, say)
     if not ours.get("validation.eval_dataset_id") and ours.pop("validation.steps", None):
@@ -299,9 +297,9 @@ def st_data_set(
     kind = b.get("resolution_type") or top.get("resolution_type", "pixel_area")
     size = b.get("resolution") or top.get("resolution", 1024)
     ds: Settings = {"resolution": resolution_of(side_px(size, kind)), "reference_dirs": []}
-    sampling = top.get("conditioning_multidataset_sampling", "combined")
-    if len(conditions) > 1 and "conditioning_multidataset_sampling" not in top:
-        say("conditioning_multidataset_sampling", "random by default -> combined, all of them")
+    if len(conditions) > 1 and top.get("conditioning_multidataset_sampling") != "combined":
+        text = "random, one of them -> all of them (tools/pair_table.py writes one a line)"
+        say("conditioning_multidataset_sampling", text)
     crops = {}
     for other, c in conditions.items():
         folder, crop = c.pop("instance_data_dir", ""), c.pop("conditioning_type", "auto")
@@ -327,7 +325,7 @@ def st_data_set(
         say(f"{name}.caption_strategy", f"{strategy} -> text files beside the pictures")
         say(f"{name}.instance_prompt", f"{prompt} -> not used")
     follow(table, b, ds, say, f"{name}.")
-    return ds | {"conditioning_multidataset_sampling": sampling}
+    return ds
 
 
 # --- 5. qwen-image-finetune, both generations, and FlyMyAI ----------------------------------------

@@ -376,8 +376,6 @@ def draw_frames(sd: Any, config: Config) -> None:
 class Config(FramesConfig, FitConfig):
     """interpolate_sd.py: the way from one picture to another, in frames."""
 
-    newcomer = ("pretrained_model_name_or_path", "image", "prompt", "frames", "output")
-
     pretrained_model_name_or_path: str
     """Stable Diffusion 1.x: a folder in diffusers layout, or a Hub id."""
     image: list[Path]

@@ -33,7 +33,7 @@ from PIL import Image
 from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_qwen_edit import DatasetConfig, expected, group_by_folder, read_captions
+from train_qwen_edit import DatasetConfig, group_by_folder, read_captions
 from utils import (
     Section,
     UserError,
@@ -276,12 +276,13 @@ def from_folders(config: Config) -> Found:
     for name, row in sorted(rows.items()):
         roles = sorted((r for r in row.files if r.startswith("reference")), key=role_order)
         needed = ["target", *(f"reference {i + 1}" for i in range(len(config.reference_dirs)))]
-        lacking = [expected(ds, role, name) for role in needed if role not in row.files]
+        lacking = [role for role in needed if role not in row.files]
         fewer = config.on_missing == "allow_fewer" and roles and "target" in row.files
         if len(lacking) == len(needed):
             found.broken.append(f"mask {row.files['mask']} has no target of its name")
         elif lacking and not fewer:
-            found.broken.append(f"sample '{name}' lacks its {' and '.join(lacking)}")
+            there = ", ".join(map(str, row.files.values()))
+            found.broken.append(f"'{name}' lacks its {', '.join(lacking)} (there is {there})")
         else:
             references = [row.files[role] for role in roles]
             prompts = [config.caption or ""]
@@ -365,8 +366,6 @@ SOURCES = {  # setting that names a source: what reads it, the settings of its o
 
 class Config(ChoiceConfig, FoldersConfig, ColumnsConfig, TableConfig, HubConfig):
     """pair_table.py: give one of hf_dataset, table and target_dir; the result is a table."""
-
-    newcomer = ("hf_dataset", "table", "target_dir", "reference_dirs", "caption", "output")
 
     output: Path = Path("pairs.jsonl")
     """Table to write; pictures of a Hub data set go into a folder of its name beside it."""

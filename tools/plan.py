@@ -30,7 +30,9 @@ def plan(script: Any, config: Any) -> str:
     """Return the plan of a run of a training script (its module) with this config."""
     if hasattr(script, "QwenImageEditTrainer"):
         return plan_qwen(script, config)
-    return plan_flux(script, config) if hasattr(script, "PairEditTrainer") else plan_sd(script, config)
+    return (
+        plan_flux(script, config) if hasattr(script, "PairEditTrainer") else plan_sd(script, config)
+    )
 
 
 def time_lines(tflop: float, steps: int, share: float) -> list[str]:
@@ -225,7 +227,9 @@ def qwen_data_lines(config: Any, outlook: Outlook) -> list[str]:
             f"  {ds.name}: {len(mine)} samples, {held} held out, x {ds.repeats} repeats, "
             f"{combinations} combination(s), {ds.views} view(s)"
         )
-    lines.append("Shapes       target + references (px): text tokens, tokens in all, visits an epoch")
+    lines.append(
+        "Shapes       target + references (px): text tokens, tokens in all, visits an epoch"
+    )
     for load in outlook.loads[:8]:
         sizes = " + ".join(f"{w}x{h}" for w, h in load.sizes)
         lines.append(f"  {sizes}: {load.text}, {load.tokens}, {load.visits:g}")
