@@ -924,7 +924,7 @@ def flux_velocity(
     def predict(tokens: torch.Tensor, sigma: Any, parts: Sequence[BatchPart]) -> torch.Tensor:
         switch.parts = parts
         n, dtype, device = len(tokens), text["embed"].dtype, tokens.device
-        if isinstance(sigma, float):  # KEEP full(): a copy would wait for the GPU
+        if not isinstance(sigma, torch.Tensor):  # KEEP full(): a copy would wait for the GPU
             sigma = torch.full((n,), sigma, device=device)
         return transformer(
             hidden_states=tokens.to(dtype),
