@@ -32,22 +32,33 @@ GONE = {  # names that users may expect: what to do instead
     "ema_device": "the average lies beside the adapter",
     "mode_scale": "logit_normal or uniform; sample_sigma() is the place for another density",
     "difference_threshold": "loss.mask: file, with masks of your own",
+    **dict.fromkeys(("stages", "stage_scales"), "train a slider for each step and combine them"),
+    "enable_xformers_memory_efficient_attention": "torch's own fused attention is used",
+    "dataloader_num_workers": "latents are cached; nothing is decoded during training",
+    "push_to_hub": "upload it afterwards: hf upload NAME output_dir",
+    "video": "python tools/video_pairs.py VIDEO writes before/ and after/ folders",
+    "frame_gap": "python tools/video_pairs.py VIDEO --frame_gap N",
     "exclude_blocks": "target_modules takes a regular expression",
 }
 
 FIRST = {  # of each script the settings that --help shows first
     "train_qwen_edit.py": (
-        "model.pretrained_model_name_or_path",
-        "data.dataset_configs.*.train_data_dir",
-        "data.dataset_configs.*.target_dir",
-        "data.dataset_configs.*.reference_dirs",
-        "data.dataset_configs.*.resolution",
-        "logging.output_dir",
-        "train.max_train_steps",
-        "model.lora.r",
-        "optimizer.init_args",
-        "model.base_model_precision",
-    )
+        "model.pretrained_model_name_or_path data.dataset_configs.*.train_data_dir "
+        "data.dataset_configs.*.target_dir data.dataset_configs.*.reference_dirs "
+        "data.dataset_configs.*.resolution logging.output_dir train.max_train_steps "
+        "model.lora.r optimizer.init_args model.base_model_precision"
+    ),
+    "train_pairedit.py": (
+        "pretrained_model_name_or_path base_model_precision datasets_folder datasets "
+        "python_name cfg_eta noise_scales train_iteration scales skips"
+    ),
+    "train_dreambooth_pairs.py": (
+        "pretrained_model_name_or_path use_image_pairs before_data_dir after_data_dir "
+        "instance_data_dir instance_prompt output_dir pair_objective lora_rank "
+        "max_train_steps"
+    ),
+    "pair_table.py": ("hf_dataset table target_dir reference_dirs caption output"),
+    "interpolate_sd.py": ("pretrained_model_name_or_path image prompt frames output"),
 }
 
 
@@ -113,7 +124,7 @@ def help_text(cls: type[Section], wanted: str) -> str:
         raise UserError(f"--help {wanted}: no such section{nearest(wanted, ['all', *every])}")
     shown = {wanted: every[wanted]} if wanted in every else every
     if not wanted:
-        first = FIRST.get(str(cls.__doc__).partition(":")[0], fields)
+        first = FIRST.get(str(cls.__doc__).partition(":")[0], " ".join(fields)).split()
         shown = {"first": {path: fields[path] for path in first}}
     text = [] if wanted in every else [f"{cls.__doc__}"]
     for section, its in shown.items():
