@@ -110,6 +110,17 @@ class Pass(NamedTuple):
     weight: float = 1.0  # of its mean squared error
 
 
+Objective = Callable[[PairBatch], list[Pass]]
+LOSSES: dict[str, Objective] = {}  # the functions below, by name
+
+
+def objective(function: Objective) -> Objective:
+    """Make a function a choice of --python_name."""
+    LOSSES[function.__name__] = function
+    return function
+
+
+@objective
 def train_image(b: PairBatch) -> list[Pass]:  # EDIT HERE: the objective; ablations follow
     """Rebuild x_A with the content LoRA, add eta times the change with the semantic LoRA: PairEdit.
 
@@ -122,6 +133,7 @@ def train_image(b: PairBatch) -> list[Pass]:  # EDIT HERE: the objective; ablati
     return [Pass("content", noisy, n, CONTENT), Pass("semantic", noisy, n + change, BOTH)]
 
 
+@objective
 def train_image_wocontent(b: PairBatch) -> list[Pass]:
     """Leave out the content LoRA: the semantic one has to learn content, too."""
     n = b.noise_scale * b.noise
@@ -129,6 +141,7 @@ def train_image_wocontent(b: PairBatch) -> list[Pass]:
     return [Pass("semantic", b.source + b.sigma * n, velocity, SEMANTIC)]
 
 
+@objective
 def train_image_wocfg(b: PairBatch) -> list[Pass]:
     """Leave out guidance: the semantic LoRA only denoises x_B."""
     n = b.noise_scale * b.noise
@@ -136,6 +149,7 @@ def train_image_wocfg(b: PairBatch) -> list[Pass]:
     return [Pass("content", before, n, CONTENT), Pass("semantic", after, n, BOTH)]
 
 
+@objective
 def train_image_fm(b: PairBatch) -> list[Pass]:
     """Take the ordinary schedule (1 - sigma) x_A + sigma noise."""
     noisy = (1 - b.sigma) * b.source + b.sigma * b.noise
@@ -145,6 +159,7 @@ def train_image_fm(b: PairBatch) -> list[Pass]:
     return [content, Pass("semantic", noisy, velocity + change, BOTH)]
 
 
+@objective
 def train_image_sliders(b: PairBatch) -> list[Pass]:
     """Learn x_B at scale 1 and x_A at scale -1: Concept Sliders (Gandikota et al. 2023)."""
     after = (1 - b.sigma) * b.target + b.sigma * b.noise
@@ -155,12 +170,14 @@ def train_image_sliders(b: PairBatch) -> list[Pass]:
     ]
 
 
+@objective
 def train_image_real(b: PairBatch) -> list[Pass]:
     """Overfit one photo, so that any noise leads to it: an inversion LoRA."""
     noisy = (1 - b.sigma) * b.source + b.sigma * b.noise
     return [Pass("content", noisy, b.noise - b.source, CONTENT)]
 
 
+@objective
 def slider_text(b: PairBatch) -> list[Pass]:
     """Learn v_t + eta (v_+ - v_-), as long as v_+: Concept Sliders from text."""
     neutral, positive, negative = b.teacher
@@ -169,19 +186,10 @@ def slider_text(b: PairBatch) -> list[Pass]:
     return [Pass("semantic", b.source, guided * (length / own), SEMANTIC)]
 
 
-LOSSES = {  # an ablation is one more function: name it here, and --python_name takes it
-    f.__name__: f
-    for f in (
-        *(train_image, train_image_wocontent, train_image_wocfg, train_image_fm),
-        *(train_image_sliders, train_image_real, slider_text),
-    )
-}
-
-
-def adapters_of(objective: str) -> list[str]:
+def adapters_of(name: str) -> list[str]:
     """Return the adapters that an objective trains; the last one is what it is for."""
     x = torch.ones(1, 2, 4)
-    passes = LOSSES[objective](PairBatch(x, x, x, torch.ones(1, 1, 1), 1.0, 1.0, (x, x, x)))
+    passes = LOSSES[name](PairBatch(x, x, x, torch.ones(1, 1, 1), 1.0, 1.0, (x, x, x)))
     return list(dict.fromkeys(active.adapter for part in passes for active in part.active))
 
 
@@ -224,7 +232,6 @@ def training_loss(
     return loss, {"loss": loss.detach(), **losses}
 
 
-# differs: each trainer its own
 def train_step(trainer: PairEditTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Take one optimizer step; return the names of its samples and its losses."""
     samples, batch = next_batch(trainer)
@@ -236,7 +243,6 @@ def train_step(trainer: PairEditTrainer) -> tuple[list[str], dict[str, torch.Ten
     return [sample.name for sample in samples], losses
 
 
-# differs: each trainer its own
 def train_loop(trainer: PairEditTrainer, run_log: RunLog, stop: utils.StopSignal) -> bool:
     """Train a run up to total_steps(); return whether a signal ended it early."""
     config, total, stopped = trainer.config, trainer.total_steps(), False
@@ -918,7 +924,7 @@ def flux_velocity(
     def predict(tokens: torch.Tensor, sigma: Any, parts: Sequence[BatchPart]) -> torch.Tensor:
         switch.parts = parts
         n, dtype, device = len(tokens), text["embed"].dtype, tokens.device
-        if isinstance(sigma, float):  # KEEP full(): a copy would wait for the GPU
+        if not isinstance(sigma, torch.Tensor):  # KEEP full(): a copy would wait for the GPU
             sigma = torch.full((n,), sigma, device=device)
         return transformer(
             hidden_states=tokens.to(dtype),
@@ -1025,7 +1031,6 @@ GENERATE_ONLY = (  # settings in the same file that only generate.py reads
 )
 
 
-# differs: each trainer its own
 def validate(trainer: PairEditTrainer, run_log: RunLog) -> None:
     """Draw samples/step-<n>.png: the slider at `scales`, or what an inversion makes of noise."""
     config, run, step = trainer.config, trainer.run, trainer.global_step
@@ -1128,7 +1133,6 @@ def write_card(trainer: PairEditTrainer) -> str:
 class PairEditTrainer:
     """Hold the state of a run. fit() does it all, method by method."""
 
-    run: Run
     transformer: Any = None  # as it trains: wrapped when there are several processes
 
     def __init__(self, config: Config) -> None:
@@ -1170,8 +1174,7 @@ class PairEditTrainer:
         """Pair and hash the pictures. Raises UserError with every problem."""
         with self.accelerator.main_process_first():
             self.index = utils.FileIndex(self.cache_dir)  # KEEP: inside, to see what 0 recorded
-            names = self.config.datasets
-            found = {name: find_pairs(self.config, name, self.index) for name in names}
+            found = {x: find_pairs(self.config, x, self.index) for x in self.config.datasets}
         self.data = {name: samples for name, (samples, _, _) in found.items()}
         if problems := [problem for *_, wrong in found.values() for problem in wrong]:
             raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
@@ -1271,13 +1274,11 @@ class PairEditTrainer:
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the (rows, columns) of tokens of a picture of (W, H) px."""
-        width, height = (side // self.token_px for side in size)
-        return height, width
+        return size[1] // self.token_px, size[0] // self.token_px
 
     def sigmas(self, size: tuple[int, int]) -> torch.Tensor:
         """Return the noise levels of a picture of (W, H) px, (N + 1,), CPU."""
-        tokens = math.prod(self.grid(size))
-        return sigma_table(self.folder, self.config.num_inference_steps, tokens)
+        return sigma_table(self.folder, self.config.num_inference_steps, math.prod(self.grid(size)))
 
     def predictor(self, text: Text, size: tuple[int, int], model: Any = None) -> Predict:
         """Return the velocity of the base and its adapters under a prompt."""

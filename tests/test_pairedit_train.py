@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, concept, run, slider_settings, write_config
+from conftest import ROOT, concept, run, slider_settings, write_config
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +24,6 @@ from utils import Checkpoints, UserError, load_config
 SEEDS = ROOT / "tests" / "seeds"
 SHORT = {"num_inference_steps": 4, "end_step": 3, "skips": [1], "scales": "0,1"}
 SEVERAL = {"datasets": ["age", "smile"], "noise_scales": [1, 3], "checkpoints_total_limit": None}
-TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
 
 
 def trainer_of(checkpoint, folder, **changes):
@@ -406,12 +405,11 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(again, tmp_pat
     config = tmp_path / "two/config.yaml"
     code = tmp_path / "both.py"
     code.write_text(stopped(str(config), ("smile", 1, 3.0), rank="1"))
-    cpu = {"CUDA_VISIBLE_DEVICES": ""}
-    run(code, launch=TWO, env=cpu)
+    run(code, processes=2)
     (folder,) = run_folders(tmp_path / "two", datasets=["smile"], noise_scales=[3])
     assert [c.name for c in Checkpoints(folder).folders()] == ["checkpoint-2", "checkpoint-3"]
     resume = ["--resume_from_checkpoint", "latest"]
-    run(ROOT / "train_pairedit.py", "--config", config, *resume, launch=TWO, env=cpu)
+    run(ROOT / "train_pairedit.py", "--config", config, *resume, processes=2)
     again(tmp_path / "one", **one, batch_size=2).fit()
     ours, theirs = loras(tmp_path / "two/out"), loras(tmp_path / "one/out")
     assert_same(ours, theirs, rtol=0, atol=1e-5)
