@@ -10,20 +10,18 @@ that are equal on all machines to a small tolerance.
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from conftest import (
-    LAUNCH,
     ROOT,
     concept,
     copy_pairs,
+    run,
     slider_settings,
     small_config,
     suffix_dataset,
@@ -33,7 +31,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 FILE = ROOT / "tests/golden.json"
-TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
 STEPS = 20
 TARGETS = ["to_q", "to_k", "to_out.0", "to_add_out", "img_mlp.net.2", "txt_mlp.net.2", "img_mod.1"]
 
@@ -194,33 +191,22 @@ HALF = {  # the settings that end a run after half of its steps, and those that 
 
 
 def parts(name, command):
-    """The commands of an experiment: one; half and the rest; or one for two processes."""
-    if "two processes" in name:
-        return [[*TWO, *command]]
-    command = [sys.executable, *command]
-    if "resumed" in name:
-        length, resume = HALF[name.split()[0]]
-        return [[*command, f"--{length}", STEPS // 2], [*command, f"--{resume}", "latest"]]
-    return [command]
+    """The commands of an experiment: one, or half and the rest."""
+    if "resumed" not in name:
+        return [command]
+    length, resume = HALF[name.split()[0]]
+    return [[*command, f"--{length}", STEPS // 2], [*command, f"--{resume}", "latest"]]
 
 
-def run_all(root, checkpoints, folder, only=None, at_once=2):
+def run_all(root, checkpoints, folder, only=None):
     """Run the experiments with the code in `root` -> {name: folder of the results}."""
-    todo = {
-        n: job for n, job in commands(root, checkpoints, folder).items() if not only or n in only
-    }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def work(job):
-        for command in job[1]:
-            done = subprocess.run(
-                [str(x) for x in command], cwd=root, env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-
-    with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(work, todo.values()))
-    return {name: place for name, (place, _) in todo.items()}
+    found = {}
+    for name, (place, work) in commands(root, checkpoints, folder).items():
+        if not only or name in only:
+            for command in work:
+                run(*command, processes=1 + ("two processes" in name), env={"OMP_NUM_THREADS": "1"})
+            found[name] = place
+    return found
 
 
 def results(place):

@@ -16,7 +16,7 @@ IN_THE_SUITE = [
 def places(checkpoints, tmp_path_factory):
     """{experiment: folder of its results}; each is a whole command or two."""
     folder = tmp_path_factory.mktemp("golden")
-    return golden.run_all(golden.ROOT, checkpoints, folder, IN_THE_SUITE, at_once=1)
+    return golden.run_all(golden.ROOT, checkpoints, folder, IN_THE_SUITE)
 
 
 @pytest.mark.slow
