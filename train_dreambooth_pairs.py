@@ -3,8 +3,7 @@
 Page: docs/train_dreambooth_pairs.md
 
     accelerate launch train_dreambooth_pairs.py --pretrained_model_name_or_path DIR \\
-        --use_image_pairs --before_data_dir data/before --after_data_dir data/after \\
-        --instance_prompt "a photo showing the change" --output_dir lora/change
+        --use_image_pairs --before_data_dir data/before --after_data_dir data/after --output_dir out
     ... --pair_objective difference             # what a pair teaches: a function of OBJECTIVES
     ... --sequence_dirs a b c --sequence_scales -1,0,1      # more than two times
     ... --instance_data_dir data/dog --instance_prompt "a photo of sks dog"    # DreamBooth
@@ -22,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import importlib.util
 import itertools
 import json
 import logging
@@ -42,70 +40,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from utils import (
-    Checkpoints,
-    FileIndex,
-    RunLog,
-    Section,
-    StopSignal,
-    UserError,
-    cache_key,
-    check_writable,
-    contact_sheet,
-    draw_key,
-    entry_path,
-    fetch_checkpoint,
-    list_images,
-    listed,
-    load_config,
-    load_tool,
-    look_at_picture,
-    memory_gb,
-    nearest,
-    normal,
-    open_rgb,
-    progress,
-    read_entry,
-    read_model_json,
-    run_record,
-    run_script,
-    save_atomic,
-    save_text,
-    shuffled,
-    uniform,
-    write_entry,
-)
+import utils
+from utils import RunLog, Section, UserError, cache_key, draw_key, listed, nearest, normal, uniform
 
 # KEEP: diffusers, transformers, accelerate are imported where they are used; mistakes show at once
 log = logging.getLogger("train_dreambooth_pairs")
 
 
-# --- the objective --------------------------------------------------------------------------------
-
-
 class ObjectiveConfig(Section):
-    """What is learnt, under which noise, and how errors are weighed."""
+    """What a pair teaches."""
 
     pair_objective: str = "slider"
     """What a pair teaches: slider, difference, joint or another function of OBJECTIVES."""
     pair_multiplier: float = Field(1.0, gt=0)
     """Strength of the adapter while it trains; below 1 it learns more than it shows."""
-    region_weight: float = Field(0.0, ge=0, le=1)
-    """Share of the loss that follows |before - after| of each pair, normalised by its mean."""
-    prior_loss_weight: float = Field(1.0, ge=0)
-    """Weight of the prior-preservation loss."""
-    loss_type: Literal["mse", "huber"] = "mse"
-    """Error between predicted and wanted noise: a name of ERRORS."""
-    huber_c: float = Field(0.1, gt=0)
-    """Errors above this count linearly (loss_type huber)."""
-    snr_gamma: float | None = Field(None, gt=0)
-    """Min-SNR weighting: min(1, snr_gamma / SNR); 5 is usual, null is none."""
-    timestep_min: int = Field(0, ge=0, le=999)
-    """Lowest noise level (0..999): 200 to 400 for style, 500 to 999 for shape."""
-    timestep_max: int = Field(999, ge=0, le=999)
-    """Highest noise level (0..999), included."""
-    noise_offset: float = Field(0.0, ge=0)
-    """Noise common to all pixels of a channel; lets pictures become brighter or darker."""
 
 
 class Noised(NamedTuple):
@@ -169,6 +117,27 @@ def instance(n: Noised) -> list[Pass]:
 OBJECTIVES = {f.__name__: f for f in (slider, difference, joint, instance)}
 
 
+class NoiseConfig(Section):
+    """Under which noise, and how errors are weighed."""
+
+    region_weight: float = Field(0.0, ge=0, le=1)
+    """Share of the loss that follows |before - after| of each pair, normalised by its mean."""
+    prior_loss_weight: float = Field(1.0, ge=0)
+    """Weight of the prior-preservation loss."""
+    loss_type: Literal["mse", "huber"] = "mse"
+    """Error between predicted and wanted noise: a name of ERRORS."""
+    huber_c: float = Field(0.1, gt=0)
+    """Errors above this count linearly (loss_type huber)."""
+    snr_gamma: float | None = Field(None, gt=0)
+    """Min-SNR weighting: min(1, snr_gamma / SNR); 5 is usual, null is none."""
+    timestep_min: int = Field(0, ge=0, le=999)
+    """Lowest noise level (0..999): 200 to 400 for style, 500 to 999 for shape."""
+    timestep_max: int = Field(999, ge=0, le=999)
+    """Highest noise level (0..999), included."""
+    noise_offset: float = Field(0.0, ge=0)
+    """Noise common to all pixels of a channel; lets pictures become brighter or darker."""
+
+
 def huber_error(error: torch.Tensor, c: float) -> torch.Tensor:
     """Return 2 c (sqrt(e^2 + c^2) - c): e^2 for small errors, 2 c |e| for large ones."""
     return 2 * c * ((error**2 + c**2).sqrt() - c)
@@ -190,7 +159,7 @@ def region_weights(change: torch.Tensor, share: float) -> torch.Tensor:
 
 def draw_timestep(config: Config, visit: int) -> int:
     """Draw from timestep_min..timestep_max; every 10 visits fall into its 10 equal parts."""
-    part = shuffled(10, config.seed, "strata", visit // 10)[visit % 10]
+    part = utils.shuffled(10, config.seed, "strata", visit // 10)[visit % 10]
     u = (part + uniform(config.seed, "timestep", visit)) / 10
     return config.timestep_min + int(u * (config.timestep_max - config.timestep_min + 1))
 
@@ -361,14 +330,14 @@ def average_gradients(trainer: SDTrainer) -> None:
             grad.copy_(part.view_as(grad))
 
 
-def train_loop(trainer: SDTrainer, stop: StopSignal) -> bool:
+def train_loop(trainer: SDTrainer, stop: utils.StopSignal) -> bool:
     """Train to the end or to a stop signal; return whether it was a signal."""
     config, total, stopped = trainer.config, trainer.total_steps(), False
     validation_steps = config.validation_steps or config.checkpointing_steps
     if config.validation_epochs:
         validation_steps = config.validation_epochs * trainer.epoch_steps()
     steps, clock = [], time.monotonic()
-    bar = progress(None, "train", total=total, initial=trainer.global_step, unit="step")
+    bar = utils.progress(None, "train", total=total, initial=trainer.global_step, unit="step")
     while trainer.global_step < total and not stopped:
         steps.append(train_step(trainer))
         step = trainer.global_step
@@ -396,12 +365,15 @@ def make_adam(trainer: SDTrainer) -> tuple[Any, Any]:
     config, rate = trainer.config, trainer.config.learning_rate
     if config.scale_lr:
         rate *= config.train_batch_size * trainer.passes_per_step
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    decay = config.adam_weight_decay
     if config.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as AdamW
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: Any = AdamW8bit(trainer.trained, rate, betas, eps, decay)
     else:
-        from torch.optim import AdamW  # type: ignore[assignment]
-    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
-    optimizer: Any = AdamW(trainer.trained, rate, betas, config.adam_epsilon, decay)
+        fused = trainer.device.type == "cuda"
+        optimizer = torch.optim.AdamW(trainer.trained, rate, betas, eps, decay, fused=fused)
     kind, warmup, steps = config.lr_scheduler, config.lr_warmup_steps, trainer.total_steps()
     cycles, power = config.lr_num_cycles, config.lr_power
     schedule = get_scheduler(kind, optimizer, None, warmup, steps, cycles, power)
@@ -634,7 +606,7 @@ def match_pictures(config: Config) -> Found:
     if lacking := [folder for folder in folders if not folder.is_dir()]:
         names = [f"{d}{nearest(d.name, (x.name for x in d.parent.glob('*')))}" for d in lacking]
         return [], [], [f"{kind} images root doesn't exist: {name}" for name in names]
-    stems = [list_images(folder) for folder in folders]
+    stems = [utils.list_images(folder) for folder in folders]
     if not config.use_image_pairs:
         samples = single_pictures(folders[0])
         return samples, [], [] if samples else [f"instance_data_dir: no picture in {folders[0]}"]
@@ -660,7 +632,7 @@ def match_pictures(config: Config) -> Found:
 
 def single_pictures(folder: Path) -> list[Sample]:
     """Return every picture in a folder as a sample of its own."""
-    files = sorted(itertools.chain(*list_images(folder).values()))
+    files = sorted(itertools.chain(*utils.list_images(folder).values()))
     return [Sample(file.stem, (file,), (1.0,)) for file in files]
 
 
@@ -678,7 +650,7 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
     # KEEP: only names that are free, or a deleted one would be drawn over one that is there
     free = (n for n in itertools.count() if not (folder / f"class-{n:05d}.png").exists())
     numbers, size = list(itertools.islice(free, lacking)), config.sample_batch_size
-    for first in progress(range(0, lacking, size), "draw class pictures"):
+    for first in utils.progress(range(0, lacking, size), "draw class pictures"):
         batch, side = numbers[first : first + size], config.resolution
         seeds = [draw_key(config.seed, "class", number) for number in batch]
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -686,58 +658,51 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
         images = pipeline(prompts, height=side, width=side, generator=draws).images
         for number, image in zip(batch, images, strict=True):
             path = folder / f"class-{number:05d}.png"
-            save_atomic(path, functools.partial(image.save, format="PNG"))
+            utils.save_atomic(path, functools.partial(image.save, format="PNG"))
 
 
 # --- the audit: what is wrong is named before a model loads ---------------------------------------
 
 
-# differs: each script audits its own settings
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads; see audit.json."""
-    unwritable = check_writable("cache_dir", config.cache_dir)
+    unwritable = utils.check_writable("cache_dir", config.cache_dir)
     problems = unwritable + check_base(config.pretrained_model_name_or_path) + check_folders(config)
     packages = [config.report_to] if config.report_to in ("tensorboard", "wandb") else []
-    problems += check_packages(*packages, *["bitsandbytes"] * config.use_8bit_adam)
+    problems += utils.check_packages(*packages, *["bitsandbytes"] * config.use_8bit_adam)
     if os.environ.get("RANK", "0") != "0":  # the first process looks at the pictures
         return problems
     samples, left_out, wrong = match_pictures(config)
     if config.with_prior_preservation and config.class_data_dir:
         samples += single_pictures(config.class_data_dir)
-    index = FileIndex(None if unwritable else config.cache_dir)
+    index = utils.FileIndex(None if unwritable else config.cache_dir)
     _, notes, bad = check_samples(config, samples, index)
     report = {"samples": [x.name for x in samples], "notes": left_out + notes}
     report["problems"] = problems + wrong + bad
     if report["notes"]:
         log.warning("note\n%s", listed(report["notes"]))
     with contextlib.suppress(OSError):
-        save_text(config.output_dir / "audit.json", json.dumps(report, indent=2))
+        utils.save_text(config.output_dir / "audit.json", json.dumps(report, indent=2))
     return report["problems"]
-
-
-def check_packages(*names: str) -> list[str]:
-    """Problems of packages that the settings need and that are not installed."""
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]
-    return [f"{name} is not installed: pip install {name}" for name in lacking]
 
 
 def check_base(name: str) -> list[str]:
     """Return the problems of a base model: another kind, parts missing or cut off."""
     folder, what = Path(name), f"pretrained_model_name_or_path: {name}"
     try:
-        kind = read_model_json(name, "model_index.json").get("_class_name")
+        kind = utils.read_model_json(name, "model_index.json").get("_class_name")
         if kind != "StableDiffusionPipeline":
             return [f"{what} is a {kind}; wanted Stable Diffusion 1.x"]
-        scheduler = read_model_json(name, "scheduler/scheduler_config.json")
+        scheduler = utils.read_model_json(name, "scheduler/scheduler_config.json")
         target = scheduler.get("prediction_type", "epsilon")
-        channels = read_model_json(name, "unet/config.json").get("in_channels")
+        channels = utils.read_model_json(name, "unet/config.json").get("in_channels")
         if (target, channels) != ("epsilon", 4):
             return [f"{what} predicts {target} from {channels} channels; wanted epsilon from 4"]
         if folder.is_dir() and not list(folder.glob("tokenizer/[vt]o*.json")):
             return [f"{what}/tokenizer holds no vocab.json and no tokenizer.json"]
         for part, file in PARTS.items() if folder.is_dir() else ():
             what = f"pretrained_model_name_or_path: {folder / part / file}"
-            read_model_json(name, f"{part}/config.json")
+            utils.read_model_json(name, f"{part}/config.json")
             with safe_open(folder / part / file, framework="pt"):
                 pass  # its length must be what its header says
     except (OSError, SafetensorError, UserError) as error:
@@ -751,21 +716,21 @@ def check_folders(config: Config) -> list[str]:
     classes = config.class_data_dir if config.with_prior_preservation else None
     read = [folder for folder in (*(f for _, f in config.stages), single, classes) if folder]
     apart = [*itertools.permutations(read, 2), *((output_dir, folder) for folder in read)]
-    problems = check_writable("output_dir", output_dir)
+    problems = utils.check_writable("output_dir", output_dir)
     for inner, outer in apart:
         if inner.resolve().is_relative_to(outer.resolve()):
             text = "and that is read with all below it, as training pictures: move one"
             problems.append(f"{inner} is {outer} or lies in it, {text}")
     if classes and len(single_pictures(classes)) < config.num_class_images:
-        problems += check_writable("class_data_dir", classes)
+        problems += utils.check_writable("class_data_dir", classes)
     return problems
 
 
-def check_samples(config: Config, samples: list[Sample], index: FileIndex) -> Found:
+def check_samples(config: Config, samples: list[Sample], index: utils.FileIndex) -> Found:
     """Look at the pictures of samples, and give them content and size."""
     files = sorted({file for sample in samples for file in sample.files})
-    problems = index.update(files, look_at_picture)
-    readable = {f for f in files if not (problems and index.update([f], look_at_picture))}
+    problems = index.update(files, utils.look_at_picture)
+    readable = {f for f in files if not (problems and index.update([f], utils.look_at_picture))}
     long = [f for f in files if f in readable and not 1 / 3 <= index.aspect(f) <= 3]
     notes = [f"{file} is longer than 3:1; its ends are cut off" for file in long]
     samples = [sample for sample in samples if readable.issuperset(sample.files)]
@@ -801,7 +766,7 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     return min(buckets(resolution), key=distance)
 
 
-def fit_sample(config: Config, sample: Sample, index: FileIndex) -> Sample:
+def fit_sample(config: Config, sample: Sample, index: utils.FileIndex) -> Sample:
     """Return the sample with its content and its size: the bucket of its first picture."""
     content = tuple(index[file]["content"] for file in sample.files)
     facts, side = index[sample.files[0]], config.resolution
@@ -812,7 +777,7 @@ def fit_sample(config: Config, sample: Sample, index: FileIndex) -> Sample:
 def load_pictures(sample: Sample) -> list[Image.Image]:
     """Open, crop around the middle, resize (Lanczos) -> RGB of sample.size. Raises UserError."""
     fit = functools.partial(ImageOps.fit, size=sample.size, method=Image.Resampling.LANCZOS)
-    images = [fit(open_rgb(file)) for file in sample.files]
+    images = [fit(utils.open_rgb(file)) for file in sample.files]
     return [ImageOps.mirror(image) for image in images] if sample.flip else images
 
 
@@ -841,15 +806,13 @@ def encode_sample(vae: Any, sample: Sample) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB.
-
-    KEEP every 4 MB: a LoRA merged into some layers leaves the other layers and the header alone.
-    """
+    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
         size = file.stat().st_size
         parts.append([file.name, size])
         with file.open("rb") as stream:
+            # KEEP every 4 MB: a LoRA merged into some layers leaves the others and the header alone
             for place in range(0, size, 2**16 if size < 2**26 else 2**22):
                 stream.seek(place)
                 parts.append(draw_key(stream.read(2**16)))
@@ -868,7 +831,7 @@ PARTS = {"unet": DIFFUSION, "vae": DIFFUSION, "text_encoder": "model.safetensors
 def fetch_sd(name: str) -> Path:
     """Return the folder of a Stable Diffusion checkpoint; of the Hub's only what is read here."""
     names = [f"{part}/{file}" for part in PARTS for file in ("config.json", PARTS[part])]
-    return fetch_checkpoint(name, *names, "tokenizer/*", "scheduler/*")
+    return utils.fetch_checkpoint(name, *names, "tokenizer/*", "scheduler/*")
 
 
 def load_part(folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -1031,7 +994,7 @@ def path_in_file(part: str, path: str) -> str:
 def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     """Write diffusers' (PEFT's) names and `about`; no alpha: every loader takes alpha = rank."""
     metadata = {"format": "pt", "image_edit_lora": json.dumps(about, sort_keys=True)}
-    save_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
+    utils.save_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
 
 
 def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -1045,7 +1008,7 @@ def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         renamed[f"{where}.alpha"] = torch.tensor(rank)
     metadata = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"}
     metadata |= {"ss_network_dim": f"{rank:.0f}", "ss_network_alpha": str(rank)}
-    save_atomic(path, lambda file: save_file(renamed, file, metadata=metadata))
+    utils.save_atomic(path, lambda file: save_file(renamed, file, metadata=metadata))
 
 
 def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file: Path) -> Any:
@@ -1149,7 +1112,7 @@ def validate(trainer: SDTrainer) -> None:
             latents = draw_sd(predict_at, noise, trainer.scheduler_config, steps, scales)
             rows.append([to_image(decode_sd(vae, x[None])[0]) for x in latents])
             captions.append(f"step {step}, seed {seed}: {prompt}")
-        sheet = contact_sheet(rows, [f"strength {scale:g}" for scale in scales], captions)
+        sheet = utils.contact_sheet(rows, [f"strength {scale:g}" for scale in scales], captions)
         trainer.run_log.picture(f"step-{step:06d}", sheet, step)
 
 
@@ -1170,6 +1133,7 @@ def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float 
         means = path_means(path, levels, predict_at(torch.zeros(1)), 1.0)
         path = [x.expand(len(strengths), -1, -1, -1) for x in path]
         edited = follow_path(path, means, levels, predict_at(trainer.put(strengths)), 1.0)
+        # <edit - before, after - before> / |after - before|^2
         share = ((edited - first) * change).sum((1, 2, 3)) / change.square().sum()
         shares.append(share.cpu())
     went = torch.stack(shares).mean(0)
@@ -1201,7 +1165,7 @@ def save_result(trainer: SDTrainer, calibrated: bool) -> None:
     save_lora(config.output_dir / LORA_FILE, tensors, about)
     if config.export == "kohya":
         save_kohya(config.output_dir / KOHYA_FILE, tensors)
-    save_text(config.output_dir / "README.md", CARD.format(**about, file=LORA_FILE))
+    utils.save_text(config.output_dir / "README.md", CARD.format(**about, file=LORA_FILE))
 
 
 CARD = """---
@@ -1227,40 +1191,29 @@ MAY_DIFFER = {  # beside ResultsConfig, settings that a run which goes on may ch
 }  # fmt: skip
 
 
-def log_steps(
-    trainer: Any,
-    run_log: RunLog,
-    steps: Sequence[tuple[Sequence[str], dict[str, torch.Tensor]]],
-    clock: float,
-    **more: float,
-) -> None:
-    """Log the mean of each loss over these steps and all processes; waits for the GPU.
+def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: float) -> None:
+    """Log the mean of each loss over steps (names of samples, losses) and processes.
 
-    steps: (names of the samples, losses) of each; clock: time.monotonic() when the first of them
-    began; more: other figures.
-
-    Raises:
-        UserError: a loss is not finite; the message names the samples of the first bad step.
+    Waits for the GPU. clock: time.monotonic() when the first one began. Raises UserError where a
+    loss is not finite, with the samples of that step.
     """
     losses = torch.stack([torch.stack([*values.values()]) for _, values in steps])
     losses = trainer.accelerator.reduce(losses, "mean").cpu()  # (steps, losses)
     step, names = trainer.global_step, list(steps[0][1])
     if len(bad := (~losses.isfinite().all(1)).nonzero()):
         first = int(bad[0])
-        kept = ["the start", *(folder.name for folder in trainer.checkpoints.folders())]
         raise UserError(
             f"step {step - len(steps) + first + 1}: {', '.join(names)} = {losses[first].tolist()}; "
-            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. Nothing was "
-            f"saved since {kept[-1]}; lower the learning rate or look at those files"
+            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. Nothing of it "
+            "was saved; lower the learning rate or look at those files"
         )
     means = dict(zip(names, losses.mean(0).tolist(), strict=True))
     pace = (time.monotonic() - clock) / len(steps)  # the GPU is done with them
-    more |= {"seconds_per_step": pace, "memory_gb": memory_gb(trainer.device)}
+    more |= {"seconds_per_step": pace, "memory_gb": utils.memory_gb(trainer.device)}
     run_log.values(step, means | more)
     if trainer.accelerator.is_main_process:
         figures = " ".join(f"{name} {value:.4g}" for name, value in {**means, **more}.items())
-        left = datetime.timedelta(seconds=round(pace * (trainer.total_steps() - step)))
-        tqdm.write(f"step {step}/{trainer.total_steps()} {figures} eta {left}")
+        tqdm.write(f"step {step}/{trainer.total_steps()} {figures}")
 
 
 # differs: a pair of times
@@ -1274,17 +1227,20 @@ class Draw(NamedTuple):
 
 
 class Batches:
-    """Which samples each forward pass sees: of one shape, and in the long run all equally often."""
+    """Which samples each forward pass sees: of one shape, and in the long run all equally often.
+
+    A round has as many batches as there are samples, in a new order each time; a shape has as many
+    of them as samples, and they go through those again and again, each time in another order.
+    """
 
     def __init__(self, shapes: Sequence[object], size: int, seed: int) -> None:
         self.shapes, self.size = shapes, size
         self.alike = {x: [n for n, shape in enumerate(shapes) if shape == x] for x in {*shapes}}
         # a run asks for the same orders again and again
-        self.order = functools.lru_cache(64)(lambda n, *what: shuffled(n, seed, *what))
+        self.order = functools.lru_cache(64)(lambda n, *what: utils.shuffled(n, seed, *what))
 
     def __getitem__(self, batch: int) -> list[int]:
         """Return the samples of forward pass number `batch` of the whole run."""
-        # a round has as many batches of a shape as there are samples of it
         number, place = divmod(batch, len(self.shapes))
         order = self.order(len(self.shapes), "round", number)
         shape = self.shapes[order[place]]
@@ -1300,7 +1256,7 @@ def draw_batch(trainer: SDTrainer, batch: int) -> list[Draw]:
     config, seed, draws = trainer.config, trainer.config.seed, []
     for number, place in enumerate(trainer.batches[batch]):
         visit, sample = batch * config.train_batch_size + number, trainer.samples[place]
-        times = shuffled(len(sample.files), seed, "times", visit)[:2]
+        times = utils.shuffled(len(sample.files), seed, "times", visit)[:2]
         flip = config.random_flip and uniform(seed, "flip", visit) < 0.5
         draws.append(Draw(visit, sample._replace(flip=flip), min(times), max(times)))
     return draws
@@ -1311,7 +1267,7 @@ class SDTrainer:
 
     def __init__(self, config: Config) -> None:
         self.config, self.cache_dir = config, config.cache_dir
-        self.checkpoints = Checkpoints(config.output_dir, config.checkpoints_total_limit)
+        self.checkpoints = utils.Checkpoints(config.output_dir, config.checkpoints_total_limit)
         dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         self.dtype = dtypes[config.mixed_precision]
         self.switch = AdapterSwitch()
@@ -1342,7 +1298,7 @@ class SDTrainer:
         config = self.config
         self.class_samples: list[Sample] = []
         with self.accelerator.main_process_first():
-            index = FileIndex(self.cache_dir)  # KEEP: inside, to see what process 0 recorded
+            index = utils.FileIndex(self.cache_dir)  # KEEP: inside, to see what process 0 recorded
             samples, _, problems = match_pictures(config)
             self.samples, _, bad = check_samples(config, samples, index)
             if problems := problems + bad:
@@ -1386,15 +1342,15 @@ class SDTrainer:
         todo = []
         for key in share:
             try:
-                read_entry(path := entry_path(self.cache_dir, key))
+                utils.read_entry(path := utils.entry_path(self.cache_dir, key))
             except ValueError as error:
                 if path.exists():
                     log.warning("%s; it is built again", error)
                 todo.append(key)
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
         vae = load_part(self.folder, "vae", self.dtype, self.device) if todo else None
-        for key in progress(todo, "encode pictures"):
-            write_entry(self.cache_dir, key, encode_sample(vae, jobs[key]))
+        for key in utils.progress(todo, "encode pictures"):
+            utils.write_entry(self.cache_dir, key, encode_sample(vae, jobs[key]))
         del vae
         release_memory()
         self.accelerator.wait_for_everyone()
@@ -1404,7 +1360,7 @@ class SDTrainer:
     def entry(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Return the tensors of a sample's entry, on the CPU."""
         try:
-            return read_entry(entry_path(self.cache_dir, self.key_of(sample)))
+            return utils.read_entry(utils.entry_path(self.cache_dir, self.key_of(sample)))
         except ValueError as error:
             raise UserError(f"{error}. Repair: cache_embeddings.py --verify") from error
 
@@ -1442,7 +1398,8 @@ class SDTrainer:
             self.models["unet"].compile()
         self.trained = [p for m in self.models.values() for p in m.parameters() if p.requires_grad]
         self.optimizer, self.lr_scheduler = make_adam(self)
-        self.scheduler_config = read_model_json(str(self.folder), "scheduler/scheduler_config.json")
+        name = "scheduler/scheduler_config.json"
+        self.scheduler_config = utils.read_model_json(str(self.folder), name)
         self.alphas = diffusers.DDPMScheduler.from_config(self.scheduler_config).alphas_cumprod
 
     def fit(self) -> None:
@@ -1460,11 +1417,12 @@ class SDTrainer:
                 self.restore(*found)
             self.run_log = RunLog(self.accelerator, config.output_dir, config, self.global_step)
             if main:
-                run_record(config.output_dir, config, Path(__file__))
+                utils.run_record(config.output_dir, config, Path(__file__))
                 few = self.samples[:8]
-                sheet = contact_sheet([*map(load_pictures, few)], captions=[x.name for x in few])
+                names = [sample.name for sample in few]
+                sheet = utils.contact_sheet([*map(load_pictures, few)], captions=names)
                 self.run_log.picture("pairs", sheet, self.global_step)
-            with StopSignal() as stop:
+            with utils.StopSignal() as stop:
                 stopped = train_loop(self, stop)
             if main:
                 save_result(self, calibrated=not stopped)
@@ -1526,7 +1484,13 @@ class SDTrainer:
 
 # the last class comes first in --help and config.yaml
 class Config(
-    ResultsConfig, AdapterConfig, TrainingConfig, ObjectiveConfig, PicturesConfig, Section
+    ResultsConfig,
+    AdapterConfig,
+    TrainingConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    PicturesConfig,
+    Section,
 ):
     """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs."""
 
@@ -1569,12 +1533,12 @@ def main() -> None:
     """Train, or with --plan say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     argv = [arg for arg in sys.argv[1:] if arg != "--plan"]
-    config = load_config(Config, argv, check=audit)
+    config = utils.load_config(Config, argv, check=audit)
     if len(argv) < len(sys.argv) - 1:
-        print(load_tool("plan").plan(sys.modules[__name__], config))
+        print(utils.load_tool("plan").plan(sys.modules[__name__], config))
     else:
         SDTrainer(config).fit()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

@@ -16,7 +16,7 @@ import diffusers
 import pytest
 import torch
 import yaml
-from conftest import LAUNCH, PAIRS, ROOT, run
+from conftest import PAIRS, ROOT, launch, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -532,9 +532,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batches(kind, make, 
     given = single.config.model_dump(mode="json", exclude_unset=True)
     given |= {"output_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
-    launch = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
-    config = ["--config", tmp_path / "config.yaml"]
-    run(script.__file__, *config, launch=launch, env={"CUDA_VISIBLE_DEVICES": ""})
+    run(script.__file__, "--config", tmp_path / "config.yaml", processes=2)
     folders = single.config.output_dir, tmp_path / "two"
     ours, theirs = (load_file(folder / script.LORA_FILE) for folder in folders)
     assert any(tensor.abs().max() > 1e-4 for name, tensor in ours.items() if "lora_B" in name)
@@ -560,7 +558,7 @@ def test_the_documents_command(kind, checkpoints, pictures, tmp_path, monkeypatc
         text = text.replace(theirs, str(ours))
     argv = [*shlex.split(text), "--cache_dir", str(pictures / "cache")]
     if kind == "pairs":
-        run(script.__file__, *argv, launch=LAUNCH)
+        launch(script.__file__, *argv)
     else:
         monkeypatch.setattr(sys, "argv", [script.__file__, *argv])
         script.main()

@@ -140,10 +140,6 @@ def test_settings_that_do_not_go_together_are_named(changes, name, flags, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_names_of_the_diffusers_script_and_of_gone_settings_are_no_settings():
-    assert not script.Config.not_here.keys() & script.Config.model_fields.keys()
-
-
 def test_lists_can_be_given_with_spaces_or_commas_and_the_rank_by_its_short_name(flags, tmp_path):
     argv = [*flags(tmp_path), "--validation_scales", "0,2", "--rank", "8"]
     config = load_config(script.Config, [*argv, "--before_data_dir=a", "--after_data_dir=b"])
