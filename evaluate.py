@@ -2,16 +2,16 @@
 
 Page: docs/evaluate.md
 
-    python evaluate.py --results out --after_dir data/my_pairs/after    # what generate.py wrote
+    python evaluate.py --results out --after_dir pairs/after    # what generate.py wrote
+    ... --results base=out_a --results lora=out_b               # two folders, side by side
     ... --before_dir pairs --before_suffix _R --after_dir pairs --after_suffix _T
-    ... --results base=out_a --results lora=out_b                       # two folders, side by side
     python evaluate.py --before_dir a --after_dir b --edited_dir base=c --edited_dir lora=d
-    ... --metrics psnr,ssim,region,gain                                 # these need no network
-    ... --html                                      # and a page with a divider over the pictures
+    ... --metrics psnr,ssim,region,gain                         # these need no network
+    ... --html                                  # and a page with a divider over the pictures
 
-Writes evaluation.csv (a row per picture), evaluation.json (means, ranking, curve, what was skipped
-and why) and evaluation.png. A column is what is compared: a scale, or a folder. A metric whose
-package or weights are not at hand is skipped and says so; nothing takes its place.
+Writes evaluation.csv (a row per picture), evaluation.json (means, ranking, curve, what was
+skipped and why) and evaluation.png. A column is what is compared: a scale, or a folder.
+A metric whose package or weights are not at hand is skipped and says so.
 
 Shapes: H W pixels of one picture, (3, H, W) in 0..1, fp32; D numbers of an embedding.
 """
@@ -58,7 +58,7 @@ SETTINGS_KEY = "image_edit"  # PNG text chunk
 
 
 def mse(a: torch.Tensor, b: torch.Tensor, where: Any = slice(None)) -> Any:
-    """Mean squared error over the pixels in `where` (H, W), or over all; nan if there is none."""
+    """Mean squared error over the pixels in `where` (H, W); nan if there is none."""
     return (a - b).square()[:, where].mean()
 
 
@@ -112,10 +112,7 @@ def logit_gain(prompt: torch.Tensor, edited: torch.Tensor, before: torch.Tensor)
 
 
 def direction(edited: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> Any:
-    """cos(E(edited) - E(before), E(after) - E(before)) of unit vectors (Gal et al. 2021).
-
-    nan if a difference is only rounding.
-    """
+    """Cosine of edited - before and after - before (Gal et al. 2021); nan if one is rounding."""
     made, wanted = edited - before, after - before
     least = min(made.norm(), wanted.norm())
     return F.cosine_similarity(made, wanted, dim=0) if least >= 1e-4 else math.nan
@@ -124,20 +121,20 @@ def direction(edited: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -
 class Metric(NamedTuple):
     """One figure of a picture: all that is to be known of it."""
 
-    measure: Callable[..., Any]  # returns a number; nan: undefined for this picture
-    needs: str  # what `measure` is called with; a picture that lacks it has no such figure
+    measure: Callable[..., Any]  # its number; nan: undefined
+    needs: str  # what `measure` is called with
     better: int  # 1: higher, -1: lower, 0: neither
     unit: str
     group: str = ""  # what --metrics calls it, if not by its name
-    shown: bool = True  # printed, and fit to rank by; all are in the CSV and JSON
+    shown: bool = True  # printed; all are in the CSV and JSON
 
 
-# EDIT HERE: one entry is all that a metric takes. It may need edited, before, after, (3, H, W) in
-# 0..1; region, outside, (H, W) bool; what NETWORKS say: clip.edited ... clip.prompt, dino.edited
+# EDIT HERE: one entry is all that a metric takes. It may need edited, before, after, (3, H, W);
+# region and outside, (H, W) bool; what NETWORKS say, e.g. clip.edited, clip.prompt
 METRICS = {
-    "psnr": Metric(psnr, "edited after", 1, "dB, peak signal to noise ratio; 100 if equal"),
+    "psnr": Metric(psnr, "edited after", 1, "dB to the after, 100 if equal"),
     "psnr_before": Metric(psnr, "edited before", 0, "dB, to the before", "psnr", shown=False),
-    "ssim": Metric(ssim, "edited after", 1, "structural similarity to the after, 1 if equal"),
+    "ssim": Metric(ssim, "edited after", 1, "to the after, 1 if equal"),
     "ssim_before": Metric(ssim, "edited before", 0, "to the before", "ssim", shown=False),
     "error_inside": Metric(
         mse, "edited after region", -1, "squared error in the edit region", "region"
@@ -146,7 +143,7 @@ METRICS = {
         mse, "edited after outside", -1, "squared error outside of it", "region"
     ),
     "region_share": Metric(share, "region", 0, "share of the pixels in it", "region", shown=False),
-    "change": Metric(change, "edited before", 0, "root of the mean squared change", "region"),
+    "change": Metric(change, "edited before", 0, "root mean square change", "region"),
     "change_inside": Metric(
         change, "edited before region", 0, "the same in the edit region", "region", shown=False
     ),
@@ -154,7 +151,7 @@ METRICS = {
         change, "edited before outside", -1, "the same outside of it", "region", shown=False
     ),
     "gain": Metric(gain, "edited before after", 0, "share of the true change that was made"),
-    "lpips": Metric(float, "lpips.after", -1, "LPIPS (AlexNet) to the after, 0 if equal"),
+    "lpips": Metric(float, "lpips.after", -1, "to the after, 0 if equal"),
     "lpips_before": Metric(float, "lpips.before", 0, "to the before", "lpips", shown=False),
     "clip_image": Metric(torch.dot, "clip.edited clip.after", 1, "cosine of CLIP embeddings"),
     "clip_image_before": Metric(
@@ -164,14 +161,14 @@ METRICS = {
         logit_gain, "clip.prompt clip.edited clip.before", 1, "logit to the prompt, minus before's"
     ),
     "clip_direction": Metric(
-        direction, "clip.edited clip.before clip.after", 1, "cosine of change made and true change"
+        direction, "clip.edited clip.before clip.after", 1, "cosine of made and true change"
     ),
     "dino": Metric(torch.dot, "dino.edited dino.after", 1, "cosine of DINO embeddings"),
     "dino_before": Metric(
         torch.dot, "dino.edited dino.before", 0, "to the before", "dino", shown=False
     ),
 }
-# The first that all columns have counts; columns can also be ranked by any metric with a `better`
+# The first that all columns have; where there is none, any other that is shown ranks, too
 RANKED_BY = (
     *("error_inside", "psnr", "ssim", "lpips"),
     *("clip_direction", "clip_image", "dino", "clip_text"),
@@ -185,13 +182,13 @@ def option_of(name: str) -> str:
     return METRICS[name].group or name
 
 
-# --- 2. config ------------------------------------------------------------------------------------
+# --- 2. settings, pictures: find, match, open -----------------------------------------------------
 
 
 class Config(Section):
     """evaluate.py: figures over a folder of results."""
 
-    newcomer = ("results", "after_dir", "before_dir", "after_suffix", "before_suffix", "metrics")
+    newcomer = ("results", "after_dir", "before_dir", "metrics", "html")
 
     results: list[str] = []
     """Folder that generate.py wrote, or NAME=FOLDER; repeat the flag for several."""
@@ -235,24 +232,14 @@ class Config(Section):
         texts = value if isinstance(value, list) else [value]
         return value and ",".join(map(str, texts)).split(",")
 
-    @field_validator("device")
-    @classmethod
-    def _is_here(cls, value: str | None) -> str | None:
-        try:
-            torch.empty(0, device=value or "cpu")
-        except Exception as error:  # torch has several classes
-            raise ValueError(f"no device of this machine: {str(error).splitlines()[0]}") from error
-        return value
-
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
         folders, options = [*self.results, *self.edited_dir], [*map(option_of, METRICS)]
         names = [name for name, _ in named_folders(folders)]
+        compared = self.results or self.before_dir or self.after_dir
         return {
-            "nothing to compare: give --results FOLDER or --edited_dir FOLDER": not folders,
-            "--edited_dir needs --after_dir or --before_dir to compare with": (
-                not (self.results or self.before_dir or self.after_dir)
-            ),
+            "nothing to compare: give --results or --edited_dir": not folders,
+            "--edited_dir needs --after_dir or --before_dir": not compared,
             "--after_suffix belongs to --after_dir": self.after_suffix and not self.after_dir,
             **{f"metrics: no '{m}'{nearest(m, options)}": m not in options for m in self.metrics},
             **{f"two folders are called {n}; give NAME=FOLDER": names.count(n) > 1 for n in names},
@@ -264,9 +251,6 @@ class Config(Section):
 def is_model(name: str) -> bool:
     """Return whether a name is a folder that is there, or may be a Hub id."""
     return Path(name).is_dir() or (name.count("/") == 1 and name[0] not in "./~")
-
-
-# --- 3. pictures: find, match, open ---------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -314,10 +298,10 @@ def reference_of(about: dict[str, Any]) -> Path | None:
 
 
 def by_stem(folder: Path, suffix: str = "") -> dict[str, Path]:
-    """{relative stem without the suffix: picture}; names that do not end with it are left out.
+    """{relative stem without the suffix: picture} of names that end with it.
 
     Raises:
-        UserError: no folder, nothing in it, two pictures of one name.
+        UserError: there is none, or two pictures have one name.
     """
     found = {
         stem.removesuffix(suffix): files
@@ -331,8 +315,8 @@ def by_stem(folder: Path, suffix: str = "") -> dict[str, Path]:
     return {stem: files[0] for stem, files in found.items()}
 
 
-def named_folders(texts: Sequence[str]) -> list[tuple[str, Path]]:
-    """NAME=FOLDER or FOLDER -> (name, folder); of several the name is the folder's own."""
+def named_folders(texts: list[str]) -> list[tuple[str, Path]]:
+    """NAME=FOLDER or FOLDER -> (name, folder); of several it is the folder's own."""
     found = []
     for text in texts:
         name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
@@ -340,41 +324,31 @@ def named_folders(texts: Sequence[str]) -> list[tuple[str, Path]]:
     return found
 
 
-def find_results(config: Config, series: str, folder: Path) -> list[Result]:
-    """All pictures that generate.py wrote, by what stands in them; several runs are series.
+def find_results(config: Config, series: str, folder: Path, edited: bool) -> list[Result]:
+    """The pictures that generate.py wrote, by what stands in them, or with `edited` all.
 
-    Raises UserError.
+    Several runs are several series. Raises UserError.
     """
     rows = []
-    for path in by_stem(folder).values():
-        about = read_settings(path)
-        if isinstance(about, dict) and "name" in about:  # sheets have no name
-            prompt = config.prompt or about["prompt"]
-            part = about["run"], about["scale"], bare(config, about["name"]), about["seed"], prompt
-            rows.append(Result(*part, path, reference_of(about)))
+    for stem, path in by_stem(folder).items():
+        about: Any = {"name": stem} if edited else read_settings(path)
+        known = isinstance(about, dict) and "name" in about
+        if not known or stem.startswith("evaluation"):
+            continue  # a sheet, from elsewhere, or our own
+        name = about["name"].removesuffix(config.before_suffix)
+        name = name.removesuffix(config.after_suffix)
+        run, scale, seed, prompt = map(about.get, ("run", "scale", "seed", "prompt"))
+        row = Result(run or "", scale, name, seed, config.prompt or prompt, path)
+        rows.append(row._replace(before=reference_of(about)))
     if not rows:
-        raise UserError(f"{folder}: nothing that generate.py wrote; other folders: --edited_dir")
+        raise UserError(f"{folder}: nothing of generate.py (else: --edited_dir)")
     if len({row.series for row in rows}) == 1:
         return [row._replace(series=series) for row in rows]
     return [row._replace(series=f"{series} {row.series}".strip()) for row in rows]
 
 
-def find_edited(config: Config, series: str, folder: Path) -> list[Result]:
-    """All pictures of a folder but what this script has written there. Raises UserError."""
-    return [
-        Result(series, None, bare(config, stem), None, config.prompt, path)
-        for stem, path in by_stem(folder).items()
-        if not stem.startswith("evaluation")
-    ]
-
-
-def bare(config: Config, stem: str) -> str:
-    """A stem without the ending of befores or afters, which is what pictures are matched by."""
-    return stem.removesuffix(config.before_suffix).removesuffix(config.after_suffix)
-
-
 def match(rows: list[Result], folders: dict[str, Any], notes: list[str]) -> list[Result]:
-    """Give rows their before, after, mask, prompt; leave out, and note, those without a wanted."""
+    """Give rows their before, after, mask and prompt; leave out, and note, those without."""
     base = {row.strip: row.edited for row in rows if row.scale == 0}
     references = {row.name: row.before for row in rows if row.before}
     befores = [row.before or references.get(row.name) or base.get(row.strip) for row in rows]
@@ -394,13 +368,13 @@ def caption_of(picture: Path | None) -> str | None:
 
 
 def same_pictures(rows: list[Result], notes: list[str]) -> list[Result]:
-    """Rows whose names are in every column, so that means can be compared; the others are noted."""
+    """Rows whose names are in every column, so that means can be compared."""
     names: dict[str, set[str]] = {}
     for row in rows:
         names.setdefault(row.column, set()).add(row.name)
     shared = set.intersection(*names.values())
     if not shared:
-        notes.append("no picture is in every column: their means are of different pictures")
+        notes.append("no picture is in every column: means are of different ones")
         return rows
     kept = [row for row in rows if row.name in shared]
     if lost := len(rows) - len(kept):
@@ -409,16 +383,14 @@ def same_pictures(rows: list[Result], notes: list[str]) -> list[Result]:
 
 
 def find_comparisons(config: Config) -> tuple[list[Result], list[str], list[str]]:
-    """What is going to be measured, notes on what is not, and everything wrong with the folders."""
+    """(what is measured, notes on what is not, everything that is wrong with the folders)"""
     rows: list[Result] = []
     folders: dict[str, dict[str, Path]] = {}
     notes: list[str] = []
     problems: list[str] = []
-    finders = [find_results] * len(config.results) + [find_edited] * len(config.edited_dir)
-    given = named_folders([*config.results, *config.edited_dir])
-    for find, (series, folder) in zip(finders, given, strict=True):
+    for number, named in enumerate(named_folders([*config.results, *config.edited_dir])):
         try:
-            rows += find(config, series, folder)
+            rows += find_results(config, *named, edited=number >= len(config.results))
         except UserError as error:
             problems.append(str(error))
     for kind in ("before", "after", "mask"):
@@ -444,6 +416,12 @@ def check_comparison(config: Config) -> list[str]:
     rows, _, problems = find_comparisons(config)
     files = {path for row in rows for path in (row.edited, row.before, row.after, row.mask) if path}
     problems += FileIndex(None).update(sorted(files), look_at_picture)
+
+    try:
+        torch.empty(0, device=config.device or "cpu")
+    except Exception as error:  # torch has many classes
+        problems.append(f"device: {config.device}: {str(error).splitlines()[0]}")
+
     if config.html:
         load_tool("page")  # raises UserError where it was not copied along
     return problems or check_writable("results", output_folder(config))
@@ -455,7 +433,7 @@ def output_folder(config: Config) -> Path:
 
 
 def open_images(row: Result) -> Images:
-    """{edited, before, after, mask}: cropped around their middle to the size of the edited one."""
+    """{edited, before, after, mask}, cropped and resized to the edited one."""
     edited = open_rgb(row.edited)
     files = {"before": row.before, "after": row.after, "mask": row.mask}
     others = {
@@ -471,11 +449,11 @@ def to_pixels(image: Image.Image, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device).float() / 255
 
 
-# --- 4. measure -----------------------------------------------------------------------------------
+# --- 3. measure -----------------------------------------------------------------------------------
 
-Images = dict[str, Image.Image]  # edited, before, after, mask of a picture, as far as given
-Network = Callable[[list[Images], list[str | None]], list[dict[str, Any]]]  # (images, prompts)
-DINO_FAMILIES = "dinov2 dinov2_with_registers dinov3_vit vit"
+Images = dict[str, Image.Image]  # edited, before, after, mask of a picture
+Prompts = list[str | None]
+Network = Callable[[list[Images], Prompts], list[dict[str, Any]]]
 ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
@@ -485,13 +463,13 @@ def load_lpips(config: Config, device: torch.device) -> Network:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         net = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).to(device)
-    except Exception as error:  # package, network, rights, disk: the libraries have many classes
+    except Exception as error:  # the libraries have many classes
         place = Path(torch.hub.get_dir()) / "checkpoints"
         text = f"it needs torchvision (pip install torchvision) and {ALEXNET} in {place}"
         raise UserError(f"{text}: {str(error).splitlines()[0]}") from error
 
     @torch.inference_mode()
-    def measure(pictures: list[Images], prompts: list[str | None]) -> list[dict[str, Any]]:
+    def measure(pictures: list[Images], prompts: Prompts) -> list[dict[str, Any]]:
         found = []
         for images in pictures:
             pixels = {kind: to_pixels(image, device)[None] for kind, image in images.items()}
@@ -502,20 +480,22 @@ def load_lpips(config: Config, device: torch.device) -> Network:
     return measure
 
 
-def load_embedder(flag: str, families: str, config: Config, device: torch.device) -> Network:
+def load_embedder(
+    flag: str, kind: tuple[str, ...], config: Config, device: torch.device
+) -> Network:
     """Unit vectors of images, (D,); of CLIP also the prompt's, times the scale of its logits.
 
     Raises:
-        UserError: no network of these families, or a part of it is missing; nothing is random.
+        UserError: no such network, or a part of it is missing.
     """
     import transformers
 
     name, tokenizer = getattr(config, flag), None
     try:
         file = fetch_checkpoint(name, "config.json") / "config.json"
-        family = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-        if family not in families.split():
-            raise UserError(f"it is a network of type {family}, wanted {families}")
+        family = json.loads(file.read_text(encoding="utf-8")).get("model_type", "")
+        if not family.startswith(kind):
+            raise UserError(f"it is a network of type {family}")
         transformers.utils.logging.disable_progress_bar()
         how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
         network, info = transformers.AutoModel.from_pretrained(name, **how)
@@ -532,13 +512,14 @@ def load_embedder(flag: str, families: str, config: Config, device: torch.device
     network.to(device).eval()
 
     @torch.inference_mode()
-    def embed(pictures: list[Images], prompts: list[str | None]) -> list[dict[str, Any]]:
-        inputs = processor([i for images in pictures for i in images.values()], return_tensors="pt")
+    def embed(pictures: list[Images], prompts: Prompts) -> list[dict[str, Any]]:
+        images = [image for its in pictures for image in its.values()]
+        inputs = processor(images, return_tensors="pt")
         says: list[dict[str, Any]] = [{} for _ in prompts]
         if tokenizer:
             length = network.config.text_config.max_position_embeddings  # CLIP ends there
             how = {"padding": True, "truncation": True, "max_length": length}
-            texts = tokenizer([prompt or "" for prompt in prompts], return_tensors="pt", **how)
+            texts = tokenizer([p or "" for p in prompts], return_tensors="pt", **how)
             out = network(**inputs.to(device), **texts.to(device))
             vectors, texts = out.image_embeds, network.logit_scale.exp() * out.text_embeds
             for told, prompt, text in zip(says, prompts, texts.cpu().double(), strict=True):
@@ -547,25 +528,24 @@ def load_embedder(flag: str, families: str, config: Config, device: torch.device
             tokens = network(**inputs.to(device)).last_hidden_state  # (N, 1 + patches, D)
             vectors = F.normalize(tokens[:, 0], dim=-1)
         rest = iter(vectors.cpu().double())
-        return [
-            {kind: next(rest) for kind in images} | told
-            for images, told in zip(pictures, says, strict=True)
-        ]
+        for its, told in zip(pictures, says, strict=True):
+            told |= {kind: next(rest) for kind in its}
+        return says
 
     return embed
 
 
 NETWORKS: dict[str, Callable[[Config, torch.device], Network]] = {
     "lpips": load_lpips,
-    "clip": functools.partial(load_embedder, "clip_model", "clip"),  # Radford et al. 2021
-    "dino": functools.partial(load_embedder, "dino_model", DINO_FAMILIES),  # Oquab et al. 2023
+    "clip": functools.partial(load_embedder, "clip_model", ("clip",)),
+    "dino": functools.partial(load_embedder, "dino_model", ("dino", "vit")),
 }
 
 
 def load_networks(
     config: Config, device: torch.device, skipped: dict[str, str]
 ) -> dict[str, Network]:
-    """The networks that metrics need; `skipped` says of which metrics they are not to be had."""
+    """The networks that metrics need; where they are not to be had, `skipped` says why."""
     networks: dict[str, Network] = {}
     for network, load in NETWORKS.items():
         needed = {option_of(name) for name, m in METRICS.items() if f"{network}." in m.needs}
@@ -580,7 +560,7 @@ def load_networks(
 def measure(
     config: Config, rows: list[Result], networks: dict[str, Network], device: torch.device
 ) -> list[Result]:
-    """Give every row the figures that were asked for; what is undefined is left out."""
+    """Give every row the figures that were asked for, but those that are undefined."""
     found = []
     for start in progress(range(0, len(rows), config.batch_size), "evaluate"):
         part = rows[start : start + config.batch_size]
@@ -596,7 +576,7 @@ def measure(
 
 
 def pixel_inputs(images: Images, threshold: float, device: torch.device) -> dict[str, Any]:
-    """{edited, before, after, region, outside}, as far as they are there; takes the mask away."""
+    """{edited, before, after, region, outside}; the mask is taken out of `images`."""
     mask = images.pop("mask", None)
     inputs: dict[str, Any] = {kind: to_pixels(i, device) for kind, i in images.items()}
     if mask:
@@ -609,7 +589,7 @@ def pixel_inputs(images: Images, threshold: float, device: torch.device) -> dict
 
 
 def figures_of(inputs: dict[str, Any], options: list[str]) -> dict[str, float]:
-    """The figures of one picture, as far as it has what they need."""
+    """The figures of one picture, as far as it has their inputs."""
     figures = {}
     for name, metric in METRICS.items():
         words = metric.needs.split()
@@ -618,7 +598,7 @@ def figures_of(inputs: dict[str, Any], options: list[str]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-# --- 5. means, ranking, curve, report -------------------------------------------------------------
+# --- 4. means, ranking, curve, report -------------------------------------------------------------
 
 
 def means_by_column(rows: list[Result]) -> dict[str, Any]:
@@ -643,7 +623,7 @@ def first_shared(names: Iterable[str], means: Sequence[dict[str, float]]) -> str
 
 
 def rank(columns: dict[str, Any]) -> dict[str, Any]:
-    """Columns, best first, by the first figure of RANKED_BY, else of METRICS, that all have."""
+    """Columns, best first, by the first figure that all have."""
     names = [*RANKED_BY, *(name for name, m in METRICS.items() if m.better and m.shown)]
     name = first_shared(names, [column["means"] for column in columns.values()])
     if not name:
@@ -655,10 +635,9 @@ def rank(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve(columns: dict[str, Any], strengths: list[float] | None) -> dict[str, Any]:
-    """Edit strength against content change over scales, and the change at matched strengths.
+    """Edit strength against content change, by the first figures that all scales have.
 
-    Figures of strength and content: the first that all scales have. At scale 0 nothing may have
-    changed: what is then undefined (clip_direction) is 0.
+    At scale 0 nothing may have changed: what is then undefined (clip_direction) is 0.
     """
     scaled = [column for column in columns.values() if column["scale"] is not None]
     strength = first_shared(STRENGTHS, [c["means"] for c in scaled if c["scale"] != 0])
@@ -679,11 +658,12 @@ def curve(columns: dict[str, Any], strengths: list[float] | None) -> dict[str, A
         {"strength": s, "content": {name: at_strength(p, s) for name, p in forward.items()}}
         for s in wanted
     ]
-    return {"strength": strength, "content": content, "series": series, "matched": matched}
+    found = {"strength": strength, "content": content}
+    return found | {"series": series, "matched": matched}
 
 
 def at_strength(points: Sequence[dict[str, float]], strength: float) -> float | None:
-    """Content change where a curve, straight between its scales, first has this strength."""
+    """Content change where a curve first has this strength, straight between scales."""
     for a, b in zip(points, points[1:] or points, strict=False):
         low, high = a["strength"], b["strength"]
         if min(low, high) <= strength <= max(low, high):
@@ -693,7 +673,7 @@ def at_strength(points: Sequence[dict[str, float]], strength: float) -> float | 
 
 
 def shown_figures(report: dict[str, Any]) -> list[str]:
-    """Figures worth a look, the one that columns are ranked by first."""
+    """Figures to print, the one that ranks first."""
     means = [column["means"] for column in report["columns"].values()]
     there = [name for name in METRICS if any(name in mean for mean in means)]
     shown = [name for name in there if METRICS[name].shown] or there
@@ -725,34 +705,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(row | row["figures"] for row in rows)
 
 
-def comparison_rows(rows: list[Result], shown: str | None) -> list[Any]:
-    """A view per picture, seed and prompt: before, every column, after; the figure `shown`."""
-    page_row = load_tool("page").PageRow
-    found = []
-    for name in dict.fromkeys(row.name for row in rows):
-        its = [row for row in rows if row.name == name]
-        views = dict.fromkeys((row.seed, row.prompt) for row in its if row.seed is not None)
-        for seed, prompt in views or [(None, None)]:  # what has no seed stands beside each of them
-            there = [row for row in its if row.seed is None or row.strip[3:] == (seed, prompt)]
-            first = there[0]
-            columns = {"before": first.before, **{row.column: row.edited for row in there}}
-            columns["after"] = first.after
-            files = {label: file for label, file in columns.items() if file}
-            known = {row.column: row.figures[shown] for row in there if shown in row.figures}
-            figures = {f"{shown}, {column}": value for column, value in known.items()}
-            found.append(page_row(name, files, prompt or first.prompt or "", seed, figures))
-    return found
-
-
 def draw_report(path: Path, report: dict[str, Any]) -> None:
     """PNG: four means, a bar per column, and the curve, if there is one."""
     from matplotlib.figure import Figure  # no window: savefig draws with Agg
 
     found, order = report["curve"], report["ranking"]["columns"]
-    names = [*shown_figures(report)[:4], *(["curve"] if "series" in found else [])] or ["nothing"]
+    names = shown_figures(report)[:4] + ["curve"] * ("series" in found) or ["nothing"]
     canvas = Figure((4.5 * len(names), max(5.0, 2 + 0.5 * len(order))), layout="constrained")
     panels: Any = canvas.subplot_mosaic([names])  # type: ignore[list-item]
-    for name in [name for name in names if name in METRICS]:
+    for name in shown_figures(report)[:4]:
         means = [report["columns"][title]["means"].get(name, math.nan) for title in order]
         axes = panels[name]
         axes.bar_label(axes.barh(order, means), fmt="%.3g", padding=2)
@@ -774,14 +735,12 @@ def draw_report(path: Path, report: dict[str, Any]) -> None:
 def print_summary(report: dict[str, Any]) -> None:
     """What was left out, the means, what they are ranked by, what the edit costs."""
     ranking, found = report["ranking"], report["curve"]
-    asked = report["settings"]["metrics"]
-    for name in (name for name in report["skipped"] if name in asked):
-        print(f"skipped {name}: {report['skipped'][name]}")
+    for name, why in report["skipped"].items():
+        if name in report["settings"]["metrics"]:
+            print(f"skipped {name}: {why}")
     print(*report["notes"], table(report), sep="\n")
     if ranking["by"]:
         print(f"best first, by {ranking['by']}: {METRICS[ranking['by']].unit}")
-    if "why" in found and any(column["scale"] is not None for column in report["columns"].values()):
-        print(f"no curve: {found['why']}")
     for point in found.get("matched", []):
         cells = [f"{n or 'all'} {v:.4g}" for n, v in point["content"].items() if v is not None]
         print(
@@ -791,7 +750,7 @@ def print_summary(report: dict[str, Any]) -> None:
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Measure, write evaluation.csv, .json, .png, print the means; return what the JSON holds."""
+    """Measure, write evaluation.*, print the means; return what the JSON holds."""
     rows, notes, _ = find_comparisons(config)
     here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
     device = torch.device(config.device or here or "cpu")
@@ -816,7 +775,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "curve": curve(columns, config.strengths),
         "skipped": skipped,
         "notes": notes,
-        "rows": [{"column": row.column, **row._asdict()} for row in rows],
+        "rows": [{"column": row.column} | row._asdict() for row in rows],
     }
     folder = output_folder(config)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False, default=str)
@@ -824,12 +783,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     save_atomic(folder / "evaluation.csv", lambda file: write_csv(file, report["rows"]))
     save_atomic(folder / "evaluation.png", lambda file: draw_report(file, report))
     print_summary(report)
-    ends = ".csv, .png"
     if config.html:
-        views = comparison_rows(rows, report["ranking"]["by"])
-        load_tool("page").write_page(folder / "evaluation.html", folder.resolve().name, views)
-        ends += ", .html"
-    print(f"results: {folder / 'evaluation.json'} ({ends})")
+        page, title = load_tool("page"), folder.resolve().name
+        views = page.views_of(rows, report["ranking"]["by"])
+        page.write_page(folder / "evaluation.html", title, views)
+    print(f"results: {folder / 'evaluation.json'} (.csv, .png{', .html' * config.html})")
     return report
 
 
