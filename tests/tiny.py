@@ -8,11 +8,10 @@ import string
 import diffusers
 import torch
 import transformers
+from conftest import ROOT
 from tokenizers import pre_tokenizers
 
-import demo
-import train_dreambooth_pairs
-import train_pairedit
+from utils import load_script
 
 KINDS = {
     "2508": "QwenImageEditPipeline",
@@ -23,34 +22,42 @@ KINDS = {
 
 def build(kind, folder):
     """Save a pipeline of one kind ("2508", "2509", "2511") into `folder`."""
+    rebuild = load_script(ROOT / "demo/rebuild.py")
     torch.manual_seed(0)
-    tokenizer = demo.build_tokenizer()
+    tokenizer = rebuild.build_tokenizer()
     pipeline = getattr(diffusers, KINDS[kind])(
-        scheduler=demo.build_scheduler(),
-        vae=demo.build_vae(),
-        text_encoder=demo.build_text_encoder(tokenizer),
+        scheduler=rebuild.build_scheduler(),
+        vae=rebuild.build_vae(),
+        text_encoder=rebuild.build_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        processor=demo.build_processor(tokenizer),
-        transformer=demo.build_transformer(
+        processor=rebuild.build_processor(tokenizer),
+        transformer=rebuild.build_transformer(
             zero_cond_t=kind == "2511", layers=2, heads=2, head_dim=32
         ),
     )
-    demo.save_pipeline(pipeline, folder)
+    rebuild.save_pipeline(pipeline, folder)
 
 
-def build_all(folder):
-    """{"2508" | "2509" | "2511" | "flux" | "sd": folder}; made once, by the first process."""
-    builders = {"flux": build_flux, "sd": build_sd}
-    found = {kind: folder / kind for kind in [*KINDS, *builders]}
-    for kind, place in found.items():
+class Checkpoints(dict):
+    """{"2508" | "2509" | "2511" | "flux" | "sd": folder}; made when asked for, by one process."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, kind):
+        builders = {"flux": build_flux, "sd": build_sd}
+        place, part = self.folder / kind, self.folder / f"{kind}.{os.getpid()}"
         if not place.exists():
-            part = folder / f"{kind}.{os.getpid()}"
             builders.get(kind, functools.partial(build, kind))(part)
             try:
                 part.rename(place)
             except OSError:  # the other test process was first
                 shutil.rmtree(part)
-    return found
+        self[kind] = place
+        return place
+
+
+build_all = Checkpoints
 
 
 def build_tokenizers():
@@ -141,6 +148,8 @@ def build_sd(folder):
 
 def random_factors(transformer, seed=0, layers=None, rank=4):
     """Of a slider, {layer: (down, up)}: large enough that a picture changes visibly."""
+    import train_pairedit
+
     draw = torch.Generator().manual_seed(seed)
     modules = dict(transformer.named_modules())
     return {
@@ -154,10 +163,12 @@ def random_factors(transformer, seed=0, layers=None, rank=4):
 
 def save_sliders(checkpoint, stem, original=None, seed=0):
     """A random slider as train_pairedit.py writes it: <stem>.safetensors, <original or stem>.pt."""
+    import train_pairedit
+
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(checkpoint / "transformer")
-    board = train_pairedit.Switchboard()
+    switch = train_pairedit.AdapterSwitch()
     factors = random_factors(transformer, seed)
-    train_pairedit.add_slider(transformer, board, "semantic", factors, 1 / 4)
+    train_pairedit.add_slider(transformer, switch, "semantic", factors, 1 / 4)
     train_pairedit.save_slider(stem.with_suffix(".safetensors"), transformer, "semantic", {})
     train_pairedit.save_original((original or stem).with_suffix(".pt"), transformer, "semantic")
     return stem.with_suffix(".safetensors")
@@ -165,6 +176,8 @@ def save_sliders(checkpoint, stem, original=None, seed=0):
 
 def save_sd_lora(checkpoint, file, resolution=64):
     """A random LoRA on the attention of the UNet, as train_dreambooth_pairs.py writes it."""
+    import train_dreambooth_pairs
+
     unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
     board = train_dreambooth_pairs.Switchboard()
     ends = train_dreambooth_pairs.TARGETS["attention"]
