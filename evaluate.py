@@ -412,11 +412,10 @@ def find_comparisons(config: Config) -> tuple[list[Result], list[str], list[str]
 
 
 def check_comparison(config: Config) -> list[str]:
-    """Everything that can be wrong before a network loads; every picture is read once."""
+    """Everything that can be wrong; every picture is read once."""
     rows, _, problems = find_comparisons(config)
     files = {path for row in rows for path in (row.edited, row.before, row.after, row.mask) if path}
     problems += FileIndex(None).update(sorted(files), look_at_picture)
-
     try:
         torch.empty(0, device=config.device or "cpu")
     except Exception as error:  # torch has many classes
@@ -545,7 +544,7 @@ NETWORKS: dict[str, Callable[[Config, torch.device], Network]] = {
 def load_networks(
     config: Config, device: torch.device, skipped: dict[str, str]
 ) -> dict[str, Network]:
-    """The networks that metrics need; where they are not to be had, `skipped` says why."""
+    """The networks that metrics need; `skipped` says why one is not to be had."""
     networks: dict[str, Network] = {}
     for network, load in NETWORKS.items():
         needed = {option_of(name) for name, m in METRICS.items() if f"{network}." in m.needs}
@@ -733,7 +732,7 @@ def draw_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def print_summary(report: dict[str, Any]) -> None:
-    """What was left out, the means, what they are ranked by, what the edit costs."""
+    """What was left out, the means, what they are ranked by, the curve."""
     ranking, found = report["ranking"], report["curve"]
     for name, why in report["skipped"].items():
         if name in report["settings"]["metrics"]:
@@ -749,9 +748,8 @@ def print_summary(report: dict[str, Any]) -> None:
         )
 
 
-def evaluate(config: Config) -> dict[str, Any]:
+def evaluate(config: Config, rows: list[Result], notes: list[str]) -> dict[str, Any]:
     """Measure, write evaluation.*, print the means; return what the JSON holds."""
-    rows, notes, _ = find_comparisons(config)
     here = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
     device = torch.device(config.device or here or "cpu")
     skipped: dict[str, str] = {}
@@ -793,7 +791,9 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     """Settings -> check -> figures."""
-    evaluate(load_config(Config, check=check_comparison))
+    config = load_config(Config, check=check_comparison)
+    rows, notes, _ = find_comparisons(config)
+    evaluate(config, rows, notes)
 
 
 if __name__ == "__main__":

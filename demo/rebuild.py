@@ -1,5 +1,7 @@
 """Make the tiny base models of the demos, and the pairs of two of them, from nothing.
 
+How faces are drawn, and what is measured in them (hair, and the rest), is here, too.
+
     python demo/rebuild.py qwen_edit     # demo/qwen_edit_base: 12 minutes on one core
     python demo/rebuild.py pairedit      # demo/flux_slider_base, demo/slider_pairs
     python demo/rebuild.py dreambooth    # demo/sd_pairs_base, demo/hair_pairs
@@ -16,6 +18,7 @@ import json
 import math
 import re
 import string
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -30,6 +33,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS_DIR, BASE_DIR = Path("data/photo_pairs"), Path("demo/qwen_edit_base")
@@ -705,6 +711,35 @@ def draw_face_pairs(
             write_picture(draw_face(face._replace(age=age), side_px), folder / stage / f"{n}.png")
 
 
+def from_centre(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of every pixel seen from the centre of the head, in 1/32 of the side.
+
+    The mouth tells where that is: nothing else is so red. Heads are drawn within narrow limits.
+    """
+    y, x = pixel_centres(len(picture))
+    red = np.clip(picture[..., 0] - picture[..., 1:].max(-1) - 0.48, 1e-9, None)
+    red /= red.sum()
+    return x - np.clip((red * x).sum(), 13, 19), y - np.clip((red * y).sum() - 7, 14.5, 18)
+
+
+def face_age(picture: np.ndarray, place: tuple[np.ndarray, np.ndarray]) -> float:
+    """Of a patch of hair: its mean as a share of the way from DARK_HAIR, 0, to WHITE_HAIR, 1.
+
+    place: of from_centre, in a series that of the unedited picture.
+    """
+    patch = (abs(place[0]) <= 3) & (abs(place[1] + 9.6) <= 1.5)
+    axis = WHITE_HAIR - DARK_HAIR
+    return float((picture[patch].mean(0) - DARK_HAIR) @ axis / (axis @ axis))
+
+
+def content_change(
+    before: np.ndarray, after: np.ndarray, place: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """Mean absolute difference (pictures in 0..1) outside the box that holds the hair."""
+    rest = (abs(place[0]) > 12) | (place[1] > 1)
+    return float(abs(before - after)[rest].mean())
+
+
 def write_picture(picture: np.ndarray, path: Path) -> None:
     """(H, W, 3) in 0..1 as a file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -992,23 +1027,28 @@ def rebuild_sd(
     pipeline.to(torch.bfloat16).save_pretrained(output_dir)
 
 
+def rebuild(demo: str, seed: int = 0) -> None:
+    """Write the base model of a demo, and its pairs where they are drawn. Raises UserError."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError("torch 2.9 or newer is needed (the demos themselves run with older ones)")
+    if demo == "qwen_edit":
+        rebuild_qwen(ROOT / BASE_DIR, seed)
+    elif demo == "pairedit":
+        draw_face_pairs(ROOT / FACE_PAIRS_DIR / "age", seed + 1, 3, PAIR_AGES)
+        rebuild_flux(ROOT / FLUX_BASE_DIR, seed)
+    else:
+        draw_face_pairs(ROOT / HAIR_PAIRS_DIR, seed + 1, 10, HAIR_AGES, PHOTO_PX)
+        rebuild_sd(ROOT / SD_BASE_DIR, seed)
+
+
 def main() -> None:
-    """Make one of them again."""
+    """Rebuild what the command line names."""
     parser = argparse.ArgumentParser(description="The base models and pairs of the demos.")
     parser.add_argument("demo", choices=("qwen_edit", "pairedit", "dreambooth"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not hasattr(torch.optim, "Muon"):
-        parser.error("torch 2.9 or newer is needed (the demos themselves run with older ones)")
-    if args.demo == "qwen_edit":
-        rebuild_qwen(ROOT / BASE_DIR, args.seed)
-    elif args.demo == "pairedit":
-        draw_face_pairs(ROOT / FACE_PAIRS_DIR / "age", args.seed + 1, 3, PAIR_AGES)
-        rebuild_flux(ROOT / FLUX_BASE_DIR, args.seed)
-    else:
-        draw_face_pairs(ROOT / HAIR_PAIRS_DIR, args.seed + 1, 10, HAIR_AGES, PHOTO_PX)
-        rebuild_sd(ROOT / SD_BASE_DIR, args.seed)
+    rebuild(args.demo, args.seed)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -54,7 +54,8 @@ def unit(array):
 def measure(*flags):
     """evaluate.py in this process; what its JSON holds."""
     config = load_config(Config, [str(flag) for flag in flags], evaluate.check_comparison)
-    evaluate.evaluate(config)
+    rows, notes, _ = evaluate.find_comparisons(config)
+    evaluate.evaluate(config, rows, notes)
     return json.loads((evaluate.output_folder(config) / "evaluation.json").read_text())
 
 
