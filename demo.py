@@ -3,15 +3,17 @@
     python demo.py              # edits: the real commands, picture: outputs/demo/demo.png
     python demo.py pairedit     # a slider from 3 pairs: outputs/demo_pairedit/demo.png
     python demo.py dreambooth   # a change from 10 pairs: outputs/demo_dreambooth/demo.png
+    python demo.py ... --quick      # trains and draws less: worse results, the same to see
     python demo.py pairedit --train_iteration 1000    # other settings for the training
     python demo.py ... --rebuild    # make its tiny base model in demo/ again from nothing
 
-qwen_edit: the base is a real QwenImageEditPlusPipeline (2511 type) with 2 million parameters that
-can only copy its reference. The LoRA learns the edit from ten photo pairs; three others judge it.
+qwen_edit: the base is a real QwenImageEditPlusPipeline (2511 type) with 2 million parameters
+that can only copy its reference. The LoRA learns the edit from ten photo pairs; three others
+judge it.
 pairedit: the base is a real FluxPipeline with 1 million parameters that draws faces. The slider
-learns to turn hair grey, from three pairs; faces of other seeds, and a drawn one, judge it.
-dreambooth: the base is a real StableDiffusionPipeline with 1.5 million parameters that draws larger
-faces; the change is learned from ten pairs and judged on other seeds and on eight drawn photos.
+learns to turn hair grey, from three pairs; faces of other seeds and a drawn one judge it.
+dreambooth: the base is a real StableDiffusionPipeline with 1.5 million parameters that draws
+larger faces. The change is learned from ten pairs; other seeds and eight drawn photos judge it.
 
 All figures are evaluate.py's; the demos of faces add two metrics to it.
 """
@@ -48,10 +50,12 @@ ROOT = Path(__file__).resolve().parent
 ACCELERATE = "accelerate.commands.accelerate_cli"
 
 CONFIG, OUTPUT_DIR = Path("configs/demo_qwen_edit.yaml"), Path("outputs/demo")
-PAIRS_DIR, BASE_DIR = Path("data/photo_pairs"), Path("demo/qwen_edit_base")
-HELD_OUT = ("astronaut0", "chelsea1", "coffee2")  # neither the base nor the LoRA ever sees them
+PAIRS_DIR = Path("data/photo_pairs")
+BASE_DIR = Path("demo/qwen_edit_base")
+HELD_OUT = ("astronaut0", "chelsea1", "coffee2")  # neither base nor LoRA ever sees them
 
-FACE_CONFIG, FACE_OUTPUT_DIR = Path("configs/demo_pairedit.yaml"), Path("outputs/demo_pairedit")
+FACE_CONFIG = Path("configs/demo_pairedit.yaml")
+FACE_OUTPUT_DIR = Path("outputs/demo_pairedit")
 FACE_PAIRS_DIR, FLUX_BASE_DIR = Path("demo/slider_pairs"), Path("demo/flux_slider_base")
 
 HAIR_CONFIG = Path("configs/demo_dreambooth.yaml")
@@ -59,15 +63,19 @@ HAIR_OUTPUT_DIR = Path("outputs/demo_dreambooth")
 HAIR_PAIRS_DIR, SD_BASE_DIR = Path("demo/hair_pairs"), Path("demo/sd_pairs_base")
 HAIR_PROMPT = "picture of a person"
 HAIR_COUNT = 8  # seeds, and held-out photos
-HAIR_SCALES, PHOTO_SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0), (0.0, 0.5, 1.0)
-LORAS = {"lora": HAIR_SCALES, "after_only": (0.0, 1.0, 2.0, 4.0)}  # {folder: scales of its strips}
+HAIR_SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0)
+PHOTO_SCALES = (0.0, 0.5, 1.0)
+LORAS = {  # {folder: scales of its strips}
+    "lora": HAIR_SCALES,
+    "after_only": (0.0, 1.0, 2.0, 4.0),
+}
 
 
 # --- 1. commands, figures, sheets -----------------------------------------------------------------
 
 
 def begin(output_dir: Path) -> float:
-    """Delete what an earlier demo left, since no trainer overwrites it; return the time."""
+    """Delete what an earlier demo left; return the time."""
     if output_dir.exists():
         print(f"deleting {output_dir} of an earlier demo")
         shutil.rmtree(output_dir)
@@ -92,18 +100,15 @@ def joined(scales: Sequence[float]) -> str:
     return ",".join(f"{scale:g}" for scale in scales)
 
 
-def measure_edits(
-    results: Path, befores: Path, afters: Path, ends: Sequence[str] = ("", "")
-) -> Any:
+def measure_edits(results: Path, befores: Path, afters: Path, **suffixes: str) -> Any:
     """(evaluate.py's report, its rows) over pictures whose true afters are known."""
     evaluate = load_script(Path("evaluate.py"))
     config = evaluate.Config(
         results=[str(results)],
         before_dir=befores,
         after_dir=afters,
-        before_suffix=ends[0],
-        after_suffix=ends[1],
         metrics=["psnr", "ssim", "region", "gain"],
+        **suffixes,
     )
     rows, notes, problems = evaluate.find_comparisons(config)
     if problems:
@@ -114,10 +119,11 @@ def measure_edits(
 def measure_faces(
     faces: Any, results: Path, ages: dict[str, float], series: Callable[[str], str]
 ) -> dict[str, Any]:
-    """evaluate.py's report over strips: hair and the rest, compared with scale 0 of the strip.
+    """evaluate.py's report over strips: hair and the rest, compared with scale 0.
 
-    faces: demo/rebuild.py; ages: of the two sides of a training pair, hair of 1 is one such change;
-    series: name of a picture -> what it is shown as, "" leaves it out.
+    faces: demo/rebuild.py.
+    ages: of the two sides of a training pair; hair of 1 is one such change.
+    series: name of a picture -> what it is shown as; "" leaves it out.
     """
     evaluate: Any = load_script(Path("evaluate.py"))
     young, old = ages.values()
@@ -128,20 +134,24 @@ def measure_faces(
     def hair(*pixels: torch.Tensor) -> float:
         edited, before = arrays(*pixels)
         place = faces.from_centre(before)
-        return (faces.face_age(edited, place) - faces.face_age(before, place)) / (old - young)
+        change = faces.face_age(edited, place) - faces.face_age(before, place)
+        return change / (old - young)
 
     def rest(*pixels: torch.Tensor) -> float:
         edited, before = arrays(*pixels)
         return faces.content_change(before, edited, faces.from_centre(before))
 
-    evaluate.METRICS["hair"] = evaluate.Metric(hair, "edited before", 0, "of the pairs' change")
-    evaluate.METRICS["rest"] = evaluate.Metric(rest, "edited before", 0, "mean absolute change")
+    needs = "edited before"
+    evaluate.METRICS["hair"] = evaluate.Metric(hair, needs, 0, "of the pairs' change")
+    evaluate.METRICS["rest"] = evaluate.Metric(rest, needs, 0, "mean absolute change")
     evaluate.STRENGTHS, evaluate.CONTENTS = ("hair",), ("rest",)
+
     config = evaluate.Config(results=[str(results)], metrics=["hair", "rest"])
     rows = evaluate.find_results(config, "", results, edited=False)
     rows = [row._replace(series=series(row.name), before=None) for row in rows]
-    rows = evaluate.match([row for row in rows if row.series], {}, [])  # the before: scale 0
+    rows = [row for row in rows if row.series]
     rows.sort(key=lambda row: (row.series, row.scale))
+    rows = evaluate.match(rows, {}, [])  # without a before: that is scale 0
     return evaluate.evaluate(config, rows, [])
 
 
@@ -162,14 +172,18 @@ def strips_of(report: dict[str, Any], series: str) -> list[list[Path]]:
     return list(found.values())
 
 
-def draw_faces(path: Path, sections: Sequence[tuple[Sequence[str], list[list[Path]]]]) -> None:
-    """Rows of faces under heads, section below section; pixels stay visible."""
-    side, sheets = 128, []
+def draw_faces(path: Path, sections: Sequence[tuple[Sequence[str], Any]]) -> None:
+    """(heads, rows of files) below one another; pixels stay visible."""
+    side = 128
+    sheets = []
     for heads, rows in sections:
-        images = [[open_rgb(file).resize((side, side), 0) for file in row] for row in rows]
+        images = [
+            [open_rgb(file).resize((side, side), Image.Resampling.NEAREST) for file in row]
+            for row in rows
+        ]
         sheets.append(contact_sheet(images, heads, cell_px=side))
-    width, height = max(s.width for s in sheets), sum(s.height for s in sheets)
-    whole = Image.new("RGB", (width, height), "white")
+    width = max(sheet.width for sheet in sheets)
+    whole = Image.new("RGB", (width, sum(sheet.height for sheet in sheets)), "white")
     for number, sheet in enumerate(sheets):
         whole.paste(sheet, (0, sum(above.height for above in sheets[:number])))
     whole.save(path)
@@ -178,25 +192,29 @@ def draw_faces(path: Path, sections: Sequence[tuple[Sequence[str], list[list[Pat
 # --- 2. qwen_edit: an edit from ten pairs ---------------------------------------------------------
 
 
-def run_qwen_edit(settings: str) -> None:
+def run_qwen_edit(settings: str, quick: bool) -> None:
     """Cache, train, generate with and without the LoRA, measure, draw."""
-    start, accelerate = begin(OUTPUT_DIR), f"accelerate launch {{}} --config {CONFIG}{settings}"
-    run_command(accelerate.format("cache_embeddings.py"), ACCELERATE)
-    run_command(accelerate.format("train_qwen_edit.py"), ACCELERATE)
-    rows = []
+    start = begin(OUTPUT_DIR)
+    if quick:
+        settings = f" --train.max_train_steps 400 --validation.steps null{settings}"
+    for script in ("cache_embeddings.py", "train_qwen_edit.py"):
+        run_command(f"accelerate launch {script} --config {CONFIG}{settings}", ACCELERATE)
+
+    lines = []
     for name in HELD_OUT:
         prompt = (PAIRS_DIR / f"{name}_T.txt").read_text(encoding="utf-8").strip()
         image = (PAIRS_DIR / f"{name}_R.png").as_posix()
-        rows.append(json.dumps({"images": [image], "prompt": prompt, "name": name}))
-    save_text(OUTPUT_DIR / "held_out.jsonl", "\n".join(rows) + "\n")
+        lines.append(json.dumps({"images": [image], "prompt": prompt, "name": name}))
+    save_text(OUTPUT_DIR / "held_out.jsonl", "\n".join(lines) + "\n")
     run_command(
         f"python generate.py --pretrained_model_name_or_path {BASE_DIR}"
         f" --lora {OUTPUT_DIR}/pytorch_lora_weights.safetensors"
         f" --table {OUTPUT_DIR}/held_out.jsonl --output_dir {OUTPUT_DIR}/generated"
         " --scales 0,1 --seed 0 --html --num_inference_steps 4 --true_cfg_scale 1"
     )
-    ends = "_R", "_T"
-    report, rows = measure_edits(OUTPUT_DIR / "generated", PAIRS_DIR, PAIRS_DIR, ends)
+
+    ends = {"before_suffix": "_R", "after_suffix": "_T"}
+    report, rows = measure_edits(OUTPUT_DIR / "generated", PAIRS_DIR, PAIRS_DIR, **ends)
     base, lora = (report["columns"][f"scale {scale}"]["means"] for scale in (0, 1))
     skill = 1 - lora["error_inside"] / base["error_inside"]
     draw_edits(OUTPUT_DIR / "demo.png", rows)
@@ -217,20 +235,26 @@ def draw_edits(path: Path, rows: list[Any]) -> None:
         size = open_rgb(lora.edited).size
         files = lora.before, base.edited, lora.edited, lora.after
         images.append([ImageOps.fit(open_rgb(file), size) for file in files])
-    contact_sheet(images, ("before", "base", "LoRA", "after"), HELD_OUT, cell_px=320).save(path)
+    heads = ("before", "base", "LoRA", "after")
+    contact_sheet(images, heads, HELD_OUT, cell_px=320).save(path)
 
 
 # --- 3. pairedit: a slider from three pairs -------------------------------------------------------
 
 
-def run_pairedit(settings: str) -> None:
+def run_pairedit(settings: str, quick: bool) -> None:
     """Train a slider on three pairs, draw strips, edit a picture, measure, draw the sheet."""
-    start, faces = begin(FACE_OUTPUT_DIR), load_script(Path("demo/rebuild.py"))
+    start = begin(FACE_OUTPUT_DIR)
+    faces = load_script(Path("demo/rebuild.py"))
+    if quick:
+        settings = f" --train_iteration 250 --save_per_steps 250 --count_gen 4{settings}"
     train = f"accelerate launch train_pairedit.py --config {FACE_CONFIG}{settings}"
     run_command(train, ACCELERATE)
     run_command(f"python generate.py --config {FACE_CONFIG}{settings} --image_format png --html")
+
     photo = FACE_OUTPUT_DIR / "photo.png"
-    faces.write_picture(faces.draw_face(faces.random_face(np.random.RandomState(7))), photo)
+    face = faces.random_face(np.random.RandomState(7))
+    faces.write_picture(faces.draw_face(face), photo)
     lora = sorted(FACE_OUTPUT_DIR.glob("models/age/*/*epoch.safetensors"))[-1]
     run_command(
         f"python generate.py --pretrained_model_name_or_path {FLUX_BASE_DIR}"
@@ -239,22 +263,23 @@ def run_pairedit(settings: str) -> None:
         f" --scales {read_config(str(FACE_CONFIG))['scales']}"
         f" --output {(FACE_OUTPUT_DIR / 'photo_strip.png').as_posix()}"
     )
-    print("\nhair as a share of the pairs' change, and the rest, of other seeds and of a photo:")
+
+    print("\nhair (as a share of the pairs' change) and the rest, of other seeds and a photo:")
+    names = {"photo_strip": "photo"}
     report = measure_faces(
-        faces,
-        FACE_OUTPUT_DIR,
-        faces.PAIR_AGES,
-        lambda name: "photo" if name == "photo_strip" else "seeds",
+        faces, FACE_OUTPUT_DIR, faces.PAIR_AGES, lambda name: names.get(name, "seeds")
     )
-    scales = [f"scale {scale:g}" for scale in sorted({row["scale"] for row in report["rows"]})]
-    pairs = [FACE_PAIRS_DIR / f"age/{stage}/{n}.png" for n in range(3) for stage in faces.PAIR_AGES]
+
+    heads = [f"scale {scale:g}" for scale in sorted({row["scale"] for row in report["rows"]})]
+    stages = [(stage, n) for n in range(3) for stage in faces.PAIR_AGES]
     sections = [
-        (("before", "after") * 3, [pairs]),
-        (scales, strips_of(report, "seeds")[:5]),
-        (["a photo", *scales[1:]], strips_of(report, "photo")),
+        (("before", "after") * 3, [[FACE_PAIRS_DIR / f"age/{s}/{n}.png" for s, n in stages]]),
+        (heads, strips_of(report, "seeds")[:5]),
+        (["photo, scale 0", *heads[1:]], strips_of(report, "photo")),
     ]
     draw_faces(FACE_OUTPUT_DIR / "demo.png", sections)
-    write_figures(FACE_OUTPUT_DIR, start, {"columns": report["columns"], "curve": report["curve"]})
+    figures = {name: report[name] for name in ("columns", "curve")}
+    write_figures(FACE_OUTPUT_DIR, start, figures)
     pages = sorted(FACE_OUTPUT_DIR.glob("*/age/*/*.html"), key=lambda page: page.name)
     print(f"to compare: {pages[0]}, the run: {pages[-1]}")
 
@@ -262,67 +287,79 @@ def run_pairedit(settings: str) -> None:
 # --- 4. dreambooth: a change from ten pairs -------------------------------------------------------
 
 
-def run_dreambooth(settings: str) -> None:
+def run_dreambooth(settings: str, quick: bool) -> None:
     """Train on ten pairs (and on their afters alone), draw strips, edit photos, measure."""
-    start, faces = begin(HAIR_OUTPUT_DIR), load_script(Path("demo/rebuild.py"))
-    folder = HAIR_OUTPUT_DIR.as_posix()
+    start = begin(HAIR_OUTPUT_DIR)
+    faces = load_script(Path("demo/rebuild.py"))
+    folder, count, steps = HAIR_OUTPUT_DIR.as_posix(), HAIR_COUNT, 25
+    if quick:
+        settings = f" --max_train_steps 80 --checkpointing_steps 80{settings}"
+        count, steps = 4, 12
     train = f"accelerate launch train_dreambooth_pairs.py --config {HAIR_CONFIG}{settings}"
     run_command(train, ACCELERATE)
     run_command(  # as DreamBooth is trained: over all noise levels
-        f"{train} --output_dir {folder}/after_only --use_image_pairs false --before_data_dir null"
-        f" --after_data_dir null --pair_objective slider --timestep_min 0"
-        f" --instance_data_dir {HAIR_PAIRS_DIR / 'after'}",
+        f"{train} --output_dir {folder}/after_only --use_image_pairs false"
+        " --before_data_dir null --after_data_dir null"
+        f" --instance_data_dir {HAIR_PAIRS_DIR}/after"
+        " --pair_objective slider --timestep_min 0",
         ACCELERATE,
     )
-    draw = f"python generate.py --pretrained_model_name_or_path {SD_BASE_DIR}"
-    draw += f" --num_inference_steps 25 --guidance_scale 1 --batch_size {HAIR_COUNT}"
-    draw += f" --lora {folder}/{{}}/pytorch_lora_weights.safetensors"
-    seeds = ",".join(map(str, range(HAIR_COUNT)))
+
+    draw = (
+        f"python generate.py --pretrained_model_name_or_path {SD_BASE_DIR}"
+        f" --num_inference_steps {steps} --guidance_scale 1 --batch_size {count}"
+        f" --lora {folder}/{{}}/pytorch_lora_weights.safetensors"
+    )
+    seeds = ",".join(map(str, range(count)))
     for name, scales in LORAS.items():
         run_command(
             f'{draw.format(name)} --prompt "{HAIR_PROMPT}" --resolution {faces.PHOTO_PX}'
-            f" --seed {seeds} --scales={joined(scales)} --output {folder}/{name}_strip.png"
+            f" --seed {seeds} --scales={joined(scales)}"
+            f" --output {folder}/{name}_strip.png"
         )
-    held_out, photos = HAIR_OUTPUT_DIR / "held_out", HAIR_OUTPUT_DIR / "photos"
-    faces.draw_face_pairs(held_out, 7, HAIR_COUNT, faces.HAIR_AGES, faces.PHOTO_PX)
+
+    held_out = HAIR_OUTPUT_DIR / "held_out"
+    faces.draw_face_pairs(held_out, 7, count, faces.HAIR_AGES, faces.PHOTO_PX)
     run_command(
         f"{draw.format('lora')} --input_dir {held_out.as_posix()}/before"
         f" --output_dir {folder}/photos --scales {joined(PHOTO_SCALES)} --html"
     )
-    print("\nhair as a share of the pairs' change, and the rest, of other seeds:")
+
+    print("\nhair (as a share of the pairs' change) and the rest, of other seeds:")
     names = {f"{name}_strip": name for name in LORAS}
     report = measure_faces(
         faces, HAIR_OUTPUT_DIR, faces.HAIR_AGES, lambda name: names.get(name, "")
     )
     (at,) = report["curve"]["matched"]
     ratio = at["content"]["lora"] / at["content"]["after_only"]
-    print(f"for an equal change of the hair, the pairs change the rest {ratio:.2f} times as much")
-    print(f"\n{HAIR_COUNT} photos that were never trained on:")
-    edits, rows = measure_edits(photos, held_out / "before", held_out / "after")
-    five = [str(n) for n in range(5)]
-    files = {(row.name, row.scale): row.edited for row in rows}
+    print(f"at equal hair the pairs change the rest {ratio:.2f} times as much as the afters")
+
+    print(f"\n{count} photos that were never trained on:")
+    afters = held_out / "after"
+    edits, rows = measure_edits(HAIR_OUTPUT_DIR / "photos", held_out / "before", afters)
+    draw_changes(faces, report, rows)
+    figures = {name: report[name] for name in ("columns", "curve")}
+    figures |= {"content_ratio": ratio, "photos": edits["columns"]}
+    write_figures(HAIR_OUTPUT_DIR, start, figures)
+    print(f"to compare: {folder}/photos/page.html, the run: {folder}/lora/report.html")
+
+
+def draw_changes(faces: Any, report: dict[str, Any], rows: list[Any]) -> None:
+    """Five pairs, five strips, five photos."""
+    pairs = [[HAIR_PAIRS_DIR / f"{s}/{n}.png" for n in range(5)] for s in faces.HAIR_AGES]
+    photos = []
+    for name in sorted({row.name for row in rows})[:5]:
+        its = [row for row in rows if row.name == name]  # by scale
+        photos.append([its[0].before, *(row.edited for row in its), its[0].after])
+    scales, photo_scales = (
+        [f"scale {scale:g}" for scale in found] for found in (HAIR_SCALES, PHOTO_SCALES)
+    )
     sections = [
-        (
-            ["five of ten", "pairs"],
-            [[HAIR_PAIRS_DIR / f"{s}/{n}.png" for n in five] for s in faces.HAIR_AGES],
-        ),
-        ([f"scale {scale:g}" for scale in HAIR_SCALES], strips_of(report, "lora")[:5]),
-        (
-            ["a photo", *(f"scale {scale:g}" for scale in PHOTO_SCALES), "true after"],
-            [
-                [
-                    held_out / f"before/{n}.png",
-                    *(files[n, s] for s in PHOTO_SCALES),
-                    held_out / f"after/{n}.png",
-                ]
-                for n in five
-            ],
-        ),
+        (["five of ten", "pairs"], pairs),
+        (scales, strips_of(report, "lora")[:5]),
+        (["a photo", *photo_scales, "true after"], photos),
     ]
     draw_faces(HAIR_OUTPUT_DIR / "demo.png", sections)
-    figures = {"columns": report["columns"], "curve": report["curve"], "content_ratio": ratio}
-    write_figures(HAIR_OUTPUT_DIR, start, figures | {"photos": edits["columns"]})
-    print(f"to compare: {folder}/photos/page.html, the run: {folder}/lora/report.html")
 
 
 # --- 5. main --------------------------------------------------------------------------------------
@@ -340,6 +377,7 @@ def main() -> None:
     about = "The demos on two CPU cores; other flags go to the training commands."
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("demo", nargs="?", choices=DEMOS, default="qwen_edit")
+    parser.add_argument("--quick", action="store_true", help="train and draw less: worse results")
     parser.add_argument("--rebuild", action="store_true", help="make its base model again and stop")
     parser.add_argument("--seed", type=int, default=0, help="of --rebuild")
     args, settings = parser.parse_known_args()
@@ -348,10 +386,9 @@ def main() -> None:
         load_script(Path("demo/rebuild.py")).rebuild(args.demo, args.seed)
         return
     if missing := [str(path) for path in NEEDED[args.demo] if not path.exists()]:
-        raise UserError(
-            f"{', '.join(missing)} is missing (python demo.py {args.demo} --rebuild makes the base)"
-        )
-    DEMOS[args.demo]("".join(f" {shlex.quote(setting)}" for setting in settings))
+        how = f"python demo.py {args.demo} --rebuild makes the base"
+        raise UserError(f"{', '.join(missing)} is missing ({how})")
+    DEMOS[args.demo]("".join(f" {shlex.quote(setting)}" for setting in settings), args.quick)
 
 
 if __name__ == "__main__":
