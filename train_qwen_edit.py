@@ -18,13 +18,13 @@ latents are normalised per channel, sigma runs from 0 (picture) to 1 (noise), ve
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import csv
 import ctypes
 import datetime
 import functools
 import gc
-import importlib
 import importlib.util
 import itertools
 import json
@@ -38,6 +38,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -53,20 +54,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 import utils
-from utils import (
-    RunLog,
-    Section,
-    UserError,
-    cache_key,
-    draw_key,
-    listed,
-    memory_gb,
-    nearest,
-    normal,
-    progress,
-    read_model_json,
-    uniform,
-)
+from utils import RunLog, Section, UserError, cache_key, draw_key, listed, nearest, normal, uniform
 
 # KEEP: diffusers, transformers, peft and accelerate are imported where they are used, so that a
 # mistake in the config or the data is reported within seconds, before any of them is loaded.
@@ -87,26 +75,18 @@ class LossConfig(Section):
     """Error of the velocity: a name of LOSSES (mse, huber)."""
     huber_c: float = Field(0.1, gt=0)
     """Error above which huber counts linearly."""
-    mask: Literal["none", "file", "difference"] = "none"
-    """Weigh the loss by region: a mask file, or where the target differs from reference 1."""
-    mask_loss: bool = False
-    """Short for mask: file."""
+    mask: Literal["none", "file"] = "none"
+    """Weigh the loss by region, with a mask per sample."""
     foreground_weight: float = Field(2.0, ge=0)
     """Weight of the loss where the mask is white; divided by the mean weight."""
     background_weight: float = Field(1.0, ge=0)
     """Weight of the loss where the mask is black."""
-    difference_threshold: float = Field(0.1, gt=0, le=1)
-    """Mean change of a channel, 0 to 1, that counts as wholly changed."""
-    timestep_density: Literal["logit_normal", "uniform", "mode", "sigmoid"] = "logit_normal"
-    """Density of sigma before the shift (mode: that of SD3)."""
+    timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Density of sigma before the shift."""
     logit_mean: float = 0.0
     """Mean of logit_normal; larger means noisier."""
     logit_std: float = Field(1.0, gt=0)
     """Standard deviation of logit_normal; larger means wider."""
-    mode_scale: float = 1.29
-    """Scale of mode; above 0 favours the middle."""
-    sigmoid_scale: float = Field(1.0, gt=0)
-    """Scale of sigmoid(scale x normal); larger means wider."""
     timestep_shift: Literal["model"] | Annotated[float, Field(gt=0)] = "model"
     """Shift of sigma: as at inference ("model"), or s in s sigma / (1 + (s - 1) sigma)."""
 
@@ -118,11 +98,6 @@ class LossConfig(Section):
             "foreground_weight and background_weight are both 0": weights == 0,
         }
 
-    @property
-    def region(self) -> str:
-        """Return `mask`, with `mask_loss` resolved."""
-        return "file" if self.mask_loss and self.mask == "none" else self.mask
-
 
 def mse(velocity: torch.Tensor, target: torch.Tensor, loss: LossConfig) -> torch.Tensor:
     """Rectified flow: (velocity - target)^2 of each element; all (B, 16, 1, h, w) fp32."""
@@ -130,10 +105,7 @@ def mse(velocity: torch.Tensor, target: torch.Tensor, loss: LossConfig) -> torch
 
 
 def huber(velocity: torch.Tensor, target: torch.Tensor, loss: LossConfig) -> torch.Tensor:
-    """Pseudo-Huber, 2c (sqrt(error^2 + c^2) - c): squares below c, 2c |error| above.
-
-    Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance".
-    """
+    """Pseudo-Huber (Khrapov et al. 2024): squares below c = huber_c, 2c |error| above."""
     error, c = velocity - target, loss.huber_c
     return 2 * c * ((error.square() + c * c).sqrt() - c)
 
@@ -143,47 +115,34 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {f.__name__: f for f in (mse, h
 
 
 def compute_loss(
-    trainer: QwenImageEditTrainer, batch: dict[str, Any], model: Any = None, shift: bool = True
+    trainer: Trainer, batch: dict[str, Any], model: Any = None, shift: bool = True
 ) -> torch.Tensor:
-    """Loss per sample, (B,) fp32, of a batch as collate() makes it, with noise and sigma (B,).
+    """Loss per sample, (B,) fp32, of a batch from encoded() with noise and sigma (B,).
 
     model: None is the transformer being trained, with its distributed wrapper.
     """
     loss, noise, sigma = trainer.config.loss, batch["noise"], batch["sigma"].float()
-    x0 = batch["pixel_latent"].float()
+    x0, wanted = batch["pixel_latent"].float(), loss.timestep_shift
     if shift:
-        sigma = shift_sigma(sigma, trainer.shift_mu(math.prod(token_grid(x0))))
+        mu = model_mu(trainer.scheduler.config, math.prod(token_grid(x0)))
+        sigma = shift_sigma(sigma, mu if wanted == "model" else math.log(wanted))
     noisy = add_noise(batch.get("start_latent", x0).float(), noise, sigma)
-    velocity = trainer.velocity(batch, noisy, sigma, model or trainer.transformer)
+    with trainer.accelerator.autocast():
+        velocity = predict_velocity(model or trainer.transformer, noisy, sigma, batch)
     error = LOSSES[loss.loss_type](velocity.float(), noise - x0, loss)
     if "region" not in batch:
         return error.flatten(1).mean(1)
-    weight = region_weight(batch["region"], loss).expand_as(error).flatten(1)
+    black, white = loss.background_weight, loss.foreground_weight
+    weight = (black + (white - black) * batch["region"]).expand_as(error).flatten(1)
     # KEEP the minimum: a weight of 0 and an empty mask leave nothing to learn, not a NaN
     return (weight * error.flatten(1)).sum(1) / weight.sum(1).clamp(min=1e-6)
 
 
-def region_weight(level: torch.Tensor, loss: LossConfig) -> torch.Tensor:
-    """Weight per latent from the mask or the change of a region, (B, 1, 1, h, w) in [0, 1]."""
-    level = level / loss.difference_threshold if loss.region == "difference" else level
-    black = torch.full_like(level, loss.background_weight)
-    return torch.lerp(black, torch.full_like(level, loss.foreground_weight), level.clamp(0, 1))
-
-
 def sample_sigma(loss: LossConfig, *parts: object) -> float:  # EDIT HERE: timestep density
-    """Draw a noise level in (0, 1), before the shift, that belongs to the parts.
-
-    logit_normal and mode: Esser et al. 2024 (SD3), section 3.1; sigmoid: sigmoid(scale x normal).
-    """
-    if loss.timestep_density in ("uniform", "mode"):
-        u = uniform(*parts)
-        if loss.timestep_density == "mode":
-            u = 1 - u - loss.mode_scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
-        return min(max(u, 1e-4), 1 - 1e-4)
-    mean, std = loss.logit_mean, loss.logit_std
-    if loss.timestep_density == "sigmoid":
-        mean, std = 0.0, loss.sigmoid_scale
-    return torch.sigmoid(mean + std * normal((), *parts)).item()
+    """Draw a noise level in (0, 1), before the shift, that belongs to the parts."""
+    if loss.timestep_density == "uniform":
+        return min(max(uniform(*parts), 1e-4), 1 - 1e-4)
+    return torch.sigmoid(loss.logit_mean + loss.logit_std * normal((), *parts)).item()
 
 
 def model_mu(scheduler_config: Any, tokens: int) -> float:
@@ -230,8 +189,6 @@ class TrainConfig(Section):
     """Keep a moving average of the adapter in fp32; saved beside it, under its own name."""
     ema_decay: float = Field(0.995, ge=0, lt=1)
     """Share of the moving average that stays per step; at step n at most (1 + n) / (10 + n)."""
-    ema_device: Literal["accelerator", "cpu"] = "accelerator"
-    """Where the moving average lives; cpu saves GPU memory and waits at every step."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """Of the frozen base; LoRA, loss and optimizer are fp32. (fp16 would overflow.)"""
     gradient_checkpointing: bool = True
@@ -247,15 +204,10 @@ class LoggingConfig(Section):
     """Steps between two log lines; only then the loop waits for the GPU."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Trackers beside metrics.jsonl, which is always written."""
-    tracker_project_name: str = "qwen-image-edit"
-    """Project name for the trackers."""
 
 
-Step = tuple[list[str], dict[str, torch.Tensor]]  # names of its samples, its losses
-
-
-def train_step(trainer: QwenImageEditTrainer, batches: list[dict[str, Any]]) -> Step:
-    """Take one optimizer step over the micro-batches of this process."""
+def train_step(trainer: Trainer, batches: list[Any]) -> tuple[list[str], dict[str, Any]]:
+    """Take one optimizer step over micro-batches; return the names of the samples, the losses."""
     if "error" in batches[0]:
         raise UserError(f"{batches[0]['error']}. Repair: cache_embeddings.py --verify")
     accelerator, total = trainer.accelerator, sum(batch_size(batch) for batch in batches)
@@ -280,9 +232,7 @@ def train_step(trainer: QwenImageEditTrainer, batches: list[dict[str, Any]]) -> 
     return names, {"loss": loss, "grad_norm": norm}
 
 
-def train_loop(
-    trainer: QwenImageEditTrainer, loader: Iterable[Any], run_log: RunLog, stop: utils.StopSignal
-) -> bool:
+def train_loop(trainer: Trainer, loader: Any, run_log: RunLog, stop: utils.StopSignal) -> bool:
     """Train up to total_steps(); return whether a signal ended it early."""
     config, accelerator, total = trainer.config, trainer.accelerator, trainer.total_steps()
     every, saves = config.logging.log_every, config.train.checkpointing_steps
@@ -290,7 +240,7 @@ def train_loop(
     stopped, ask_every, steps = False, 1, []  # steps since the last log line
     if config.validation.steps and trainer.global_step == 0:
         validate(trainer, run_log)
-    bar = progress(None, "train", total=total, initial=trainer.global_step, unit="step")
+    bar = utils.progress(None, "train", total=total, initial=trainer.global_step, unit="step")
     clock = time.monotonic()
     for batches in itertools.islice(loader, max(0, total - trainer.global_step)):
         steps.append(train_step(trainer, batches if isinstance(batches, list) else [batches]))
@@ -318,40 +268,29 @@ def train_loop(
     return stopped
 
 
-def log_steps(
-    trainer: Any,
-    run_log: RunLog,
-    steps: Sequence[tuple[Sequence[str], dict[str, torch.Tensor]]],
-    clock: float,
-    **more: float,
-) -> None:
-    """Log the mean of each loss over these steps and all processes; waits for the GPU.
+def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: float) -> None:
+    """Log the mean of each loss over steps (names of samples, losses) and processes.
 
-    steps: (names of the samples, losses) of each; clock: time.monotonic() when the first of them
-    began; more: other figures.
-
-    Raises:
-        UserError: a loss is not finite; the message names the samples of the first bad step.
+    Waits for the GPU. clock: time.monotonic() when the first one began. Raises UserError where a
+    loss is not finite, with the samples of that step.
     """
     losses = torch.stack([torch.stack([*values.values()]) for _, values in steps])
     losses = trainer.accelerator.reduce(losses, "mean").cpu()  # (steps, losses)
     step, names = trainer.global_step, list(steps[0][1])
     if len(bad := (~losses.isfinite().all(1)).nonzero()):
         first = int(bad[0])
-        kept = ["the start", *(folder.name for folder in trainer.checkpoints.folders())]
         raise UserError(
             f"step {step - len(steps) + first + 1}: {', '.join(names)} = {losses[first].tolist()}; "
-            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. Nothing was "
-            f"saved since {kept[-1]}; lower the learning rate or look at those files"
+            f"samples of this process: {', '.join(steps[first][0]) or 'unknown'}. Nothing of it "
+            "was saved; lower the learning rate or look at those files"
         )
     means = dict(zip(names, losses.mean(0).tolist(), strict=True))
     pace = (time.monotonic() - clock) / len(steps)  # the GPU is done with them
-    more |= {"seconds_per_step": pace, "memory_gb": memory_gb(trainer.device)}
+    more |= {"seconds_per_step": pace, "memory_gb": utils.memory_gb(trainer.device)}
     run_log.values(step, means | more)
     if trainer.accelerator.is_main_process:
         figures = " ".join(f"{name} {value:.4g}" for name, value in {**means, **more}.items())
-        left = datetime.timedelta(seconds=round(pace * (trainer.total_steps() - step)))
-        tqdm.write(f"step {step}/{trainer.total_steps()} {figures} eta {left}")
+        tqdm.write(f"step {step}/{trainer.total_steps()} {figures}")
 
 
 # --- 3. adapter -----------------------------------------------------------------------------------
@@ -375,14 +314,6 @@ class LoraConfig(Section):
     pretrained_weight: Path | None = None
     """LoRA file to start from (same method, r and target_modules) instead of from nothing."""
 
-    def rules(self) -> dict[str, Any]:
-        """Return {problem: whether it is there}."""
-        try:
-            re.compile(self.target_modules if isinstance(self.target_modules, str) else "")
-        except re.error as error:
-            return {f"target_modules: no regular expression: {error}": True}
-        return {}
-
 
 ATTN_IMAGE = ["to_q", "to_k", "to_v", "to_out.0"]
 ATTN_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -397,9 +328,11 @@ TARGET_SETS = {  # EDIT HERE: names for model.lora.target_modules
 
 def matches(layer: str, targets: Sequence[str] | str) -> bool:
     """Whether PEFT would take the layer: ends of names, or one regular expression."""
-    if isinstance(targets, str):
+    if not isinstance(targets, str):
+        return any(f".{layer}".endswith(f".{target}") for target in targets)
+    with contextlib.suppress(re.error):
         return re.fullmatch(targets, layer) is not None
-    return any(f".{layer}".endswith(f".{target}") for target in targets)
+    return False
 
 
 def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
@@ -442,28 +375,6 @@ def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
         transformer.add_adapter(settings)
     place_adapter(transformer)
     cast_training_params(transformer)  # KEEP: bf16 would round small updates away
-    if lora.method == "dora":
-        start_magnitudes(transformer)
-
-
-@torch.no_grad()
-def start_magnitudes(transformer: Any) -> None:
-    """DoRA's column norms once more, in fp32: rounded to bf16 they would change step 0."""
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.integrations import dequantize_module_weight
-
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            weight = dequantize_module_weight(layer.get_base_layer()).float()
-            magnitude: Any = layer.lora_magnitude_vector["default"]
-            magnitude.weight.copy_(torch.linalg.norm(weight, dim=1))
-
-
-def lora_tensors(transformer: Any) -> dict[str, torch.Tensor]:
-    """Return the adapter as it trains: PEFT names, fp32."""
-    from peft.utils import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(transformer)
 
 
 def strengthen(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
@@ -472,54 +383,52 @@ def strengthen(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, tor
     return {**tensors, **{name: tensors[name] * factor for name in own}}
 
 
-def strength_of(transformer: Any) -> float:
-    """Return alpha / r of the adapter."""
-    settings = transformer.peft_config["default"]
-    return (settings.alpha if settings.peft_type == "LOKR" else settings.lora_alpha) / settings.r
-
-
 def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
-    """Write diffusers/PEFT names, with alpha / r folded into the weights.
+    """Write diffusers/PEFT names, with alpha / r folded into B and alpha = r in the metadata.
 
-    Loaders differ in where they look for alpha (metadata, `.alpha` keys, nowhere), so B is stored
-    times alpha / r and the file says alpha = r: the strength is right everywhere. Exact when
-    alpha / r is a power of two, else to fp32 rounding.
+    Loaders differ in where they look for alpha (metadata, `.alpha` keys, nowhere); so the strength
+    is right in all of them: exactly if alpha / r is a power of two, else to fp32 rounding.
     """
-    tensors = {n: t.detach().float().cpu().clone() for n, t in lora_tensors(transformer).items()}
+    from peft.utils import get_peft_model_state_dict
+
     settings = transformer.peft_config["default"].to_dict()
-    settings["lora_alpha" if "lora_alpha" in settings else "alpha"] = settings["r"]
-    settings["target_modules"] = sorted({re.split(r"\.lo(?:ra|kr)_", name)[0] for name in tensors})
-    settings["exclude_modules"] = None
+    alpha = "alpha" if "alpha" in settings else "lora_alpha"
+    strength = settings[alpha] / settings["r"]
+    tensors = get_peft_model_state_dict(transformer)
+    layers = {re.split(r"\.lo(?:ra|kr)_", name)[0] for name in tensors}
+    settings |= {alpha: settings["r"], "target_modules": sorted(layers), "exclude_modules": None}
     plain = str | int | float | bool | list | dict | None
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
-    weights = strengthen(tensors, strength_of(transformer))
-    weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
     told = {"lora_adapter_metadata": adapter, "image_edit_lora": about}
     metadata = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
-    metadata["format"] = "pt"
-    utils.save_atomic(path, lambda file: save_file(weights, file, metadata=metadata))
+    weights = strengthen(
+        {f"transformer.{n}": t.detach().float().cpu().clone() for n, t in tensors.items()}, strength
+    )
+    utils.save_atomic(path, lambda file: save_file(weights, file, {"format": "pt", **metadata}))
 
 
-def start_from_lora(transformer: Any, path: Path, lora: LoraConfig) -> None:
-    """Copy a LoRA file into the adapter; alpha / r is taken out of the weights again.
+def start_from_lora(transformer: Any, lora: LoraConfig) -> None:
+    """Copy lora.pretrained_weight into the adapter, alpha / r taken out. Raises UserError."""
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-    Raises:
-        UserError: unreadable, or of another method, rank or layers than the adapter there.
-    """
-    from peft.utils import set_peft_model_state_dict
-
+    if not lora.pretrained_weight:
+        return
+    where = f"model.lora.pretrained_weight {lora.pretrained_weight}"
     try:
-        tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+        stored = load_file(lora.pretrained_weight)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"model.lora.pretrained_weight {path}: {error}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in lora_tensors(transformer).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if other := sorted(wanted.items() ^ found.items()):
-        names = listed([f"{name} {shape}" for name, shape in other], 3)
+        raise UserError(f"{where}: {error}") from error
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    wanted = get_peft_model_state_dict(transformer)
+    sizes = [{(n, *t.shape) for n, t in each.items()} for each in (tensors, wanted)]
+    if other := sorted(sizes[0] ^ sizes[1]):
+        names = listed([str(each) for each in other], 3)
         text = "other layers, method or rank than model.lora asks for"
-        raise UserError(f"model.lora.pretrained_weight {path}: {text}\n{names}")
+        raise UserError(f"{where}: {text}\n{names}")
     if transformer.device.type != "meta":  # preflight() only compares
-        set_peft_model_state_dict(transformer, strengthen(tensors, 1 / strength_of(transformer)))
+        set_peft_model_state_dict(
+            transformer, strengthen(tensors, lora.r / (lora.lora_alpha or lora.r))
+        )
 
 
 Argument = Annotated[
@@ -545,8 +454,8 @@ class LrSchedulerConfig(Section):
     """Shape of the learning rate after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Steps from 0 to the full rate."""
-    num_cycles: float = Field(0.5, gt=0)
-    """Half waves / 2 (cosine), or restarts, whole (cosine_with_restarts)."""
+    num_cycles: int = Field(1, ge=1)
+    """Waves of cosine_with_restarts."""
     power: float = Field(1.0, gt=0)
     """Exponent of polynomial."""
 
@@ -555,8 +464,8 @@ def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Para
     """What the config names. Raises UserError: no such class, or arguments it does not take."""
     module, _, name = settings.class_path.rpartition(".")
     try:
-        optimizer_class = getattr(importlib.import_module(module), name)
-        return optimizer_class(parameters, **{"lr": 1e-4, **settings.init_args})
+        arguments = {"lr": 1e-4, **settings.init_args}
+        return getattr(importlib.import_module(module), name)(parameters, **arguments)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         where = f"optimizer {settings.class_path} with {settings.init_args}"
         missing = f"; pip install {module.split('.')[0]}?" if isinstance(error, ImportError) else ""
@@ -564,19 +473,16 @@ def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Para
 
 
 def make_schedule(settings: LrSchedulerConfig, optimizer: Any, steps: int) -> Any:
-    """The learning rate schedule over `steps` optimizer steps."""
-    from diffusers.optimization import get_cosine_schedule_with_warmup, get_scheduler
+    """Make the learning rate schedule over `steps` optimizer steps."""
+    from diffusers.optimization import get_scheduler
 
     name, warmup = settings.scheduler_type, settings.warmup_steps
-    steps = max(steps, warmup + 1)  # KEEP: polynomial divides by steps - warmup
-    if name == "cosine":  # KEEP: get_scheduler() would drop num_cycles
-        return get_cosine_schedule_with_warmup(optimizer, warmup, steps, settings.num_cycles)
     return get_scheduler(
         "constant_with_warmup" if name == "constant" else name,
         optimizer,
         num_warmup_steps=warmup,
-        num_training_steps=steps,
-        num_cycles=max(1, round(settings.num_cycles)),
+        num_training_steps=max(steps, warmup + 1),  # KEEP: polynomial divides by steps - warmup
+        num_cycles=settings.num_cycles,
         power=settings.power,
     )
 
@@ -585,38 +491,31 @@ def effective_lr(optimizer: Any) -> float:
     """Return the rate a step is made with: Prodigy's is its lr times the d it has found."""
     group = optimizer.param_groups[0]
     rate = group.get("scheduled_lr", group["lr"])  # schedule-free has a warm-up of its own
-    # Prodigy keeps its learned step size in `d` (and `d0`); Adafactor's `d` is a clipping threshold
+    # only Prodigy has `d0` beside `d`; Adafactor's `d` is a clipping threshold
     return float(rate * group["d"] if "d0" in group else rate)
 
 
 class MovingAverage:
     """Exponential moving average of parameters, fp32 whatever they are trained in."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], train: TrainConfig) -> None:
-        self.parameters, self.decay = parameters, train.ema_decay
-        places = ["cpu" if train.ema_device == "cpu" else p.device for p in parameters]
-        pairs = zip(parameters, places, strict=True)
-        self.averages = [p.detach().to(place, torch.float32, copy=True) for p, place in pairs]
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.averages = [p.detach().to(torch.float32, copy=True) for p in parameters]
 
     def update(self, step: int) -> None:
-        """After optimizer step `step`, from 1: average += (1 - d) (weight - average).
-
-        d = min(decay, (1 + step) / (10 + step)).
-        """
-        pairs = zip(self.parameters, self.averages, strict=True)
+        """Move the averages by 1 - d of the way, d = min(decay, (1 + step) / (10 + step))."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(self.averages, [p.detach().to(a) for p, a in pairs], None)
+        get_ema_multi_avg_fn(decay)(self.averages, [p.detach() for p in self.parameters], None)
 
 
+@torch.no_grad()
 def copy_into(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
     """Overwrite parameters, in place."""
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 # === machinery: read it when you change it ========================================================
-
 
 # --- 4. pairing: files -> samples, audited before any model loads ---------------------------------
 
@@ -628,24 +527,20 @@ class ImageConfig(Section):
     """What a stem ends with: "_T" for a_T.png. "" takes stems that end with no other suffix."""
 
 
-class TargetItem(Section):
-    """The picture that is learned."""
-
-    image: str
-    """Name of the image_config that training moves towards."""
-    from_image: str | None = None
-    """Name of the image_config that is noised instead; the velocity is still noise - image."""
-    resize: int | None = Field(None, ge=64)
-    """Resolution of this target instead of the data set's."""
-
-
 class ReferenceItem(Section):
     """One picture of a reference list."""
 
     image: str
     """Name of an image_config."""
     resize: int | None = Field(None, ge=64)
-    """Side of the square of equal area, px, instead of data.reference_area."""
+    """Side of the square of equal area, px, instead of what is usual."""
+
+
+class TargetItem(ReferenceItem):
+    """The picture that is learned."""
+
+    from_image: str | None = None
+    """Name of the image_config that is noised instead; the velocity is still noise - image."""
 
 
 class ReferenceListConfig(Section):
@@ -718,8 +613,6 @@ class DatasetConfig(Section):
     """Mirror half of the random crops. Not for edits that know left from right."""
     conditioning_type: Literal["auto", "reference_strict", "reference_loose"] = "auto"
     """References get the target's crop (strict), their own frame whole (loose), or by aspect."""
-    conditioning_multidataset_sampling: Literal["combined", "random"] = "combined"
-    """All references of a sample, or one of them per visit."""
     caption_lines: bool | None = None
     """Each line of a caption file is a caption; null is true in the folders layout only."""
     image_configs: dict[str, ImageConfig] = {}
@@ -747,20 +640,19 @@ class DatasetConfig(Section):
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
-        given = [name for name in ("image_configs", "target_dir", "table") if getattr(self, name)]
-        idle = {"caption", "caption_ext", "mask_dir", "conditioning_multidataset_sampling"}
+        layouts = [name for name in ("image_configs", "target_dir", "table") if getattr(self, name)]
+        idle = {"caption", "caption_ext", "mask_dir"}
         if self.target_dir or self.table:
             idle = {f"{kind}_configs" for kind in ("target", "reference", "caption", "batch")}
             idle |= {"caption_ext", "mask_dir", "reference_dirs"} if self.table else set()
-        fields = DatasetConfig.model_fields
-        unread = sorted(name for name in idle if getattr(self, name) != fields[name].default)
+        unread = sorted(n for n in idle if getattr(self, n) != type(self).model_fields[n].default)
         crops = self.view_flip or self.view_scale < 1
         weights = sum(batch.weight or 0 for batch in self.batch_configs)
         problems = {
-            "give one of image_configs, target_dir, table": len(given) != 1,
-            f"{', '.join(unread)}: not read beside {given[:1]}; leave it out": unread,
+            "give one of image_configs, target_dir, table": len(layouts) != 1,
+            f"{', '.join(unread)}: not read beside {layouts[:1]}; leave it out": unread,
             "reference_dirs: name at least one": self.target_dir and not self.reference_dirs,
-            "view_flip, view_scale: for crops; set views above 1": self.views == 1 and crops,
+            "views: view_flip and view_scale need more than 1": self.views == 1 and crops,
             "batch_configs: name one": self.image_configs and not self.batch_configs,
             "batch_configs: the weights sum to more than 1": weights > 1 + 1e-9,
         }
@@ -820,7 +712,7 @@ class Variant(NamedTuple):
     def files(self) -> list[Path]:
         """Return every picture file it uses."""
         shown = [reference.path for reference in (*self.references, *self.vision)]
-        return [self.target, *shown, *(f for f in (self.start, self.mask) if f)]
+        return [self.target, *shown, *filter(None, (self.start, self.mask))]
 
 
 # differs: a row of the data and the ways to show it
@@ -837,51 +729,29 @@ class Row(NamedTuple):
     """One sample as a layout finds it, before captions are read."""
 
     files: dict[str, Path]  # role -> file
-    captions: tuple[str, ...] | None = None  # None: they are in files
-
-
-Rows = tuple[dict[str, Row], list[str]]  # what a layout finds: rows by name, problems
+    captions: list[str] | None = None  # None: they are in files
 
 
 def links(ds: DatasetConfig) -> Iterator[tuple[str, str, str]]:
     """Yield (place, kind, name) of every name by which one config of a data set means another."""
-    found: list[tuple[str, str, str | None]] = []
-    for name, [target] in ds.target_configs.items():
-        place = f"target_configs.{name}.0"
-        found.append((f"{place}.image", "image", target.image))
-        found.append((f"{place}.from_image", "image", target.from_image))
-    for name, references in ds.reference_configs.items():
-        place = f"reference_configs.{name}"
-        found += [(f"{place}.{i}.image", "image", r.image) for i, r in enumerate(references)]
-    for name, caption in ds.caption_configs.items():
-        place, shown = f"caption_configs.{name}", caption.reference_list
-        found.append((f"{place}.image", "image", caption.image))
-        meant = shown.reference_config if shown else None
-        found.append((f"{place}.reference_list.reference_config", "reference", meant))
-    for i, batch in enumerate(ds.batch_configs):
-        for kind in ("target", "caption", "reference"):
-            key = f"{kind}_config"
-            found.append((f"batch_configs.{i}.{key}", kind, getattr(batch, key)))
-        found.append((f"batch_configs.{i}.mask", "image", batch.mask))
-    yield from ((place, kind, name) for place, kind, name in found if name)
+    kinds = dict.fromkeys(("image", "from_image", "mask"), "image")
+    kinds |= {f"{kind}_config": kind for kind in ("target", "reference", "caption")}
+    for place, name in flat_settings(ds.model_dump()).items():
+        kind = kinds.get(place.rpartition(".")[2])
+        if kind and name:
+            yield place, kind, name
 
 
 def used_roles(ds: DatasetConfig) -> list[str]:
     """Return the image_configs that any combination uses."""
     roles, todo = set(), ["batch_configs."]
     for start in todo:
-        for _, kind, name in (link for link in links(ds) if link[0].startswith(start)):
-            if kind == "image":
+        for place, kind, name in links(ds):
+            if place.startswith(start) and kind == "image":
                 roles.add(name)
-            else:
+            elif place.startswith(start):
                 todo.append(f"{kind}_configs.{name}.")
     return sorted(roles)
-
-
-def role_of(stem: str, suffixes: Iterable[str]) -> str | None:
-    """The longest suffix that `stem` ends with ("" only if no other fits); None if none fits."""
-    fits = [s for s in suffixes if stem.endswith(s) and Path(stem).name != s]
-    return max(fits, key=len) if fits else None
 
 
 def one_file(files: Sequence[Path], problems: list[str]) -> Path:
@@ -891,37 +761,33 @@ def one_file(files: Sequence[Path], problems: list[str]) -> Path:
     return files[0]
 
 
-def group_by_suffix(ds: DatasetConfig) -> Rows:
+def group_by_suffix(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
     """Suffix layout (a_T.png a_R.png a_T.txt); roles are the names of image_configs."""
-    suffixes = {config.suffix for config in ds.image_configs.values()}
     rows: dict[str, Row] = {}
     problems: list[str] = []
+    longest_first = sorted((c.suffix for c in ds.image_configs.values()), key=len, reverse=True)
     for stem, files in utils.list_images(ds.train_data_dir).items():
-        suffix = role_of(stem, suffixes)
-        if suffix is not None:
-            row = rows.setdefault(stem[: len(stem) - len(suffix)], Row({}))
-            roles = [role for role, c in ds.image_configs.items() if c.suffix == suffix]
-            row.files.update(dict.fromkeys(roles, one_file(files, problems)))
+        for suffix in longest_first:
+            if stem.endswith(suffix) and Path(stem).name != suffix:
+                row = rows.setdefault(stem[: len(stem) - len(suffix)], Row({}))
+                roles = [role for role, c in ds.image_configs.items() if c.suffix == suffix]
+                row.files.update(dict.fromkeys(roles, one_file(files, problems)))
+                break
     return rows, problems
 
 
-def role_folders(ds: DatasetConfig) -> dict[str, Path]:
-    """Folders layout: {"target" | "reference 1" | ... | "mask": folder}."""
-    named: dict[str, Path | None] = {"target": ds.target_dir}
-    named |= {f"reference {i}": folder for i, folder in enumerate(ds.reference_dirs, 1)}
-    named["mask"] = ds.mask_dir
-    return {role: ds.train_data_dir / folder for role, folder in named.items() if folder}
-
-
-def group_by_folder(ds: DatasetConfig) -> Rows:
+def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
     """Folders layout; without mask_dir a_mask.png beside target or reference is the mask of a."""
     rows: dict[str, Row] = {}
     problems: list[str] = []
-    for role, folder in role_folders(ds).items():
-        if not folder.is_dir():
-            problems.append(f"{role} folder {folder} does not exist")
-            continue
-        stems = utils.list_images(folder)
+    named: dict[str, Path | None] = {"target": ds.target_dir}
+    named |= {f"reference {i}": folder for i, folder in enumerate(ds.reference_dirs, 1)}
+    named["mask"] = ds.mask_dir
+    for role, folder in named.items():
+        place = ds.train_data_dir / (folder or "")
+        if not place.is_dir():
+            problems.append(f"{role} folder {place} does not exist")
+        stems = utils.list_images(place) if folder else {}
         for stem, files in stems.items():
             name = stem.removesuffix("_mask")
             is_mask = name != stem and not ds.mask_dir and (name in stems or name in rows)
@@ -930,16 +796,13 @@ def group_by_folder(ds: DatasetConfig) -> Rows:
     return rows, problems
 
 
-TABLE_COLUMNS = r"target|references|reference_\d+|prompt|mask"
-
-
-def read_table(ds: DatasetConfig) -> Rows:
+def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
     """A CSV or JSONL table; relative paths count from train_data_dir or the table's folder."""
     table = Path(ds.table or "")
     table = table if table.is_file() else ds.train_data_dir / table
     rows: dict[str, Row] = {}
     problems: list[str] = []
-    unread: set[str] = set()
+    unread, known = set(), r"target|references|reference_\d+|prompt|mask"
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file) if table.suffix == ".csv" else map(json.loads, file)
@@ -951,7 +814,7 @@ def read_table(ds: DatasetConfig) -> Rows:
             row = table_row(record, (ds.train_data_dir, table.parent))
             name = row.files["target"].stem
             rows[f"{name}#{number}" if name in rows else name] = row
-            unread |= {c for c in record if not re.fullmatch(TABLE_COLUMNS, c)}
+            unread |= {column for column in record if not re.fullmatch(known, column)}
         except ValueError as error:
             problems.append(f"{table}: row {number}: {error}")
     if unread:
@@ -963,10 +826,10 @@ def table_row(record: Any, roots: Sequence[Path]) -> Row:
     """Return the row of a record. Raises ValueError where it is none, or a file is missing."""
     if not isinstance(record, dict) or None in record:  # None: csv.DictReader
         raise ValueError("no record, or more cells than columns (quote a text with commas)")
-    numbered = [column for column in record if column.startswith("reference_")]
     shown = record.get("references") or []
     shown = [shown] if isinstance(shown, str) else [*shown]
-    shown += [record[c] for c in sorted(numbered, key=lambda c: (len(c), c)) if record[c]]
+    numbered = sorted(c for c in record if c.startswith("reference_") and record[c])
+    shown += [record[c] for c in sorted(numbered, key=len)]
     if not record.get("target") or not shown:
         raise ValueError(f"no {'reference' if record.get('target') else 'target'}")
     named = {f"reference {i}": value for i, value in enumerate(shown, 1)}
@@ -980,65 +843,64 @@ def table_row(record: Any, roots: Sequence[Path]) -> Row:
             raise ValueError(f"no file {places[0]}")
     prompts = record.get("prompt") or []
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    return Row(files, tuple(str(prompt).strip() for prompt in prompts))
+    return Row(files, [str(prompt).strip() for prompt in prompts])
 
 
-def read_captions(path: Path, lines: bool) -> tuple[str, ...]:
-    """The captions of a file: its lines, or the whole text as one.
-
-    Raises:
-        ValueError: missing, empty or not UTF-8; says which.
-    """
+def read_captions(path: Path, lines: bool) -> list[str]:
+    """The captions of a file: its lines, or the whole text as one. Raises ValueError."""
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        raise ValueError(f"caption {path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"caption {path} cannot be read: {error}") from error
     if not text:
         raise ValueError(f"caption {path} is empty")
-    return tuple(line.strip() for line in text.splitlines() if line.strip()) if lines else (text,)
+    return [line.strip() for line in text.splitlines() if line.strip()] if lines else [text]
 
 
 def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
-    """Folders and tables: all references of a row, or each alone. Raises ValueError."""
-    files, captions = row.files, (ds.caption,) if ds.caption else row.captions
+    """Folders and tables: one variant per caption, with all references. Raises ValueError."""
+    files, captions = row.files, row.captions
     shown = tuple(Reference(file) for role, file in files.items() if role.startswith("reference"))
-    if captions is None:
+    if ds.caption:
+        captions = [ds.caption]
+    elif captions is None:
         beside = [file.with_suffix(ds.caption_ext) for file in (files["target"], shown[0].path)]
         there = next((path for path in beside if path.exists()), beside[0])
         captions = read_captions(there, ds.caption_lines is not False)
     if not captions:
         raise ValueError(f"no prompt for {files['target']}: fill its column, or set caption")
-    alone = ds.conditioning_multidataset_sampling == "random"
-    for references in [(one,) for one in shown] if alone else [shown]:
-        for caption in captions:
-            variant = Variant(files["target"], references, references, caption, ds.resolution)
-            rate = config.data.caption_dropout_rate
-            yield variant._replace(mask=files.get("mask"), caption_dropout=rate)
+    for caption in captions:
+        variant = Variant(files["target"], shown, shown, caption, ds.resolution)
+        rate = config.data.caption_dropout_rate
+        yield variant._replace(mask=files.get("mask"), caption_dropout=rate)
 
 
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
     """Suffix layout: one variant per batch config and caption. Raises ValueError."""
-    files = row.files
+    files, batches = row.files, ds.batch_configs
 
-    def shown_by(name: str | None) -> tuple[Reference, ...]:
-        items = ds.reference_configs[name] if name else []
-        return tuple(Reference(files[item.image], square(item.resize)) for item in items)
-
-    for batch, weight in zip(ds.batch_configs, batch_weights(ds.batch_configs), strict=True):
+    rest = 1 - sum(batch.weight or 0 for batch in batches)
+    share = max(0, round(rest / max(1, sum(b.weight is None for b in batches)), 9))
+    for batch in batches:
         caption = ds.caption_configs[batch.caption_config]
         [target] = ds.target_configs[batch.target_config]
-        references, shown = shown_by(batch.reference_config), caption.reference_list
-        vision = shown_by(shown.reference_config) if shown else references
-        area, rate = square(shown.resize) if shown else None, batch.caption_dropout
+        items = ds.reference_configs[batch.reference_config] if batch.reference_config else []
+        references = tuple(Reference(files[i.image], i.resize and i.resize**2) for i in items)
+        vision, shown = references, caption.reference_list
+        if shown:
+            area, items = (
+                shown.resize and shown.resize**2,
+                ds.reference_configs[shown.reference_config],
+            )
+            vision = tuple(Reference(files[item.image], area) for item in items)
+        weight, rate = batch.weight or share, batch.caption_dropout
         text = files[caption.image].with_suffix(caption.ext)
-        lines = read_captions(text, bool(ds.caption_lines)) if weight else ()
+        lines = read_captions(text, bool(ds.caption_lines)) if weight else []
         for line in lines:
             yield Variant(
                 target=files[target.image],
                 references=references,
-                vision=tuple(Reference(reference.path, area) for reference in vision),
+                vision=vision,
                 caption=line,
                 resolution=target.resize or ds.resolution,
                 start=files[target.from_image] if target.from_image else None,
@@ -1050,130 +912,88 @@ def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[V
             )
 
 
-def square(side_px: int | None) -> int | None:
-    """Return the area of a square, or None."""
-    return side_px and side_px**2
-
-
-def batch_weights(configs: Sequence[BatchConfig]) -> list[float]:
-    """Chance of each combination: given weights, the rest shared equally; they sum to 1."""
-    given = sum(config.weight or 0 for config in configs)
-    without = sum(config.weight is None for config in configs)
-    share = max(0.0, round((1 - given) / without, 9)) if without else 0.0
-    weights = [share if config.weight is None else config.weight for config in configs]
-    return [weight / sum(weights) for weight in weights]
-
-
 def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], list[str]]:
     """Samples, problems and skipped samples of one data set."""
-    ds, root = (
-        config.data.dataset_configs[number],
-        config.data.dataset_configs[number].train_data_dir,
-    )
-    if not root.is_dir():
-        return [], [f"data.dataset_configs.{number}: folder {root} does not exist"], []
-    group, make = (read_table, plain_variants) if ds.table else (group_by_folder, plain_variants)
-    needed = [role for role in role_folders(ds) if role != "mask"]
-    if ds.image_configs:
+    ds = config.data.dataset_configs[number]
+    where = f"data.dataset_configs.{number}: "
+    if not ds.train_data_dir.is_dir():
+        return [], [f"{where}folder {ds.train_data_dir} does not exist"], []
+    group, make, needed = read_table, plain_variants, []
+    if ds.target_dir:
+        group = group_by_folder
+        needed = ["target", *(f"reference {i + 1}" for i in range(len(ds.reference_dirs)))]
+    elif ds.image_configs:
         group, make, needed = group_by_suffix, combined_variants, used_roles(ds)
     rows, problems = group(ds)
     variants, broken = {}, []
     for name, row in sorted(rows.items()):
-        lacking = [expected(ds, role, name) for role in needed if role not in row.files]
-        if needed and len(lacking) == len(needed):  # only pictures that nothing uses
-            mask = row.files.get("mask") if ds.target_dir else None
-            broken += [f"mask {mask} has no target of its name"] if mask else []
-        elif lacking:
-            broken.append(f"sample '{name}' lacks its {' and '.join(lacking)}")
-        else:
-            try:
-                variants[name] = tuple(make(config, ds, row))
-            except ValueError as error:
-                broken.append(str(error))
-    held_out = choose_holdout(config, number, list(variants))
+        lacking = [role for role in needed if role not in row.files]
+        if lacking and not ds.target_dir and len(lacking) == len(needed):
+            continue  # pictures that nothing uses
+        try:
+            if lacking:
+                there = ", ".join(map(str, row.files.values()))
+                raise ValueError(f"'{name}' lacks its {', '.join(lacking)} (there is {there})")
+            variants[name] = tuple(make(config, ds, row))
+        except ValueError as error:
+            broken.append(str(error))
+    # not trained: the named ones and a share drawn by the seed, or all
+    chance = functools.partial(uniform, "holdout", config.seed, ds.name)
+    drawn = sorted(variants, key=chance)[: round(ds.holdout_ratio * len(variants))]
+    whole = ds.name in config.validation.eval_dataset_id
+    held_out = set(variants) if whole else {*ds.holdout, *drawn}
     samples = [Sample(name, number, name in held_out, v) for name, v in variants.items()]
     for name in sorted(set(ds.holdout) - set(rows)):
         problems.append(f"holdout: no sample '{name}'{nearest(name, sorted(rows))}")
     skipped = broken if ds.on_missing == "skip" else []
     problems += [] if skipped else broken
-    evaluated = ds.name in config.validation.eval_dataset_id
-    if not problems and not any(s.held_out == evaluated for s in samples):
-        problems.append(f"no sample to train on in {root}")
-    where = f"data.dataset_configs.{number}: "
-    return samples, [where + p for p in problems], [where + text for text in skipped]
-
-
-def expected(ds: DatasetConfig, role: str, name: str) -> str:
-    """Return a role and where its file is looked for."""
-    suffixes = {role: config.suffix for role, config in ds.image_configs.items()}
-    place = f"{name}{suffixes[role]}" if suffixes else f"{role_folders(ds)[role]}/{name}"
-    return f"{role} ({place}.*)"
-
-
-def choose_holdout(config: Config, number: int, names: Sequence[str]) -> set[str]:
-    """Samples of a data set that are not trained: named, drawn by the seed, or all."""
-    ds = config.data.dataset_configs[number]
-    if ds.name in config.validation.eval_dataset_id:
-        return set(names)
-    by_chance = sorted(names, key=lambda name: uniform("holdout", config.seed, ds.name, name))
-    return {*ds.holdout, *by_chance[: round(ds.holdout_ratio * len(names))]}
-
-
-def all_pictures(samples: Iterable[Sample]) -> list[Path]:
-    """Every picture file the samples use, once, sorted."""
-    return sorted(
-        {path for sample in samples for variant in sample.variants for path in variant.files()}
-    )
+    if not problems and not any(whole or not sample.held_out for sample in samples):
+        problems.append(f"no sample to train on in {ds.train_data_dir}")
+    return samples, [where + text for text in problems], [where + text for text in skipped]
 
 
 # --- 5. audit -------------------------------------------------------------------------------------
 
 
-def check_regions(data: PairData) -> list[str]:
-    """Problems of pictures that must lie on their target's pixels."""
-    region, wrong = data.config.loss.region, {}
+def check_frames(data: PairData) -> list[str]:
+    """Problems of pictures that must show the same frame as their target."""
+    wrong = set()
     for number, sample in enumerate(data.samples):
         strict = data.dataset(Draw(0, number)).conditioning_type == "reference_strict"
-        for v in sample.variants:
-            first = [r.path for r in v.references[: None if strict else region == "difference"]]
-            aspect = data.index.aspect(v.target)
-            for path in first + [v.mask] * (region == "file" and v.mask is not None):
-                own = data.index.aspect(path)
-                if not aligns(own, aspect):
-                    text = "must show the same frame (loss.mask, reference_strict)"
-                    wrong[f"{path}: aspect {own:.3f}, its target {aspect:.3f}; {text}"] = True
-    return [*wrong]
+        for variant in sample.variants:
+            aligned = [r.path for r in variant.references] if strict else []
+            aligned += [variant.mask] if variant.mask else []
+            aspect = data.index.aspect(variant.target)
+            wrong |= {path for path in aligned if not aligns(data.index.aspect(path), aspect)}
+    text = "another aspect than its target; masks and reference_strict want one frame"
+    return [f"{path}: {text}" for path in sorted(wrong)]
 
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
-    """Pair, read captions, look at every picture -> (data, first problems of each kind).
-
-    Everything is in output_dir/audit.json.
-    """
+    """Pair, read captions, look at every picture -> (data, first problems of each kind)."""
     index = utils.FileIndex(config.cache.cache_dir if config.cache.use_cache else None)
-    numbers = range(len(config.data.dataset_configs))
-    found = [find_dataset(config, number) for number in numbers]
+    found = [find_dataset(config, number) for number in range(len(config.data.dataset_configs))]
     samples = [sample for mine, _, _ in found for sample in mine]
     skipped = [text for _, _, left_out in found for text in left_out]
-    unreadable = index.update(
-        all_pictures(samples) + validation_pictures(config), utils.look_at_picture
-    )
-    trained = [sample for sample in samples if not sample.held_out]
-    masked = sum(any(variant.mask for variant in sample.variants) for sample in samples)
+    variants = [variant for sample in samples for variant in sample.variants]
+    edits = config.validation.samples if config.validation.steps else []
+    files = {path for variant in variants for path in variant.files()}
+    files |= {path for edit in edits for path in edit.images}
+    unreadable = index.update(sorted(files), utils.look_at_picture)
+    held_out, masks = [s.held_out for s in samples], any(v.mask for v in variants)
+    idle = config.validation.steps and samples and not any(held_out) and not edits
     rules = {
+        "validation.steps: nothing to draw; name holdout, eval_dataset_id or samples": idle,
         "data.dataset_configs: no data set is named": not found,
-        "data.dataset_configs: every sample is held out": samples and not trained,
-        "loss.mask: file, but no sample has a mask": config.loss.region == "file" and not masked,
+        "data.dataset_configs: every sample is held out": samples and all(held_out),
+        "loss.mask: file, but no sample has a mask": config.loss.mask == "file" and not masks,
     }
-    groups = [
-        *(wrong for _, wrong, _ in found),
-        unreadable,
-        [p for p, is_so in rules.items() if is_so],
-    ]
     data = PairData(config, flavour, samples, index)
-    groups.append([] if unreadable else check_regions(data))
-    problems = [problem for group in groups for problem in group]
-    report = {"samples": len(samples), "masks": masked, "problems": problems, "skipped": skipped}
+    groups = [wrong for _, wrong, _ in found]
+    groups += [unreadable, [problem for problem, is_so in rules.items() if is_so]]
+    groups += [] if unreadable else [check_frames(data)]
+    problems = list(itertools.chain(*groups))
+    report = {"samples": len(samples), "problems": problems, "skipped": skipped}
     with contextlib.suppress(OSError):  # an unwritable output_dir is reported by audit()
         path = config.logging.output_dir / "audit.json"
         utils.save_text(path, json.dumps(report, indent=2, ensure_ascii=False))
@@ -1201,107 +1021,85 @@ PUBLISHED = {  # so that a plan and an audit need no network
 }
 
 
-def transformer_settings(name_or_path: str) -> dict[str, Any]:
-    """transformer/config.json; of the published models what differs from diffusers' defaults."""
-    if name_or_path in PUBLISHED:  # no network for a plan or an audit
-        return {"zero_cond_t": PUBLISHED[name_or_path].name == "edit-v3"}
-    return read_model_json(name_or_path, "transformer/config.json")
-
-
 def detect_flavour(name_or_path: str) -> Flavour:
     """2508, 2509 or 2511, from model_index.json and transformer/config.json. Raises UserError."""
     if name_or_path in PUBLISHED:
         return PUBLISHED[name_or_path]
-    kind = read_model_json(name_or_path, "model_index.json").get("_class_name", "")
-    named = {flavour.pipeline_class: flavour for flavour in PUBLISHED.values()}
-    if kind not in named:
-        raise UserError(f"{name_or_path} is a {kind or 'folder'}; wanted {' or '.join(named)}")
-    conditioned = transformer_settings(name_or_path).get("zero_cond_t")
-    return (
-        named[kind]._replace(name="edit-v2") if "Plus" in kind and not conditioned else named[kind]
-    )
+    kind = utils.read_model_json(name_or_path, "model_index.json").get("_class_name")
+    settings = utils.read_model_json(name_or_path, "transformer/config.json")
+    conditioned = bool(settings.get("zero_cond_t"))
+    for flavour in PUBLISHED.values():
+        if flavour.pipeline_class == kind and conditioned == (flavour.name == "edit-v3"):
+            return flavour
+    kinds = sorted({flavour.pipeline_class for flavour in PUBLISHED.values()})
+    raise UserError(f"{name_or_path} is a {kind or 'folder'}; wanted {' or '.join(kinds)}")
 
 
 def check_model(config: Config, precision: str) -> list[str]:
     """Problems of the model and of its settings that need no weights; `precision` of the blocks."""
     model, lora, name = config.model, config.model.lora, config.model.pretrained_model_name_or_path
+    settings: dict[str, Any] = {}
     try:
         detect_flavour(name)
-        n_blocks = transformer_settings(name).get("num_layers", 60)
+        if name not in PUBLISHED:
+            settings = utils.read_model_json(name, "transformer/config.json")
     except UserError as error:
         return [f"model.pretrained_model_name_or_path: {error}"]
     parts = ("scheduler", "tokenizer", "processor", "text_encoder", "vae", "transformer")
     lacking = [part for part in parts if Path(name).is_dir() and not (Path(name) / part).is_dir()]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    nf4, dora = precision == "nf4-bnb", lora.method == "dora"
+    n_blocks = settings.get("num_layers", 60)
+    several, nf4 = os.environ.get("WORLD_SIZE", "1") != "1", precision == "nf4-bnb"
     # modulation is held by quanto in every quantised base, and PEFT has no DoRA for that
     quanto = precision.endswith("quanto") or (nf4 and lora.target_modules == "all-linear")
     rules = {
         f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder": lacking,
-        "devices: for one process; several need it whole": model.devices and processes > 1,
-        f"lora.method: no dora on layers in {precision}": dora and quanto,
-        "lora.method: no lokr on nf4-bnb": nf4 and lora.method == "lokr",
+        "devices: for one process; several need it whole": model.devices and several,
+        f"lora.method: no dora on layers in {precision}": lora.method == "dora" and quanto,
+        "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,
+        "blocks_to_swap: not with nf4-bnb": model.blocks_to_swap and nf4,
+        "blocks_to_swap: not with several devices": model.blocks_to_swap and model.devices[1:],
     }
     problems = [f"model.{problem}" for problem, there in rules.items() if there]
-    return problems + check_packages(*(["bitsandbytes"] if nf4 else []))
+    return problems + (utils.check_packages("bitsandbytes") if nf4 else [])
 
 
-def check_2508(samples: Sequence[Sample]) -> list[str]:
+def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
     """Problems of data that 2508 cannot take: its prompt has a place for exactly one picture."""
-    wrong = set()
+    edits = enumerate(config.validation.samples)
+    wrong = {f"validation.samples.{i}" for i, edit in edits if len(edit.images) > 1}
     for sample in samples:
         for v in sample.variants:
-            other = [r.path for r in v.vision] != [r.path for r in v.references]
-            resized = any(r.area for r in (*v.vision, *v.references))
+            one_whole = len(v.references) == 1 and v.references[0].area is None
             fewer = v.vision_dropout and v.vision_min < 1
-            if len(v.references) != 1 or other or resized or fewer:
-                wrong.add(sample.dataset)
-    text = (
-        "2508 takes one reference, and shows its encoder what the VAE gets: no resize, no dropout"
-    )
-    return [f"data.dataset_configs.{number}: {text}" for number in sorted(wrong)]
-
-
-def check_validation(config: Config, samples: Sequence[Sample], is_2508: bool) -> list[str]:
-    """Problems of the validation settings (their pictures: find_samples)."""
-    wanted, names = config.validation, [ds.name for ds in config.data.dataset_configs]
-    something = wanted.samples or any(sample.held_out for sample in samples)
-    rules: dict[str, Any] = {
-        f"eval_dataset_id: wanted one data set '{name}'{nearest(name, names)}": names.count(name)
-        != 1
-        for name in wanted.eval_dataset_id
-    }
-    rules["steps: nothing to draw; name holdout, holdout_ratio, eval_dataset_id or samples"] = (
-        wanted.steps and samples and not something
-    )
-    for i, sample in enumerate(wanted.samples):
-        rules[f"samples.{i}.images: 2508 takes one"] = is_2508 and len(sample.images) > 1
-    return [f"validation.{problem}" for problem, there in rules.items() if there]
+            if not one_whole or v.vision != v.references or fewer:
+                wrong.add(f"data.dataset_configs.{sample.dataset}")
+    text = "2508 takes one reference, which its encoder sees as the VAE does: no resize, no dropout"
+    return [f"{place}: {text}" for place in sorted(wrong)]
 
 
 # differs: each script audits its own config
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads, one line each."""
     model, cache, tracker = config.model, config.cache, config.logging.report_to
-    problems = check_model(config, model.precision)
-    devices = {f"predict.devices.{part}": device for part, device in config.predict.devices}
+    problems = check_model(config, model.base_model_precision)
+    problems += utils.check_writable("logging.output_dir", config.logging.output_dir)
+    devices = {f"predict.devices.{part}": d for part, d in config.predict.devices}
     devices |= {f"model.devices.{i}": device for i, device in enumerate(model.devices)}
-    places = {"logging.output_dir": config.logging.output_dir}
     if cache.use_cache:
         devices["cache.vae_encoder_device"] = cache.vae_encoder_device
         devices["cache.text_encoder_device"] = cache.text_encoder_device
-        places["cache.cache_dir"] = cache.cache_dir
-    problems += [problem for item in devices.items() for problem in check_device(*item)]
-    problems += [problem for item in places.items() for problem in utils.check_writable(*item)]
-    problems += check_packages(*([] if tracker in ("none", "all") else [tracker]))
+        problems += utils.check_writable("cache.cache_dir", cache.cache_dir)
+    for name, device in devices.items():
+        problems += utils.check_device(name, device)
+    problems += utils.check_packages(*([] if tracker in ("none", "all") else [tracker]))
     if model.lora.pretrained_weight and not model.lora.pretrained_weight.is_file():
         problems.append(f"model.lora.pretrained_weight: no file {model.lora.pretrained_weight}")
-    flavour = detect_flavour(model.pretrained_model_name_or_path) if not problems else None
+    flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
-    is_2508 = flavour is not None and not flavour.vision_area
-    problems += wrong + (check_2508(data.samples) if is_2508 else [])
-    return problems + check_validation(config, data.samples, is_2508)
+    if flavour and not flavour.vision_area:
+        wrong += check_2508(config, data.samples)
+    return problems + wrong
 
 
 # --- 6. geometry, encoding and cache --------------------------------------------------------------
@@ -1349,9 +1147,9 @@ class Draw(NamedTuple):
 class Example(NamedTuple):
     """What a Draw resolves to: pictures by kind.
 
-    pixel (the target), control (references), start (what is noised instead of the target), region
-    (a mask, or the two pictures whose difference it is), vision (for the text encoder). Every kind
-    but the last two goes through the VAE and comes into the batch as <kind>_latent.
+    pixel (the target), control (references), start (what is noised instead of the target), vision
+    (for the text encoder), region (a mask). All but the last two go through the VAE and come into
+    the batch as <kind>_latent.
     """
 
     name: str
@@ -1415,19 +1213,11 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 def cover_box(
     aspect: float, wanted: float, scale: float = 1.0, x: float = 0.5, y: float = 0.5
-) -> tuple[float, float, float, float]:
-    """Crop of aspect `wanted` from a picture of `aspect`, `scale` of the largest one, at x, y.
-
-    Returns (left, top, right, bottom) relative to the picture, 0..1.
-    """
+) -> tuple[float, ...]:
+    """Crop to aspect `wanted`, `scale` of the largest at x, y -> (left, top, right, bottom)."""
     width, height = min(1.0, wanted / aspect) * scale, min(1.0, aspect / wanted) * scale
     left, top = x * (1 - width), y * (1 - height)
-    return tuple(round(v, 6) for v in (left, top, left + width, top + height))  # type: ignore
-
-
-def reference_area_px(area: str | int, size: tuple[int, int]) -> float:
-    """data.reference_area in pixels, for a target of `size`."""
-    return float({"1mp": AREA_1MP, "target": size[0] * size[1]}.get(str(area), area))
+    return tuple(round(side, 6) for side in (left, top, left + width, top + height))
 
 
 def aligns(aspect: float, other: float) -> bool:
@@ -1450,20 +1240,21 @@ class Frame(NamedTuple):
         box = self.box if same and self.box else middle
         return whole._replace(size=self.size, box=box, flip=self.flip and same)
 
-    def show(self, whole: Picture, area_px: float, strict: bool = True) -> Picture:
-        """Return a reference of about that area: with the target's crop, or its own frame whole."""
+    def show(self, whole: Picture, area: int | str, strict: bool = True) -> Picture:
+        """Return a reference of an area ("1mp", "target", px): the target's crop, or all of it."""
+        area_px = {"1mp": AREA_1MP, "target": math.prod(self.size)}.get(str(area), area)
         # KEEP: aligned references get the target's crop, or the edit no longer lies on its pixels
         if strict and aligns(whole.aspect, self.aspect):
-            size = pick_size(area_px, self.size[0] / self.size[1])
+            size = pick_size(float(area_px), self.size[0] / self.size[1])
             return self.on_target(whole)._replace(size=size)
-        return whole._replace(size=pick_size(area_px, whole.aspect))
+        return whole._replace(size=pick_size(float(area_px), whole.aspect))
 
 
-def whole_picture(source: Path | Image.Image, index: Any = None) -> Picture:
-    """Return a picture as it is: of a file that the index knows, or in memory."""
-    if isinstance(source, Image.Image):
-        content = f"{draw_key(source.size, source.tobytes()):016x}"
-        return Picture(source, content, source.size)
+def whole_picture(source: Any, index: Any = None) -> Picture:
+    """Return a picture as it is: a file that the index knows, or what as_image() takes."""
+    if not isinstance(source, Path):
+        image = as_image(source)
+        return Picture(image, f"{draw_key(image.size, image.tobytes()):016x}", image.size)
     facts = index[source]
     return Picture(source, facts["content"], (facts["width"], facts["height"]))
 
@@ -1476,8 +1267,6 @@ class PairData(torch.utils.data.Dataset):
         self.encoders: dict[str, str] = {}  # see encoder_hashes(); needed to read the cache
         self.held_out = [i for i, sample in enumerate(samples) if sample.held_out]
         self._examples: dict[tuple[Any, ...], Example] = {}
-        self._tensors: dict[Path, torch.Tensor] = {}
-        self._room = 2**29  # bytes left for _tensors: small data sets are read once
 
     def dataset(self, draw: Draw) -> DatasetConfig:
         """Return the data set that a draw's sample comes from."""
@@ -1491,41 +1280,36 @@ class PairData(torch.utils.data.Dataset):
         return self._examples[key]
 
     def _resolve(self, draw: Draw, resolution: int | None) -> Example:
-        """ONE geometric transform for the target and all that lies on it."""
-        sample, ds, data = self.samples[draw.sample], self.dataset(draw), self.config.data
-        variant = sample.variants[draw.variant]
+        sample, ds, config = self.samples[draw.sample], self.dataset(draw), self.config
+        variant, strict = sample.variants[draw.variant], ds.conditioning_type != "reference_loose"
         whole = functools.partial(whole_picture, index=self.index)
         target = whole(variant.target)
         size = nearest_bucket(*target.size, resolution or variant.resolution)
-        wanted = size[0] / size[1]
-        frame = Frame(target.aspect, size, cover_box(target.aspect, wanted))
+        frame = Frame(target.aspect, size, cover_box(target.aspect, size[0] / size[1]))
         if draw.view:  # EDIT HERE: augmentation (each view is cached); view 0 is the whole picture
-            chance = ("view", self.config.seed, sample.dataset, sample.name, draw.view)
+            chance = ("view", config.seed, sample.dataset, sample.name, draw.view)
             scale = 1 - (1 - ds.view_scale) * uniform("scale", *chance)
-            place = uniform("x", *chance), uniform("y", *chance)
+            place = scale, uniform("x", *chance), uniform("y", *chance)
+            box = cover_box(target.aspect, size[0] / size[1], *place)
             flip = ds.view_flip and uniform("flip", *chance) < 0.5
-            frame = frame._replace(box=cover_box(target.aspect, wanted, scale, *place), flip=flip)
+            frame = frame._replace(box=box, flip=flip)
+        area, stay = config.data.reference_area, draw.vision
+        vision = [r for i, r in enumerate(variant.vision) if stay is None or i in stay]
 
-        def show(references: Iterable[Reference], area_px: float) -> tuple[Picture, ...]:
-            strict = ds.conditioning_type != "reference_loose"
-            return tuple(frame.show(whole(r.path), r.area or area_px, strict) for r in references)
+        def show(reference: Reference, usual: int | str) -> Picture:
+            return frame.show(whole(reference.path), reference.area or usual, strict)
 
-        area_px = reference_area_px(data.reference_area, size)
-        stay = range(len(variant.vision)) if draw.vision is None else draw.vision
-        pictures = {
-            "pixel": (frame.on_target(target),),
-            "control": show(variant.references, area_px),
-            "vision": show([variant.vision[i] for i in stay], self.flavour.vision_area or area_px),
+        pictures: dict[str, Any] = {
+            "pixel": [frame.on_target(target)],
+            "control": [show(reference, area) for reference in variant.references],
+            "vision": [show(reference, self.flavour.vision_area or area) for reference in vision],
         }
         if variant.start:
-            pictures["start"] = (frame.on_target(whole(variant.start)),)
-        region = self.config.loss.region
-        if region == "file" and variant.mask:
-            pictures["region"] = (frame.on_target(whole(variant.mask)),)
-        elif region == "difference" and variant.references:
-            before = frame.on_target(whole(variant.references[0].path))
-            pictures["region"] = (before, *pictures["pixel"])
-        empty = draw.dropped and data.caption_dropout_mode == "empty"
+            pictures["start"] = [frame.on_target(whole(variant.start))]
+        if config.loss.mask == "file" and variant.mask:
+            pictures["region"] = [frame.on_target(whole(variant.mask))]
+        empty = draw.dropped and config.data.caption_dropout_mode == "empty"
+        pictures = {kind: tuple(each) for kind, each in pictures.items()}
         return Example(sample.name, "" if empty else variant.caption, pictures)
 
     def shape(self, draw: Draw) -> tuple[Any, ...]:
@@ -1564,11 +1348,9 @@ class PairData(torch.utils.data.Dataset):
             batch = encoded(examples, self.read)
         width, height = examples[0].pictures["pixel"][0].size
         shape = (16, 1, height // 8, width // 8)
-        batch |= {
-            "noise": torch.stack([normal(shape, seed, "noise", d.visit) for d in draws]),
-            "sigma": torch.tensor([sample_sigma(loss, seed, "sigma", d.visit) for d in draws]),
-            "names": [example.name for example in examples],
-        }
+        batch["noise"] = torch.stack([normal(shape, seed, "noise", d.visit) for d in draws])
+        batch["sigma"] = torch.tensor([sample_sigma(loss, seed, "sigma", d.visit) for d in draws])
+        batch["names"] = [example.name for example in examples]
         weights = [self.dataset(draw).loss_weight for draw in draws]
         if any(weight != 1 for weight in weights):
             batch["loss_weight"] = torch.tensor(weights)
@@ -1579,21 +1361,14 @@ class PairData(torch.utils.data.Dataset):
     def read(self, job: Job) -> torch.Tensor:
         """Return what lies in the cache. Raises ValueError where it is missing or damaged."""
         path = utils.entry_path(self.config.cache.cache_dir, job.key(self.encoders))
-        if path in self._tensors:
-            return self._tensors[path]
-        [tensor] = utils.read_entry(path).values()
-        if tensor.nbytes <= self._room:
-            self._room -= tensor.nbytes
-            self._tensors[path] = tensor
-        return tensor
+        return utils.read_entry(path)[job.kind]
 
 
 def encoded(examples: Iterable[Example], encode: Callable[[Job], torch.Tensor]) -> dict[str, Any]:
     """Tensors of examples of one shape -> a batch; text is padded with zeros.
 
-    prompt_embed (B, T, D); prompt_embeds_mask (B, T) bool, None if nothing is padded;
-    control_latent K x (B, 16, 1, hk, wk); pixel_latent, start_latent (B, 16, 1, h, w); region
-    (B, 1, 1, h, w).
+    prompt_embed (B, T, D); prompt_embeds_mask (B, T) bool, None if nothing is padded; pixel_latent,
+    start_latent (B, 16, 1, h, w); control_latent K x (B, 16, 1, hk, wk); region (B, 1, 1, h, w).
     """
     rows = [jobs_of(example) for example in examples]
     items = [{name: [encode(job) for job in jobs] for name, jobs in row.items()} for row in rows]
@@ -1607,8 +1382,6 @@ def encoded(examples: Iterable[Example], encode: Callable[[Job], torch.Tensor]) 
     for name in items[0]:
         stacked = [torch.stack(each) for each in zip(*(item[name] for item in items), strict=True)]
         batch[name] = stacked if name == "control_latent" else stacked[0]
-    if "region" in batch:
-        batch["region"] = batch["region"][:, :, None]
     return batch
 
 
@@ -1622,50 +1395,34 @@ def load_picture(picture: Picture) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if picture.flip else image
 
 
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """RGB -> (1, 3, H, W) fp32 in [-1, 1]."""
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = data.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255.0
-    return (2.0 * pixels - 1.0)[None]
-
-
-def to_image(pixels: torch.Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB."""
-    data = (pixels * 0.5 + 0.5).clamp(0, 1).float() * 255
-    return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def region_map(pictures: Sequence[Picture]) -> torch.Tensor:
-    """Mask, or two pictures -> (1, h, w) fp32 in [0, 1] per latent: its mean, or mean |change|."""
-    images = [np.asarray(load_picture(picture), np.float32) / 255 for picture in pictures]
-    level: Any = images[0] if len(images) == 1 else np.abs(images[1] - images[0])
-    height, width = level.shape[:2]
-    level = torch.from_numpy(level.mean(-1)).view(1, height // 8, 8, width // 8, 8)
-    return level.mean((2, 4))
+def region_map(mask: Picture) -> torch.Tensor:
+    """Mask -> (1, 1, h, w) fp32 in [0, 1], the mean of each latent's pixels."""
+    level: Any = (np.asarray(load_picture(mask), np.float32) / 255).mean(-1)
+    height, width = level.shape
+    level = torch.from_numpy(level).view(1, 1, height // 8, 8, width // 8, 8)
+    return level.mean((3, 5))
 
 
 def encode_stills_in_2d(vae: torch.nn.Module) -> torch.nn.Module:
     """Let the video VAE treat one frame with 2-D convolutions: 2.4 times faster on a CPU.
 
-    A causal 3-D convolution pads a single frame with zeros in front, so only the last temporal
-    slice of its kernel sees data. Same result to 1e-5.
+    A causal 3-D convolution pads one frame with zeros in front: only its last slice sees data.
     """
 
-    def bind(conv: torch.nn.Conv3d) -> None:
-        whole = conv.forward
-        side = conv.kernel_size[-1] // 2
+    def bind(conv: Any) -> None:
+        whole, side = conv.forward, conv.kernel_size[-1] // 2
 
         def forward(x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
             if x.shape[2] != 1 or cache_x is not None:
-                return whole(x, cache_x)  # type: ignore[call-arg]
+                return whole(x, cache_x)
             y = F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=side)
             return y.unsqueeze(2)
 
-        conv.forward = forward  # type: ignore
+        conv.forward = forward
 
     for module in vae.modules():
         if type(module).__name__ == "QwenImageCausalConv3d" and set(module.stride) == {1}:  # type: ignore
-            bind(module)  # type: ignore[arg-type]
+            bind(module)
     return vae
 
 
@@ -1680,10 +1437,7 @@ def load_processor(folder: Path) -> Any:
     """Qwen2VLProcessor; without torchvision one that handles stills only (all we need)."""
     from transformers import ProcessorMixin, Qwen2VLProcessor
 
-    if importlib.util.find_spec("torchvision"):
-        return Qwen2VLProcessor.from_pretrained(folder)
-
-    class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
+    class StillsProcessor(Qwen2VLProcessor):
         def __init__(
             self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
         ) -> None:
@@ -1692,28 +1446,18 @@ def load_processor(folder: Path) -> Any:
             self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
             ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    return ImageOnlyQwen2VLProcessor.from_pretrained(folder)
-
-
-def template_text(pipeline_class: str) -> str:
-    """The lines of the pipeline's source that hold its prompt template, without importing it."""
-    spec = importlib.util.find_spec("diffusers")
-    assert spec and spec.origin, "diffusers is in requirements.txt"
-    name = "pipeline_qwenimage_edit" + ("_plus" if "Plus" in pipeline_class else "")
-    file = Path(spec.origin).parent / "pipelines" / "qwenimage" / f"{name}.py"
-    return "".join(line for line in file.open(encoding="utf-8") if "prompt_template" in line)
+    both = importlib.util.find_spec("torchvision")
+    return (Qwen2VLProcessor if both else StillsProcessor).from_pretrained(folder)
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB.
-
-    KEEP every 4 MB: a LoRA merged into some layers leaves the other layers and the header alone.
-    """
+    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
         size = file.stat().st_size
         parts.append([file.name, size])
         with file.open("rb") as stream:
+            # KEEP every 4 MB: a LoRA merged into some layers leaves the others and the header alone
             for place in range(0, size, 2**16 if size < 2**26 else 2**22):
                 stream.seek(place)
                 parts.append(draw_key(stream.read(2**16)))
@@ -1723,18 +1467,15 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 def encoder_hashes(folder: Path, flavour: Flavour, dtype: torch.dtype) -> dict[str, str]:
     """Return a hash per kind of job of all that its result depends on beside pictures and text."""
     kind = (flavour.pipeline_class, str(dtype))
-    # the two image processors differ in rounding
+    # diffusers has the prompt template; the two image processors differ in rounding
     library = "torchvision" if importlib.util.find_spec("torchvision") else "PIL"
     parts = [folder / name for name in ("text_encoder", "tokenizer", "processor")]
-    prompt = fingerprint(parts, *kind, library, template_text(flavour.pipeline_class))
+    prompt = fingerprint(parts, *kind, library, f"diffusers {version('diffusers')}")
     return {"latent": fingerprint([folder / "vae"], *kind), "prompt": prompt, "region": ""}
 
 
 def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> int:
-    """Encode what is missing and `again`, a share per process; return how many this one encoded.
-
-    VAE and text encoder are loaded one after the other; with nothing to do none is.
-    """
+    """Encode what is missing and `again`, a share per process; return how many this one encoded."""
     accelerator, index = trainer.accelerator, trainer.data.index
     places = {key: utils.entry_path(trainer.cache_dir, key) for key in sorted(jobs)}
     # KEEP: shares of ALL entries; what is missing changes while other processes write
@@ -1752,16 +1493,15 @@ def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> 
         log.warning("%s; it is built again", problem)
     mine = [key for key in share if key in again or not places[key].exists()]
     log.info("cache: %d entries, process 0 has %d to encode", len(jobs), len(mine))
-    for label, is_prompt in (("pictures", False), ("prompts", True)):
-        keys = [key for key in mine if (jobs[key].kind == "prompt") == is_prompt]
-        for key in progress(keys, f"encode {label}", disable=not keys):
+    for label, kinds in (("pictures", ("latent", "region")), ("prompts", ("prompt",))):
+        keys = [key for key in mine if jobs[key].kind in kinds]
+        for key in utils.progress(keys, f"encode {label}", disable=not keys):
             utils.write_entry(trainer.cache_dir, key, {jobs[key].kind: trainer.encode(jobs[key])})
-        if keys:  # KEEP: the encoders are never in memory together
-            trainer.unload("vae", "text_encoder")
+        trainer.unload("vae", "text_encoder")  # KEEP: they are never in memory together
     index.update((places[key] for key in mine), lambda path: {})
     accelerator.wait_for_everyone()
-    if lost := [key for key, path in places.items() if not path.exists()]:
-        raise UserError(f"{len(lost)} cache entries were not written; run it again")
+    if lost := sum(not path.exists() for path in places.values()):
+        raise UserError(f"{lost} cache entries were not written; run it again")
     return len(mine)
 
 
@@ -1777,92 +1517,46 @@ class ModelConfig(Section):
         "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"
     ] = "no_change"
     """Weights of the frozen blocks; modulation is 8-bit then, embedders and output stay bf16."""
-    quantize: bool = False
-    """Short for base_model_precision: fp8-quanto."""
     devices: list[str] = []
     """Devices that the transformer's blocks are spread over, e.g. [cuda:0, cuda:1]; one process."""
     blocks_to_swap: int = Field(0, ge=0)
     """Blocks that wait in CPU memory until they are needed; with gradient checkpointing."""
     lora: LoraConfig = LoraConfig()
 
-    def rules(self) -> dict[str, Any]:
-        """Return {problem: whether it is there}."""
-        kind, swap = self.base_model_precision, self.blocks_to_swap
-        other = self.quantize and kind not in ("no_change", "fp8-quanto")
-        return {
-            "quantize: true means fp8-quanto; leave it out beside another type": other,
-            "blocks_to_swap: not with nf4-bnb": swap and kind == "nf4-bnb",
-            "blocks_to_swap or several devices, not both": swap and len(self.devices) > 1,
-        }
-
-    @property
-    def precision(self) -> str:
-        """Return what the blocks are stored in, `quantize` resolved."""
-        return "fp8-quanto" if self.quantize else self.base_model_precision
-
-
-def check_device(name: str, value: str | None) -> list[str]:
-    """Problems of a device setting on this machine; None is the default device."""
-    try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:
-        return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
-    return []
-
-
-def check_packages(*names: str) -> list[str]:
-    """Problems of packages that the settings need and that are not installed."""
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]
-    return [f"{name} is not installed: pip install {name}" for name in lacking]
-
 
 QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 MODULATION = ("img_mod.", "txt_mod.", "norm")  # how names of modulation begin in a block
 
 
-def find_weights(folder: Path) -> dict[str, Path]:
-    """{tensor: file} of a diffusers component, one file or shards. Raises UserError."""
-    name = "diffusion_pytorch_model.safetensors"
-    if (folder / f"{name}.index.json").is_file():
-        named = read_model_json(str(folder), f"{name}.index.json").get("weight_map", {})
-        return {tensor: folder / file for tensor, file in named.items()}
-    try:
-        with safe_open(folder / name, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"weights {folder / name} cannot be read: {error}") from error
-
-
 def fill_parts(
     model: Any, folder: Path, dtype: torch.dtype, parts: dict[str, torch.device], precision: str
-) -> Iterator[torch.nn.Module]:
+) -> None:
     """Give a model without weights its parts, one by one, on their devices; blocks are quantised.
 
     One block at a time is in memory unquantised. With no_change the model equals
-    from_pretrained(dtype=dtype) bit for bit.
-
-    Raises:
-        UserError: weights are missing, damaged or of another model.
+    from_pretrained(dtype=dtype) bit for bit. Raises UserError: weights are missing or damaged.
     """
-    weights = find_weights(folder)
-    if wrong := sorted(weights.keys() ^ model.state_dict().keys()):
-        raise UserError(f"{folder}: weights missing or not expected\n{listed(wrong, 3)}")
-    for name, device in parts.items():
-        part, tensors = model.get_submodule(name), {}
-        mine = {key: file for key, file in weights.items() if key.startswith(f"{name}.")}
-        try:
-            for key, path in mine.items():
+    files: dict[str, Path] = {}  # of each tensor
+    try:
+        for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                files |= dict.fromkeys(opened.keys(), file)
+        if wrong := sorted(files.keys() ^ model.state_dict().keys()):
+            raise UserError(f"{folder}: weights missing or not expected\n{listed(wrong, 3)}")
+        for name, device in utils.progress(parts.items(), "load transformer", leave=False):
+            part, tensors = model.get_submodule(name), {}
+            for key in [key for key in files if key.startswith(f"{name}.")]:
                 # KEEP: closed again; what was read of an open file counts as memory
-                with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(key).to(device, dtype, copy=True)
+                with safe_open(files[key], framework="pt") as opened:
+                    tensor = opened.get_tensor(key).to(device, dtype, copy=True)
                 tensors[key.removeprefix(f"{name}.")] = tensor
             part.load_state_dict(tensors, assign=True)
-        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
-            raise UserError(f"{folder}, {name}: {error}") from error
-        if name[-1].isdigit() and precision != "no_change":
-            quantize_block(part, precision)
-        return_freed_memory()
-        yield part.requires_grad_(False)
+            if name[-1].isdigit() and precision != "no_change":
+                quantize_block(part, precision)
+            return_freed_memory()
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
+        raise UserError(f"{folder}: {error}") from error
+    model.eval().requires_grad_(False)
 
 
 def return_freed_memory() -> None:
@@ -1924,14 +1618,10 @@ def unpack_without_compiler() -> None:
             extension._lib = extension._lib or SimpleNamespace(unpack=unpack)
 
 
-Places = dict[str, tuple[torch.device, torch.device]]
-
-
-def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> Places:
+def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> dict[str, Any]:
     """{block or embedder: (where its weights live, where it computes)}.
 
-    Blocks are spread over `devices` in order, in runs of equal length; `swap` of them, evenly
-    spread so that there is time to copy, live in CPU memory.
+    Blocks are spread over `devices` in equal runs; `swap` of them, evenly, live on the CPU.
     """
     blocks, found = transformer.transformer_blocks, {}
     for name, part in transformer.named_children():
@@ -1958,22 +1648,38 @@ def load_transformer(
     folder: Path, dtype: torch.dtype, precision: str, devices: Sequence[torch.device], swap: int
 ) -> Any:
     """The transformer, frozen, each part read (and quantised) straight to where it lives."""
-    model = empty_transformer(read_model_json(str(folder), "config.json"))
-    places, plain = placement(model, devices, swap), precision == "no_change"
-    ways = {name: home if plain else device for name, (home, device) in places.items()}
-    parts = fill_parts(model, folder, dtype, ways, precision)
-    for home, _ in progress(places.values(), "load transformer", leave=False):
-        move(next(parts), home)
-    mark_quantized(model.eval().requires_grad_(False), precision)
+    model = empty_transformer(utils.read_model_json(str(folder), "config.json"))
+    places = placement(model, devices, swap)
+    homes = {name: home for name, (home, _) in places.items()}
+    fill_parts(model, folder, dtype, homes, precision)
+    model.is_loaded_in_4bit = precision == "nf4-bnb"  # PEFT looks there
     connect(model, places)
     return model
 
 
-def mark_quantized(transformer: Any, precision: str) -> None:
-    """Note the precision where PEFT and this script look for it."""
-    if precision != "no_change":
-        transformer.quantized_to = precision
-        transformer.is_loaded_in_4bit = precision == "nf4-bnb"
+def connect(transformer: Any, places: dict[str, Any]) -> None:
+    """Add hooks that carry activations between devices, or weights between CPU and device."""
+    from accelerate.utils import send_to_device
+
+    first, last = next(iter(places.values()))[1], places["proj_out"][1]
+    parts = {name: transformer.get_submodule(name) for name in places}
+    if swapped := [name for name, (home, device) in places.items() if home != device]:
+        blocks = {int(name.rpartition(".")[2]): parts[name] for name in swapped}
+        transformer.block_swap = BlockSwap(blocks, first)
+        transformer.register_forward_pre_hook(lambda *_: transformer.block_swap.begin())
+        return_freed_memory()  # pinned memory has taken its place
+    if first == last:
+        return
+
+    def carry(device: torch.device, module: Any, args: Any, kwargs: Any) -> Any:
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    # temb, text, rope, mask ... go to each block's device, the result back to the first
+    for name, part in parts.items():
+        if name[-1].isdigit() or name == "norm_out":
+            hook = functools.partial(carry, places[name][1])
+            part.register_forward_pre_hook(hook, with_kwargs=True)
+    transformer.register_forward_hook(lambda *args: send_to_device(args[-1], first))
 
 
 def map_tensor(tensor: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -1988,89 +1694,41 @@ def map_tensor(tensor: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     return type(tensor).__tensor_unflatten__(inner, meta, tensor.size(), tensor.stride())
 
 
-def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
-    """Return a parameter that is not trained."""
-    return torch.nn.Parameter(tensor, requires_grad=False)
-
-
-def move(module: torch.nn.Module, device: torch.device) -> None:
-    """module.to(device) that leaves quanto's weights as they are."""
-    for part in module.modules():
-        for name, value in part._parameters.items():
-            if hasattr(value, "__tensor_flatten__") and value.device != device:  # type: ignore
-                part._parameters[name] = frozen(map_tensor(value, lambda t: t.to(device)))
-    module.to(device)
-
-
-def place(transformer: Any, places: Places) -> None:
-    """Move a transformer that is already loaded. Raises UserError if its blocks are swapped."""
-    if hasattr(transformer, "block_swap"):
-        raise UserError("with model.blocks_to_swap the transformer stays on its device")
-    for name, (home, _) in places.items():
-        move(transformer.get_submodule(name), home)
-    connect(transformer, places)
-
-
-def connect(transformer: Any, places: Places) -> None:
-    """Add hooks that carry activations between devices, or weights between CPU and device."""
-    from accelerate.utils import send_to_device
-
-    transformer.places = places
-    blocks = {name: transformer.get_submodule(name) for name in places if name[-1].isdigit()}
-    swapped = {
-        int(name.rpartition(".")[2]): block
-        for name, block in blocks.items()
-        if places[name][0] != places[name][1]
-    }
-    first, last = next(iter(places.values()))[1], places["proj_out"][1]
-    if swapped:
-        transformer.block_swap = BlockSwap(swapped, first)
-        transformer.register_forward_pre_hook(lambda *_: transformer.block_swap.begin())
-        return_freed_memory()  # pinned memory has taken its place
-    if first == last:
-        return
-
-    def carry(device: torch.device, module: Any, args: Any, kwargs: Any) -> Any:
-        return send_to_device(args, device), send_to_device(kwargs, device)
-
-    # temb, text, rope, mask ... go to each block's device, the result back to the first
-    for name, part in {**blocks, "norm_out": transformer.norm_out}.items():
-        hook = functools.partial(carry, places[name][1])
-        part.register_forward_pre_hook(hook, with_kwargs=True)
-    transformer.register_forward_hook(lambda *args: send_to_device(args[-1], first))
-
-
 class BlockSwap:
     """Blocks whose frozen weights lie in (pinned) CPU memory and visit the device for their turn.
 
-    While one works, the next is copied; there are never more on the device. Gradient checkpointing
-    makes the order known: up in the forward pass, down in the backward pass, where every block is
-    computed once more. Parameter objects are replaced, not `.data`: autograd keeps the GPU copy
-    until the block's backward, and it goes with that.
+    While one works, the next is copied. Gradient checkpointing makes the order known: up in the
+    forward pass, down in the backward pass, where every block is computed once more. Parameter
+    objects are replaced, not `.data`: autograd keeps the GPU copy until the block's backward.
     """
 
     def __init__(self, blocks: dict[int, torch.nn.Module], device: torch.device) -> None:
         self.numbers, self.device = sorted(blocks), device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # {block: [(table of parameters, name, the one in CPU memory)]}
         self.homes: dict[int, list[tuple[dict[str, Any], str, torch.nn.Parameter]]] = {}
         self.here: dict[int, tuple[list[torch.nn.Parameter], Any]] = {}  # copies, their event
         self.keep: int | None = None  # not to be removed after its turn
         self.last = -1  # the block that worked last in this pass
         for number, block in blocks.items():
-            homes = self.homes[number] = []
-            for part in block.modules():
-                for name, value in part._parameters.items():
-                    if value is not None:
-                        pin = torch.Tensor.pin_memory
-                        home = frozen(map_tensor(value, pin)) if self.stream else value
-                        homes.append((part._parameters, name, home))
-                for name, buffer in part._buffers.items():  # quanto's scales
-                    part._buffers[name] = buffer.to(device) if buffer is not None else None
-            self._put(number, [home for *_, home in homes])
+            self.homes[number] = [
+                (part._parameters, name, self._pinned(value))
+                for part in block.modules()
+                for name, value in part._parameters.items()
+                if value is not None
+            ]
+            for name, buffer in block.named_buffers():  # quanto's scales
+                owner, _, last = name.rpartition(".")
+                block.get_submodule(owner)._buffers[last] = buffer.to(device)
+            self._put(number, [home for *_, home in self.homes[number]])
             block.register_forward_pre_hook(functools.partial(self._enter, number))
             # KEEP always_call: recomputation ends blocks early, by an exception
             leave = functools.partial(self._leave, number)
             block.register_forward_hook(leave, always_call=True)
+
+    def _pinned(self, value: torch.nn.Parameter) -> torch.nn.Parameter:
+        pinned = map_tensor(value, torch.Tensor.pin_memory) if self.stream else value
+        return torch.nn.Parameter(pinned, requires_grad=False)
 
     def _put(self, number: int, parameters: Iterable[torch.nn.Parameter]) -> None:
         for (table, name, _), parameter in zip(self.homes[number], parameters, strict=True):
@@ -2081,6 +1739,7 @@ class BlockSwap:
         self.last = -1
         self._fetch(self.numbers[0])
 
+    @torch.no_grad()
     def _fetch(self, number: int) -> None:
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             # KEEP: allocated on the computing stream, so that it takes the place of a block that
@@ -2093,8 +1752,8 @@ class BlockSwap:
             return
         if self.stream:  # KEEP: that block may still be at work
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.no_grad():
-            copies = [frozen(map_tensor(home, copy)) for *_, home in self.homes[number]]
+        homes = [home for *_, home in self.homes[number]]
+        copies = [torch.nn.Parameter(map_tensor(home, copy), False) for home in homes]
         self.here[number] = copies, self.stream.record_event() if self.stream else None
 
     def _arrive(self, number: int) -> list[torch.nn.Parameter]:
@@ -2130,30 +1789,25 @@ class BlockSwap:
 
 
 def place_adapter(transformer: Any) -> None:
-    """The adapter of a swapped block lives on the device, always."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if not hasattr(transformer, "block_swap"):
-        return
-    for number in transformer.block_swap.numbers:
-        for layer in transformer.transformer_blocks[number].modules():
-            if isinstance(layer, BaseTunerLayer):
-                for name in layer.adapter_layer_names:
-                    getattr(layer, name).to(transformer.block_swap.device)
+    """Put the adapters of swapped blocks on the device, where they stay."""
+    swap: Any = getattr(transformer, "block_swap", None)
+    for name, parameter in transformer.named_parameters():
+        if swap and re.search(r"\.lo(ra|kr)_", name):
+            parameter.data = parameter.data.to(swap.device)
 
 
 # --- 8. sampling and validation -------------------------------------------------------------------
 
 
 class PredictDevices(Section):
-    """A device per component for trainer.predict()."""
+    """A device per component for trainer.predict(); null is the training device."""
 
     vae: str | None = None
-    """Device of the VAE, e.g. cuda:1; null is the training device."""
+    """Device of the VAE, e.g. cuda:1."""
     text_encoder: str | None = None
-    """Device of the text encoder, e.g. cuda:2; null is the training device."""
+    """Device of the text encoder, e.g. cuda:2."""
     transformer: str | None = None
-    """Device of the transformer, e.g. cuda:0; null is the training device."""
+    """Device of the transformer, e.g. cuda:0."""
 
 
 class PredictConfig(Section):
@@ -2171,7 +1825,20 @@ class ValidationSample(Section):
     """References, in order."""
 
 
-class ValidationConfig(Section):
+class SamplingConfig(Section):
+    """How a picture is drawn."""
+
+    seed: int = 42
+    """Seed of the noise; of the validation loss, too."""
+    num_inference_steps: int = Field(20, ge=2)
+    """Euler steps of a picture (a single one divides by zero in the scheduler)."""
+    true_cfg_scale: float = Field(4.0, ge=1)
+    """Guidance of a picture against negative_prompt, as in the pipeline; 1 is none."""
+    negative_prompt: str | None = ""
+    """Instruction that guidance leads away from; "" with the same references; null: no guidance."""
+
+
+class ValidationConfig(SamplingConfig):
     """Pictures and loss on held-out samples (holdout, holdout_ratio, eval_dataset_id)."""
 
     steps: int | None = Field(None, ge=1)
@@ -2182,16 +1849,8 @@ class ValidationConfig(Section):
     """More edits to draw, without a target."""
     max_samples: int = Field(4, ge=1)
     """Held-out samples drawn on the sheet; the loss takes all."""
-    seed: int = 42
-    """Seed of the noise of the pictures and of the loss."""
     resolution: int | None = Field(None, ge=64)
     """Side of the square whose area pictures get, px; null is that of training, or of predict()."""
-    num_inference_steps: int = Field(20, ge=2)
-    """Euler steps of the pictures (a single one divides by zero in the scheduler)."""
-    true_cfg_scale: float = Field(4.0, ge=1)
-    """Guidance of the pictures against negative_prompt, as in the pipeline; 1 is none."""
-    negative_prompt: str = ""
-    """Instruction that guidance leads away from; "" with the same references."""
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
@@ -2201,12 +1860,11 @@ def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     return tokens.reshape(b, (h // 2) * (w // 2), c * 4)
 
 
-def unpack_latents(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Tokens (B, S, 64) of a picture of height x width px -> (B, 16, 1, h, w)."""
-    b, _, channels = tokens.shape
-    h, w = height // 16, width // 16
-    latents = tokens.view(b, h, w, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return latents.reshape(b, channels // 4, 1, h * 2, w * 2)
+def unpack_latents(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, S, 64) -> latents of the shape of `like`, (B, 16, 1, h, w)."""
+    b, c, _, h, w = like.shape
+    latents = tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, c, 1, h, w)
 
 
 def token_grid(latents: torch.Tensor) -> tuple[int, int, int]:
@@ -2215,107 +1873,73 @@ def token_grid(latents: torch.Tensor) -> tuple[int, int, int]:
 
 
 def predict_velocity(
-    transformer: Any,
-    noisy: torch.Tensor,
-    references: Sequence[torch.Tensor],
-    embeds: torch.Tensor,
-    mask: torch.Tensor | None,
-    sigma: torch.Tensor,
+    transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, batch: dict[str, Any]
 ) -> torch.Tensor:
-    """Velocity of the target, shape of `noisy`.
+    """Velocity of the target at (noisy, sigma (B,)), shape of `noisy`, (B, 16, 1, h, w).
 
-    noisy (B, 16, 1, h, w); references K x (B, 16, 1, hk, wk), never noised; embeds (B, T, D);
-    mask (B, T) or None; sigma (B,).
+    Of the batch: control_latent K x (B, 16, 1, hk, wk), never noised; prompt_embed (B, T, D), whose
+    dtype all get; prompt_embeds_mask (B, T) or None.
     """
-    pictures = [noisy, *references]
+    pictures = [noisy, *batch["control_latent"]]
     tokens = torch.cat([pack_latents(p) for p in pictures], dim=1)  # (B, S + sum Sk, 64)
     velocity = transformer(
-        hidden_states=tokens,
+        hidden_states=tokens.to(batch["prompt_embed"].dtype),
         timestep=sigma,
-        encoder_hidden_states=embeds,
-        encoder_hidden_states_mask=mask,  # KEEP: None when nothing is padded (flash attention)
+        encoder_hidden_states=batch["prompt_embed"],
+        # KEEP: None when nothing is padded (flash attention)
+        encoder_hidden_states_mask=batch.get("prompt_embeds_mask"),
         # KEEP: RoPE takes the shapes of sample 0 for all, so a batch has one shape
         img_shapes=[[token_grid(p) for p in pictures]] * len(noisy),
         return_dict=False,
     )[0]
-    height, width = noisy.shape[-2] * 8, noisy.shape[-1] * 8
-    return unpack_latents(velocity[:, : math.prod(token_grid(noisy))], height, width)
+    return unpack_latents(velocity[:, : math.prod(token_grid(noisy))], noisy)
+
+
+def prompt_jobs(example: Example, how: SamplingConfig) -> list[Job]:
+    """Return the prompt of an example and, for guidance, the negative one."""
+    [prompt] = jobs_of(example)["prompt_embed"]
+    if how.true_cfg_scale <= 1 or how.negative_prompt is None:
+        return [prompt]
+    return [prompt, prompt._replace(caption=how.negative_prompt)]
 
 
 @torch.no_grad()
-def denoise(
-    transformer: Any,
-    scheduler: Any,
-    noise: torch.Tensor,
-    references: Sequence[torch.Tensor],
-    embeds: torch.Tensor,
-    steps: int,
-    negative_embeds: torch.Tensor | None = None,
-    true_cfg_scale: float = 1.0,
-) -> torch.Tensor:
-    """Euler from noise (1, 16, 1, h, w) to latents, step for step what the pipelines do.
-
-    `scheduler` is a copy of its own (set_timesteps changes it). With negative_embeds and
-    true_cfg_scale > 1: classifier-free guidance, rescaled to the norm of the positive prediction.
-    """
-    sigmas = np.linspace(1.0, 1 / steps, steps)
-    mu = model_mu(scheduler.config, math.prod(token_grid(noise)))
-    scheduler.set_timesteps(sigmas=sigmas, device=noise.device, mu=mu)
-    scheduler.set_begin_index(0)
-    latents = noise
-    for t in scheduler.timesteps:
-        sigma = t.expand(len(latents)).to(latents.dtype) / 1000
-        velocity = predict_velocity(transformer, latents, references, embeds, None, sigma)
-        if negative_embeds is not None and true_cfg_scale > 1:
-            other = predict_velocity(transformer, latents, references, negative_embeds, None, sigma)
-            positive, negative = pack_latents(velocity), pack_latents(other)
-            guided = negative + true_cfg_scale * (positive - negative)  # (1, S, 64)
-            norms = [torch.norm(v, dim=-1, keepdim=True) for v in (positive, guided)]
-            height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
-            velocity = unpack_latents(guided * (norms[0] / norms[1]), height, width)
-        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    return latents
-
-
-class Sampling(NamedTuple):
-    """How a picture is drawn."""
-
-    steps: int = 20
-    true_cfg_scale: float = 4.0
-    negative_prompt: str | None = ""  # None: no guidance
-    seed: int = 0
-
-    def jobs(self, example: Example) -> list[Job]:
-        """Return the prompt of an example and, for guidance, the negative one."""
-        [prompt] = jobs_of(example)["prompt_embed"]
-        if self.true_cfg_scale <= 1 or self.negative_prompt is None:
-            return [prompt]
-        return [prompt, prompt._replace(caption=self.negative_prompt)]
-
-
 def draw_edit(
-    trainer: Trainer, example: Example, how: Sampling, encode: Callable[[Job], torch.Tensor]
+    trainer: Trainer, example: Example, how: SamplingConfig, encode: Callable[[Job], torch.Tensor]
 ) -> Image.Image:
-    """Draw the target of an example: the pixels that the diffusers pipelines give.
+    """Draw an example, step for step as the diffusers pipelines; encode(job): what the cache has.
 
-    encode(job) gives what lies in the cache.
+    Guidance is rescaled to the norm of the positive prediction.
     """
     transformer, (width, height) = trainer.bare_transformer(), example.pictures["pixel"][0].size
-    references = [encode(job)[None] for job in jobs_of(example)["control_latent"]]
-    embeds = [encode(job)[None] for job in how.jobs(example)]
-    device, dtype = transformer.device, embeds[0].dtype
-    generator, shape = torch.Generator().manual_seed(how.seed), (1, 16, 1, height // 8, width // 8)
-    noise = torch.randn(shape, generator=generator, dtype=dtype).to(device)
+    device, shape, steps = (
+        transformer.device,
+        (1, 16, 1, height // 8, width // 8),
+        how.num_inference_steps,
+    )
+    embeds = [encode(job)[None].to(device) for job in prompt_jobs(example, how)]
+    dtype, generator = embeds[0].dtype, torch.Generator().manual_seed(how.seed)
+    controls = [encode(job)[None].to(device, dtype) for job in jobs_of(example)["control_latent"]]
+    batches = [{"prompt_embed": each, "control_latent": controls} for each in embeds]
+    latents = torch.randn(shape, generator=generator, dtype=dtype).to(device)
+    # a copy: set_timesteps() changes it
     scheduler = type(trainer.scheduler).from_config(trainer.scheduler.config)
-    references = [reference.to(device, dtype) for reference in references]
-    positive, *negative = (embed.to(device) for embed in embeds)
+    mu = model_mu(scheduler.config, math.prod(token_grid(latents)))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=mu)
+    scheduler.set_begin_index(0)
     # fp32 LoRA on a bf16 base: as in training
     mixed = bool(getattr(transformer, "peft_config", None)) and dtype != torch.float32
     with torch.autocast(device.type, dtype, enabled=mixed):
-        latents = denoise(
-            *(transformer, scheduler, noise, references, positive, how.steps),
-            *(negative[0] if negative else None, how.true_cfg_scale),
-        )
+        for t in scheduler.timesteps:
+            sigma = t.expand(1).to(dtype) / 1000
+            velocities = [predict_velocity(transformer, latents, sigma, b) for b in batches]
+            velocity, *negative = map(pack_latents, velocities)  # (1, S, 64)
+            if negative:
+                guided = negative[0] + how.true_cfg_scale * (velocity - negative[0])
+                norms = [torch.norm(v, dim=-1, keepdim=True) for v in (velocity, guided)]
+                velocity = guided * (norms[0] / norms[1])
+            velocity = unpack_latents(velocity, latents)
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     return Image.fromarray(trainer.decode_vae_latent(latents)[0])
 
 
@@ -2324,42 +1948,25 @@ def edit_example(
 ) -> Example:
     """What an edit without a target shows the model, by the rules of training.
 
-    pictures: each whole, at its own size. `pixel` of the result is the main one (2508: the first,
-    else the last) at the size that is drawn: `size` (W, H) px, down to a multiple of 16, or 1 MP
-    (the training size if references are as large as the target).
+    The main picture (2508: the first, else the last) is drawn at `size` (W, H) px, down to a
+    multiple of 16; default: 1 MP, or the training size if references are as large as the target.
     """
-    datasets, about = trainer.config.data.dataset_configs, about_lora(trainer)
+    datasets = trainer.config.data.dataset_configs
     main = pictures[-1 if trainer.flavour.vision_area else 0]
-    aligned, usual = about["reference_area"] == "target", pick_size(AREA_1MP, main.aspect)
+    area, seen = (areas[0] for areas in inference_rules(trainer).values())
+    aligned, usual = area == "target", pick_size(AREA_1MP, main.aspect)
     if aligned and datasets:
         usual = nearest_bucket(*main.size, datasets[0].resolution)
-    given = [side or own for side, own in zip(size or (None, None), usual, strict=True)]
-    width, height = (side // 16 * 16 for side in given)
-    aspects = [picture.aspect for picture in pictures]
+    wanted = zip(size or (None, None), usual, strict=True)
+    width, height = ((side or own) // 16 * 16 for side, own in wanted)
     # the frame that references share: the main one's, or of the one nearest to width x height
+    aspects = [picture.aspect for picture in pictures]
     near = min(aspects, key=lambda aspect: abs(math.log(aspect / (width / height))))
     frame = Frame(near if any(size) else main.aspect, (width, height))
-    area_px = reference_area_px(about["reference_area"], frame.size)
-    areas = {"control": area_px, "vision": float(about["vision_area"] or area_px)}
-    shown = {kind: tuple(frame.show(p, a, aligned) for p in pictures) for kind, a in areas.items()}
-    return Example("", prompt, {"pixel": (main._replace(size=frame.size),), **shown})
-
-
-# two in each quarter: fixed noise levels of the validation loss
-VALIDATION_SIGMAS = tuple((i + 0.5) / 8 for i in range(8))
-
-
-def validation_pictures(config: Config) -> list[Path]:
-    """The picture files of validation.samples, once, sorted; none when nothing is validated."""
-    samples = config.validation.samples if config.validation.steps else []
-    return sorted({path for sample in samples for path in sample.images})
-
-
-def validation_sampling(config: Config) -> Sampling:
-    """Return how validation draws."""
-    wanted = config.validation
-    steps, scale = wanted.num_inference_steps, wanted.true_cfg_scale
-    return Sampling(steps, scale, wanted.negative_prompt, wanted.seed)
+    shown: dict[str, Any] = {"pixel": (main._replace(size=frame.size),)}
+    shown["control"] = tuple(frame.show(picture, area, aligned) for picture in pictures)
+    shown["vision"] = tuple(frame.show(picture, seen or area, aligned) for picture in pictures)
+    return Example("", prompt, shown)
 
 
 def validation_edits(trainer: Trainer) -> list[tuple[Example, bool]]:
@@ -2380,99 +1987,72 @@ def validation_edits(trainer: Trainer) -> list[tuple[Example, bool]]:
 
 @torch.no_grad()
 def validate(trainer: Trainer, run_log: RunLog) -> None:
-    """Losses and the sheet; the work is shared out over the processes."""
-    step, main = trainer.global_step, trainer.accelerator.is_main_process
-    transformer = trainer.bare_transformer()
+    """Draw the sheet (base | LoRA | EMA | target); log the loss, q1 (least noise) to q4, too."""
+    step, transformer = trainer.global_step, trainer.bare_transformer()
+    edits = validation_edits(trainer)
+    examples, values = [example for example, _ in edits], {}
     transformer.eval()
-    values, rows = validation_losses(trainer), validation_rows(trainer)
+    if not trainer.base_pictures:
+        transformer.disable_adapters()
+        trainer.base_pictures = draw_edits(trainer, examples)
+        transformer.enable_adapters()
+    columns = {"base": trainer.base_pictures}
+    for head in ("LoRA", "EMA") if trainer.ema else ("LoRA",):
+        with trainer.averaged(ema=head == "EMA"):
+            columns[head] = draw_edits(trainer, examples)
+            losses = validation_losses(trainer).mean(0).tolist()
+        name = "validation_loss_ema" if head == "EMA" else "validation_loss"
+        values[name] = sum(losses) / 8
+        values |= {f"{name}_q{i + 1}": sum(losses[2 * i : 2 * i + 2]) / 2 for i in range(4)}
     transformer.train()
-    if values:
+    if trainer.data.held_out:
         run_log.values(step, values)
-        if main:
-            tqdm.write(f"step {step} validation loss {values['validation_loss']:.4f}")
-    if rows and main:
-        heads = ["base", "LoRA", *(["EMA"] if trainer.ema else [])]
-        heads += ["target"] if trainer.data.held_out else []
-        sheet = edit_sheet([e for e, _ in rows], [row for _, row in rows], heads)
-        run_log.picture(f"step_{step:06d}", sheet, step)
+        targets = [load_picture(e.pictures["pixel"][0]) if known else None for e, known in edits]
+        columns["target"] = targets
+    if edits and trainer.accelerator.is_main_process:
+        tqdm.write(f"step {step} validation loss {values['validation_loss']:.4f}")
+        rows = list(zip(*columns.values(), strict=True))
+        run_log.picture(f"step_{step:06d}", edit_sheet(examples, rows, list(columns)), step)
     trainer.accelerator.wait_for_everyone()
 
 
-def validation_losses(trainer: Trainer) -> dict[str, float]:
-    """validation_loss, and by quartile of sigma (q1: the least noise); again for the EMA."""
-    values = {}
-    for suffix in ("", "_ema") if trainer.ema else ("",):
-        with trainer.averaged(ema=bool(suffix)):
-            losses = fixed_noise_losses(trainer).mean(0).tolist()
-        values[f"validation_loss{suffix}"] = sum(losses) / len(losses)
-        for i in range(4):
-            values[f"validation_loss{suffix}_q{i + 1}"] = sum(losses[2 * i : 2 * i + 2]) / 2
-    return values if trainer.data.held_out else {}
-
-
-def fixed_noise_losses(trainer: Trainer) -> torch.Tensor:
-    """Loss of every held-out pair at every sigma, (pairs, 8) fp32, on every process.
-
-    Always the same noise, so small changes mean something; no dropout, sigma not shifted.
-    """
+def validation_losses(trainer: Trainer) -> torch.Tensor:
+    """Loss of every held-out pair at every sigma, (pairs, 8), always with the same noise."""
     accelerator, data, seed = trainer.accelerator, trainer.data, trainer.config.validation.seed
-    losses = torch.zeros(len(data.held_out), len(VALIDATION_SIGMAS), device=trainer.device)
-    every = list(itertools.product(*map(range, losses.shape)))
-    mine = every[accelerator.process_index :: accelerator.num_processes]
-    for row, places in itertools.groupby(mine, key=lambda place: place[0]):
+    losses = torch.zeros(len(data.held_out), 8, device=trainer.device)
+    for row in range(accelerator.process_index, len(losses), accelerator.num_processes):
         example = data.resolve(Draw(0, data.held_out[row]))
         batch = trainer.to_device(encoded([example], trainer.through_cache))
-        for _, column in places:
-            level = VALIDATION_SIGMAS[column]
-            noise = normal(batch["pixel_latent"].shape, seed, example.name, level)
-            drawn = trainer.to_device({"noise": noise, "sigma": torch.tensor([level])})
+        for column in range(8):
+            sigma = (column + 0.5) / 8  # two in each quarter
+            noise = normal(batch["pixel_latent"].shape, seed, example.name, sigma)
+            drawn = trainer.to_device({"noise": noise, "sigma": torch.tensor([sigma])})
             # KEEP the bare transformer: processes do not call it equally often
             loss = compute_loss(trainer, batch | drawn, trainer.bare_transformer(), shift=False)
             losses[row, column] = loss[0]
     return accelerator.reduce(losses, "sum")  # each is 0 on all processes but one
 
 
-def validation_rows(trainer: Trainer) -> list[tuple[Example, list[Any]]]:
-    """Rows of the sheet, drawn by all processes: base | LoRA | EMA | target, as far as there."""
+def draw_edits(trainer: Trainer, examples: Sequence[Example]) -> list[Image.Image | None]:
+    """Draw the examples, a share per process; None is one that the memory was too small for."""
     from accelerate.utils import gather_object
 
-    accelerator, edits, drawn = trainer.accelerator, validation_edits(trainer), []
-    mine = range(accelerator.process_index, len(edits), accelerator.num_processes)
-    for number in progress(mine, "validation pictures", leave=False):
-        example, has_target = edits[number]
+    accelerator, how, drawn = trainer.accelerator, trainer.config.validation, []
+    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    for number in utils.progress(mine, "validation pictures", leave=False):
+        image = None
         try:
-            row: list[Any] = draw_row(trainer, number, example)
-            target = load_picture(example.pictures["pixel"][0]) if has_target else None
-            drawn.append((number, [*row, target] if trainer.data.held_out else row))
+            image = draw_edit(trainer, examples[number], how, trainer.through_cache)
         except torch.OutOfMemoryError:
             text = "out of memory, left out (a smaller validation.resolution helps)"
-            tqdm.write(f"validation of {example.name}: {text}; training goes on")
+            tqdm.write(f"validation of {examples[number].name}: {text}; training goes on")
+        drawn.append((number, image))
         if trainer.use_cache:  # KEEP: not in the except clause, where the error holds the tensors
             trainer.unload("vae", "text_encoder")
-    rows = sorted(gather_object(drawn), key=lambda row: row[0])
-    return [(edits[number][0], row) for number, row in rows]
+    return [image for _, image in sorted(gather_object(drawn), key=lambda pair: pair[0])]
 
 
-def draw_row(trainer: Trainer, number: int, example: Example) -> list[Image.Image]:
-    """Base, LoRA and, if there is one, EMA; the base is drawn once in a run."""
-    transformer, how = trainer.bare_transformer(), validation_sampling(trainer.config)
-    draw = functools.partial(draw_edit, trainer, example, how, trainer.through_cache)
-    if number not in trainer.base_pictures:
-        transformer.disable_adapters()
-        try:
-            trainer.base_pictures[number] = draw()
-        finally:
-            transformer.enable_adapters()
-    row = [trainer.base_pictures[number]]
-    for ema in (False, True) if trainer.ema else (False,):
-        with trainer.averaged(ema):
-            row.append(draw())
-    return row
-
-
-def edit_sheet(
-    examples: Sequence[Example], results: Sequence[Any], heads: list[str]
-) -> Image.Image:
+def edit_sheet(examples: Sequence[Example], results: Any, heads: list[str]) -> Image.Image:
     """Draw the references of each row, however many it has | its results, under `heads`."""
     most = max(len(example.pictures["control"]) for example in examples)
     rows = []
@@ -2489,10 +2069,9 @@ def edit_sheet(
 class StepPlan:
     """For every optimizer step the micro-batches of this process, from `first_step` on.
 
-    One step takes `size` samples, whatever the processes, batch size and accumulation; process r
-    of n gets the r-th n-th of them, cut into micro-batches of one shape. So the same samples meet
-    in a step, however the work is split. Every epoch visits each sample `repeats` times (the last
-    step of an epoch is filled up from its beginning).
+    One step takes `size` samples, however the work is split: process r of n gets the r-th n-th, cut
+    into micro-batches of one shape. An epoch visits each sample `repeats` times; its last step is
+    filled up from its beginning.
     """
 
     def __init__(self, data: PairData, accelerator: Any, first_step: int = 0) -> None:
@@ -2509,16 +2088,14 @@ class StepPlan:
 
     def draw(self, visit: int, number: int) -> Draw:
         """Return everything random about one visit but its noise."""
-        seed, sample = self.data.config.seed, self.data.samples[number]
-        views = self.data.dataset(Draw(0, number)).views
-        chance = uniform(seed, "batch_config", visit) * sum(v.weight for v in sample.variants)
-        which = 0
-        while which < len(sample.variants) - 1 and chance >= sample.variants[which].weight:
-            chance -= sample.variants[which].weight
-            which += 1
-        variant, view = sample.variants[which], int(uniform(seed, "view", visit) * views)
-        dropped = uniform(seed, "caption_dropout", visit) < variant.caption_dropout
-        return Draw(visit, number, which, view, keep_references(variant, seed, visit), dropped)
+        seed, variants = self.data.config.seed, self.data.samples[number].variants
+        below = list(itertools.accumulate(variant.weight for variant in variants))
+        chance = uniform(seed, "batch_config", visit) * below[-1]
+        which = bisect.bisect_right(below, chance, hi=len(below) - 1)
+        view = int(uniform(seed, "view", visit) * self.data.dataset(Draw(0, number)).views)
+        vision = keep_references(variants[which], seed, visit)
+        dropped = uniform(seed, "caption_dropout", visit) < variants[which].caption_dropout
+        return Draw(visit, number, which, view, vision, dropped)
 
     def epoch(self, epoch: int) -> list[list[Draw]]:
         """Return the steps of an epoch; steps of one shape as far as they fill, the rest mixed."""
@@ -2552,17 +2129,14 @@ class StepPlan:
     def micro_batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
         """Cut into batches of one shape, at most batch_size each."""
         batches: list[list[Draw]] = []
+        filling: dict[object, list[Draw]] = {}
         for draw in draws:
-            shape = self.data.shape(draw)
-            alike = [batch for batch in batches if self.data.shape(batch[0]) == shape]
-            if alike and len(alike[-1]) < self.data.config.data.batch_size:
-                alike[-1].append(draw)
-            else:
-                batches.append([draw])
+            batch = filling.setdefault(self.data.shape(draw), [])
+            if len(batch) % self.data.config.data.batch_size == 0:
+                batch = filling[self.data.shape(draw)] = []
+                batches.append(batch)
+            batch.append(draw)
         return batches
-
-    def __len__(self) -> int:
-        return max(0, self.steps - self.first_step)
 
 
 def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
@@ -2578,8 +2152,6 @@ def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
 
 
 # --- 10. the trainer ------------------------------------------------------------------------------
-
-Device = torch.device | str | None
 
 
 class QwenImageEditTrainer:
@@ -2605,33 +2177,31 @@ class QwenImageEditTrainer:
         self.processor: Any = None  # Qwen2VLProcessor
         self.scheduler: Any = None  # FlowMatchEulerDiscreteScheduler
         self.text_pipeline: Any = None  # the pipeline without VAE and transformer: encode_prompt()
+        self.quantize = False  # true: fp8-quanto where the config says no_change
+        self.loaded_as: Any = None  # precision and places of the transformer
         self.use_cache, self.cache_dir = config.cache.use_cache, config.cache.cache_dir
-        self.quantize = config.model.quantize
+        self.cache_exist = any(self.cache_dir.glob("??/??/*.safetensors"))
         bf16 = config.train.mixed_precision == "bf16"
         self.weight_dtype = torch.bfloat16 if bf16 else torch.float32
         self.flavour = detect_flavour(config.model.pretrained_model_name_or_path)
         self.data = PairData(config, self.flavour, [], utils.FileIndex(None))
         limit = config.train.checkpoints_total_limit
         self.checkpoints = utils.Checkpoints(config.logging.output_dir, limit)
-        self.base_pictures: dict[int, Image.Image] = {}  # row of the validation sheet: no LoRA
+        self.base_pictures: list[Any] = []  # of the validation sheet, without the LoRA
         self.drawn = 0  # batches of this step, from a loader of the user's, that got noise here
-
-    # -- loading and devices
 
     @property
     def device(self) -> torch.device:
         """Return the training device; of several the first."""
-        from accelerate import PartialState
-
-        if self.config.model.devices:
-            return torch.device(self.config.model.devices[0])
-        state = self.accelerator or PartialState(cpu=not torch.accelerator.is_available())
-        return state.device
+        self.setup_accelerator()
+        first = self.config.model.devices[:1]
+        return torch.device(first[0]) if first else self.accelerator.device
 
     @property
-    def cache_exist(self) -> bool:
-        """Return whether cache_dir holds any entry."""
-        return any(self.cache_dir.glob("??/??/*.safetensors"))
+    def precision(self) -> str:
+        """Return what blocks are stored in; `trainer.quantize = True` before loading means fp8."""
+        precision = self.config.model.base_model_precision
+        return "fp8-quanto" if self.quantize and precision == "no_change" else precision
 
     def checkpoint(self, *parts: str) -> Path:
         """Return the folder of the base; from the Hub only these parts are fetched."""
@@ -2641,17 +2211,17 @@ class QwenImageEditTrainer:
     def load_model(
         self, parts: Sequence[str] = ("vae", "text_encoder", "transformer", "scheduler")
     ) -> None:
-        """Load what is named and not there yet, frozen, in `weight_dtype`.
-
-        The transformer goes to its device (blocks in their precision), the others to the CPU.
+        """Load what is named and not there yet, frozen, in `weight_dtype`; to the CPU, but the
+        transformer, which goes to its device.
         """
         import diffusers
 
         how: dict[str, Any] = {"dtype": self.weight_dtype, "use_safetensors": True}
         if "scheduler" in parts and self.scheduler is None:
             kind: Any = diffusers.FlowMatchEulerDiscreteScheduler
-            folder = self.checkpoint("scheduler")
-            self.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+            self.scheduler = kind.from_pretrained(
+                self.checkpoint("scheduler"), subfolder="scheduler"
+            )
         if "vae" in parts and self.vae is None:
             kind = diffusers.AutoencoderKLQwenImage
             self.vae = kind.from_pretrained(self.checkpoint("vae"), subfolder="vae", **how)
@@ -2667,15 +2237,37 @@ class QwenImageEditTrainer:
         if "transformer" in parts and self.transformer is None:
             self.place_transformer(self.device)
 
+    def place_transformer(self, device: torch.device | str) -> None:
+        """Load the transformer to where the config wants it; if it is elsewhere, load it again."""
+        model = self.config.model
+        # an empty tensor knows the number of "cuda"
+        devices = [torch.empty(0, device=n).device for n in model.devices or [str(device)]]
+        wanted = self.precision, devices, model.blocks_to_swap
+        if self.transformer is not None and self.loaded_as == wanted:
+            return
+        with tempfile.TemporaryDirectory() as adapter:
+            if trained := getattr(self.transformer, "peft_config", None):
+                self.save_lora(adapter)
+            self.unload("transformer")
+            folder = self.checkpoint("transformer") / "transformer"
+            self.transformer = load_transformer(folder, self.weight_dtype, *wanted)
+            self.loaded_as = wanted
+            if trained:
+                self.load_lora(adapter)
+
     def unload(self, *parts: str) -> None:
         """Forget components ("vae", "text_encoder", "transformer") and free their memory."""
-        names = {"text_encoder": ("qwen_vl", "text_pipeline")}
         for part in parts:
-            for name in names.get(part, (part,)):
+            names = ("qwen_vl", "text_pipeline") if part == "text_encoder" else (part,)
+            for name in names:
                 setattr(self, name, None)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+
+    def bare_transformer(self) -> Any:
+        """Return the transformer without its distributed wrapper."""
+        wrapped = self.accelerator and self.transformer is not None
+        return self.accelerator.unwrap_model(self.transformer) if wrapped else self.transformer
 
     def setup_accelerator(self) -> None:
         """Set up devices, precision, processes, trackers."""
@@ -2697,9 +2289,8 @@ class QwenImageEditTrainer:
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
-        main = self.accelerator.is_main_process
         logging.basicConfig(format="%(message)s")
-        log.setLevel(logging.INFO if main else logging.ERROR)
+        log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
 
     def find_data(self) -> None:
         """Pair, audit and hash the data set. Raises UserError with every problem."""
@@ -2712,26 +2303,27 @@ class QwenImageEditTrainer:
         self.find_encoders()
 
     def find_encoders(self) -> None:
-        """Hash the encoders, whose hashes are part of every cache entry's name."""
+        """Hash the encoders; their hashes are part of the names of cache entries."""
         if self.use_cache:
             folder = self.checkpoint("vae", "text_encoder", "tokenizer", "processor")
             self.data.encoders = encoder_hashes(folder, self.flavour, self.weight_dtype)
 
-    # -- encoding
-
     @torch.no_grad()
-    def encode_image_embedding(self, image: Any, device: Device = None) -> torch.Tensor:
+    def encode_image_embedding(self, image: Any, device: Any = None) -> torch.Tensor:
         """Picture (sides a multiple of 16 px) -> normalised posterior mode (1, 16, 1, h, w)."""
+        from diffusers.image_processor import VaeImageProcessor
+
         self.load_model(["vae"])
         self.vae.to(device or self.device)
-        pixels = to_pixels(as_image(image)).to(self.vae.device, self.vae.dtype).unsqueeze(2)
+        [pixels] = VaeImageProcessor(do_resize=False).preprocess(as_image(image))  # (3, H, W)
+        pixels = pixels[None, :, None].to(self.vae.device, self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode()
         mean, std = vae_statistics(self.vae, latents)
         return (latents - mean) / std
 
     @torch.no_grad()
     def encode_prompt_image_embedding(
-        self, prompt: str, image: Any, device: Device = None
+        self, prompt: str, image: Any, device: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Instruction and picture(s) -> embedding (1, T, D), mask (1, T) of ones."""
         self.load_model(["text_encoder"])
@@ -2744,37 +2336,33 @@ class QwenImageEditTrainer:
         embeds, _ = encode(prompt=prompt, image=shown or None, device=place)
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
-    def _encode_empty_prompt(
-        self, image: Any, device: Device = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The empty instruction with the same pictures -> embedding (T, D), mask (T,)."""
+    def _encode_empty_prompt(self, image: Any, device: Any = None) -> tuple[Any, Any]:
         embeds, mask = self.encode_prompt_image_embedding("", image, device)
-        return embeds[0], mask[0]
+        return embeds[0], mask[0]  # (T, D), (T,)
 
     @torch.no_grad()
     def decode_vae_latent(self, latents: torch.Tensor) -> np.ndarray:
         """Normalised latents (B, 16, 1, h, w) -> pictures (B, H, W, 3) uint8."""
+        from diffusers.image_processor import VaeImageProcessor
+
         self.load_model(["vae"])
         latents = latents.to(self.vae.device, self.vae.dtype)
         mean, std = vae_statistics(self.vae, latents)
         # KEEP: divided by 1/std as the pipeline does; times std differs in the last bit
         pixels = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-        return np.stack([np.asarray(to_image(each)) for each in pixels])
+        return np.stack([np.asarray(image) for image in VaeImageProcessor().postprocess(pixels)])
 
-    def encode(self, job: Job, vae: Device = None, text_encoder: Device = None) -> torch.Tensor:
-        """Return what lies in the cache: latent (16, 1, h, w), prompt (T, D), region (1, h, w).
-
-        vae, text_encoder: devices; None is what the config says.
-        """
+    def encode(self, job: Job, vae: Any = None, text_encoder: Any = None) -> torch.Tensor:
+        """Return what the cache holds: latent (16, 1, h, w), prompt (T, D), region (1, 1, h, w)."""
         if job.kind == "region":
-            return region_map(job.pictures)
+            return region_map(job.pictures[0])
         cache, images = self.config.cache, [load_picture(picture) for picture in job.pictures]
         if job.kind == "latent":
             return self.encode_image_embedding(images[0], vae or cache.vae_encoder_device)[0].cpu()
         device = text_encoder or cache.text_encoder_device
         return self.encode_prompt_image_embedding(job.caption, images, device)[0][0].cpu()
 
-    def through_cache(self, job: Job, *devices: Device) -> torch.Tensor:
+    def through_cache(self, job: Job, *devices: Any) -> torch.Tensor:
         """Read an entry, or encode and write it."""
         if not self.use_cache:
             return self.encode(job, *devices)
@@ -2785,31 +2373,20 @@ class QwenImageEditTrainer:
         return self.data.read(job)
 
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
-        """Pictures of a batch {"image": [...], "control": [[...]], "prompt": [...]} -> Examples.
-
-        Pictures are PIL or HWC uint8; "control" holds a picture or a list of them per sample.
-        """
+        """Return the Examples of lists "image", "control", "prompt"; pictures: PIL or HWC uint8."""
         found = []
         rows = zip(batch["image"], batch["control"], batch["prompt"], strict=True)
         for image, control, prompt in rows:
+            target = whole_picture(image)
+            size = pick_size(math.prod(target.size), target.aspect)
             several = control if isinstance(control, list | tuple) else [control]
-            target, *wholes = (whole_picture(as_image(i)) for i in (image, *several))
-            size = pick_size(target.size[0] * target.size[1], target.aspect)
-            area_px = reference_area_px(self.config.data.reference_area, size)
-            areas = {"control": area_px, "vision": self.flavour.vision_area or area_px}
-            frame = Frame(target.aspect, size)
-            shown = {k: tuple(frame.show(w, a, False) for w in wholes) for k, a in areas.items()}
-            found.append(Example("", prompt, {"pixel": (target._replace(size=size),), **shown}))
+            example = edit_example(self, [whole_picture(one) for one in several], prompt, size)
+            example.pictures["pixel"] = (target._replace(size=size),)
+            found.append(example)
         return found
 
-    def cache_step(
-        self, batch: dict[str, Any], vae_device: Device = None, text_device: Device = None
-    ) -> list[dict[str, Any]]:
-        """Encode the pictures and prompts of a batch and keep them in the cache.
-
-        Returns per sample: pixel_latent, control_latent (list), prompt_embed and
-        empty_prompt_embed (T, D) with their masks (T,).
-        """
+    def cache_step(self, batch: Any, vae_device: Any = None, text_device: Any = None) -> list[Any]:
+        """Encode a batch of pictures and prompts into the cache; return the tensors per sample."""
         items = []
         for example in self.examples_of(batch):
             jobs, item = jobs_of(example), {}
@@ -2823,21 +2400,18 @@ class QwenImageEditTrainer:
         return items
 
     def cache_jobs(self, renewed: bool = False) -> dict[str, Job]:
-        """Return every entry that training and validation can ask for: {key: what to encode}.
-
-        renewed: only those of data sets with recreate_cache.
-        """
+        """Return {key: what to encode} of all that can be asked for; renewed: by recreate_cache."""
         jobs: list[Job] = []
         for draw in self.data.possible_draws():
             if self.data.dataset(draw).recreate_cache or not renewed:
                 jobs += itertools.chain(*jobs_of(self.data.resolve(draw)).values())
         for example, _ in [] if renewed else validation_edits(self):
             jobs += jobs_of(example)["control_latent"]
-            jobs += validation_sampling(self.config).jobs(example)
+            jobs += prompt_jobs(example, self.config.validation)
         return {job.key(self.data.encoders): job for job in jobs}
 
     def cache_embeddings(self, train_dataloader: Iterable[dict[str, Any]] | None = None) -> int:
-        """Encode what is missing: all that the config can ask for, or the batches of a loader.
+        """Encode what is missing: all that the config asks for, or a loader's batches.
 
         Returns how many entries this process encoded (of a loader: samples).
         """
@@ -2850,41 +2424,15 @@ class QwenImageEditTrainer:
         self.unload("vae", "text_encoder")
         return count
 
-    # -- LoRA and quantisation
-
-    @property
-    def precision(self) -> str:
-        """Return what blocks are stored in; `trainer.quantize = True` before loading means fp8."""
-        precision = self.config.model.precision
-        return "fp8-quanto" if self.quantize and precision == "no_change" else precision
-
-    def quantize_model(self, model: Any, device: Device = None) -> Any:
-        """Quantise the blocks of a loaded transformer in place (no_change: to fp8), on `device`.
-
-        What the trainer loads itself is quantised while it loads, which takes less memory.
-        """
+    def quantize_model(self, model: Any, device: Any = None) -> Any:
+        """Quantise the blocks of a loaded transformer in place (no_change: to fp8), on `device`."""
         if getattr(model, "peft_config", None) or hasattr(model, "block_swap"):
             raise UserError("quantise before that: set trainer.quantize before loading")
         precision = "fp8-quanto" if self.precision == "no_change" else self.precision
-        for block in progress(model.transformer_blocks, f"quantize to {precision}", leave=False):
+        for block in utils.progress(model.transformer_blocks, f"quantize to {precision}"):
             quantize_block(block.to(device) if device else block, precision)
-        mark_quantized(model, precision)
+        model.is_loaded_in_4bit = precision == "nf4-bnb"
         return model
-
-    def place_transformer(self, device: torch.device | str) -> None:
-        """Load the transformer to where the config wants it, or move the one that is there."""
-        model = self.config.model
-        # an empty tensor knows the number of "cuda"
-        devices = [torch.empty(0, device=n).device for n in model.devices or [str(device)]]
-        if self.transformer is None:
-            folder = self.checkpoint("transformer") / "transformer"
-            how = self.weight_dtype, self.precision, devices, model.blocks_to_swap
-            self.transformer = load_transformer(folder, *how)
-        elif self.precision != "no_change" and not hasattr(self.transformer, "quantized_to"):
-            self.quantize_model(self.transformer)
-        places = placement(self.transformer, devices, model.blocks_to_swap)
-        if getattr(self.transformer, "places", None) != places:
-            place(self.transformer, places)
 
     def set_lora(self) -> None:
         """Put the transformer on the training device and add the adapter to it."""
@@ -2894,31 +2442,21 @@ class QwenImageEditTrainer:
         self.load_model(["scheduler"])
         if getattr(self.transformer, "peft_config", None):
             return
-        lora = self.config.model.lora
-        add_lora(self.transformer, lora, self.config.seed)
+        add_lora(self.transformer, self.config.model.lora, self.config.seed)
+        start_from_lora(self.transformer, self.config.model.lora)
         self.transformer.train()
         if self.config.train.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if lora.pretrained_weight:
-            start_from_lora(self.transformer, lora.pretrained_weight, lora)
         # every process has read the frozen weights itself: DDP need not send them
-        frozen_names = [n for n, p in self.transformer.named_parameters() if not p.requires_grad]
-        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            self.transformer, frozen_names
-        )
-        log.info(
-            "LoRA: %.2f million parameters, fp32", sum(p.numel() for p in self.trainable()) / 1e6
-        )
+        frozen = [name for name, p in self.transformer.named_parameters() if not p.requires_grad]
+        ddp = torch.nn.parallel.DistributedDataParallel
+        ddp._set_params_and_buffers_to_ignore_for_model(self.transformer, frozen)
+        count = sum(parameter.numel() for parameter in self.trainable())
+        log.info("LoRA: %.2f million parameters, fp32", count / 1e6)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return the parameters that are trained."""
         return [p for p in self.transformer.parameters() if p.requires_grad]
-
-    def bare_transformer(self) -> Any:
-        """Return the transformer without its distributed wrapper."""
-        if self.accelerator and self.transformer is not None:
-            return self.accelerator.unwrap_model(self.transformer)
-        return self.transformer
 
     def save_lora(self, path: str | Path) -> Path:
         """Write the adapter to a .safetensors file, or into a folder under its usual name."""
@@ -2946,7 +2484,7 @@ class QwenImageEditTrainer:
     def merge_lora(self) -> None:
         """Add the adapter's change to the base weights, for any method, and drop the adapter."""
         transformer = self.bare_transformer()
-        if hasattr(transformer, "quantized_to"):
+        if any(type(m).__name__ in ("QLinear", "Linear4bit") for m in transformer.modules()):
             raise UserError("a quantised base cannot take the LoRA up; merge into the bf16 model")
         if hasattr(transformer, "block_swap"):  # its weights are on the CPU, the adapter is not
             for number in transformer.block_swap.numbers:
@@ -2954,23 +2492,12 @@ class QwenImageEditTrainer:
         transformer.fuse_lora()
         transformer.unload_lora()
 
-    # -- inference
-
     def setup_predict(self) -> None:
         """Load everything onto predict.devices; takes the LoRA just trained, or the config's."""
-        devices = self.config.predict.devices
+        devices, start = self.config.predict.devices, self.config.model.lora.pretrained_weight
         self.transformer = self.bare_transformer()
-        trained = getattr(self.transformer, "peft_config", None)
-        if self.quantize and trained and not hasattr(self.transformer, "quantized_to"):
-            with (
-                tempfile.TemporaryDirectory() as folder
-            ):  # the base again, quantised, with the LoRA
-                self.save_lora(folder)
-                self.unload("transformer")
-                self.load_lora(folder)
         self.place_transformer(devices.transformer or self.device)
         self.load_model()
-        start = self.config.model.lora.pretrained_weight
         if start and not getattr(self.transformer, "peft_config", None):
             self.load_lora(start)
         self.vae.to(devices.vae or self.device)
@@ -2988,28 +2515,25 @@ class QwenImageEditTrainer:
         width: int | None = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """Edit a picture (or several: a list). setup_predict() comes first.
+        """Edit a picture (or several: a list) -> (H, W, 3) uint8; setup_predict() comes first.
 
-        prompt_image: HWC uint8 array or PIL picture; height, width: px, a multiple of 16 (default:
-        1 MP, or the training size if references are as large as the target). Guidance is on if
-        true_cfg_scale > 1 and negative_prompt is not None ("" is the empty instruction).
-
-        Returns:
-            (H, W, 3) uint8, the pixels the diffusers pipeline gives for the same seed (CPU
-            generator) and reference area.
+        prompt_image: HWC uint8 or PIL; height, width: px, down to a multiple of 16 (default: 1 MP,
+        or the training size if references are as large as the target); negative_prompt: None is no
+        guidance. The pixels are those of the diffusers pipeline for the same seed (CPU generator).
         """
         if self.transformer is None or self.vae is None or self.qwen_vl is None:
             raise UserError("call setup_predict() first")
-        if num_inference_steps < 2:
-            raise UserError("num_inference_steps: 2 or more (1 divides by zero in the scheduler)")
         images = prompt_image if isinstance(prompt_image, list | tuple) else [prompt_image]
-        pictures = [whole_picture(as_image(image)) for image in images]
+        pictures = [whole_picture(image) for image in images]
         example = edit_example(self, pictures, prompt, (width, height))
+        how = SamplingConfig(
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            true_cfg_scale=max(1.0, true_cfg_scale),
+            negative_prompt=negative_prompt,
+        )
         places = {"vae": self.vae.device, "text_encoder": self.qwen_vl.device}
-        how = Sampling(num_inference_steps, true_cfg_scale, negative_prompt, seed)
         return np.asarray(draw_edit(self, example, how, functools.partial(self.encode, **places)))
-
-    # -- training
 
     def configure_optimizers(self) -> None:
         """Make optimizer, learning rate schedule (counts optimizer steps) and moving average."""
@@ -3019,7 +2543,7 @@ class QwenImageEditTrainer:
         steps = self.total_steps()
         self.lr_scheduler = make_schedule(config.lr_scheduler, self.optimizer, steps)
         if config.train.use_ema:
-            self.ema = MovingAverage(self.trainable(), config.train)
+            self.ema = MovingAverage(self.trainable(), config.train.ema_decay)
 
     def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Mean loss of a batch: of cached tensors, or of pictures and prompts."""
@@ -3032,7 +2556,6 @@ class QwenImageEditTrainer:
         return self._training_step_compute(batch)
 
     def _loader_chance(self, purpose: str) -> tuple[object, ...]:
-        """What the draws of a batch from the user's own loader belong to."""
         rank = self.accelerator.process_index
         return self.config.seed, "loader", purpose, rank, self.global_step, self.drawn
 
@@ -3044,20 +2567,19 @@ class QwenImageEditTrainer:
             chance = self._loader_chance("noise")
             batch["noise"] = normal(batch["pixel_latent"].shape, *chance).to(self.device)
             self.drawn += 1
+        embeds = batch["prompt_embed"].to(self.weight_dtype)
         if "zeroed" in batch:  # caption_dropout_mode: zero
-            embeds = batch["prompt_embed"]
-            batch["prompt_embed"] = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
+            embeds = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
+        batch["prompt_embed"] = embeds
         loss = self._compute_loss(batch)
         return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()
 
     def _training_step_compute(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Encode with the same functions the cache is filled with, then go on as from the cache."""
         examples = batch.get("examples") or self.examples_of(batch)
         return self._training_step_cached(batch | encoded(examples, self.encode))
 
     def _compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Loss per sample, (B,): compute_loss()."""
-        return compute_loss(self, batch)
+        return compute_loss(self, batch)  # (B,)
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Send the tensors of a batch to the training device, without waiting for it."""
@@ -3066,26 +2588,6 @@ class QwenImageEditTrainer:
         pictures = ("examples", "image", "control")
         tensors = {name: value for name, value in batch.items() if name not in pictures}
         return send_to_device(tensors, self.device, non_blocking=True)
-
-    def shift_mu(self, tokens: int) -> float:
-        """Return mu of loss.timestep_shift for so many target tokens."""
-        wanted = self.config.loss.timestep_shift
-        return model_mu(self.scheduler.config, tokens) if wanted == "model" else math.log(wanted)
-
-    def velocity(
-        self, batch: dict[str, Any], noisy: torch.Tensor, sigma: torch.Tensor, transformer: Any
-    ) -> torch.Tensor:
-        """What the transformer predicts for a batch at (noisy, sigma (B,))."""
-        dtype = self.weight_dtype
-        with self.accelerator.autocast():
-            return predict_velocity(
-                transformer,
-                noisy.to(dtype),
-                [control.to(dtype) for control in batch["control_latent"]],
-                batch["prompt_embed"].to(dtype),
-                batch.get("prompt_embeds_mask"),
-                sigma,
-            )
 
     def step_plan(self, first_step: int = 0) -> StepPlan:
         """Return which samples meet in which step, for this process."""
@@ -3110,7 +2612,7 @@ class QwenImageEditTrainer:
             sampler=self.step_plan(first_step),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=list,
             pin_memory=self.use_cache and self.device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )
@@ -3119,15 +2621,13 @@ class QwenImageEditTrainer:
         """Check what needs the libraries, but no weights. Raises UserError with every problem."""
         from accelerate import init_empty_weights
 
-        config, lora = self.config, self.config.model.lora
+        config, name = self.config, self.config.model.pretrained_model_name_or_path
         problems = check_model(config, self.precision)
-        path = config.model.pretrained_model_name_or_path
         try:
-            empty = empty_transformer(read_model_json(path, "transformer/config.json"))
+            empty = empty_transformer(utils.read_model_json(name, "transformer/config.json"))
             with init_empty_weights():
-                add_lora(empty, lora, config.seed)
-            if lora.pretrained_weight:
-                start_from_lora(empty, lora.pretrained_weight, lora)
+                add_lora(empty, config.model.lora, config.seed)
+            start_from_lora(empty, config.model.lora)
             optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
             if hasattr(optimizer, "eval") and config.train.use_ema:
                 text = f"{config.optimizer.class_path} averages by itself; leave one of the two out"
@@ -3140,9 +2640,8 @@ class QwenImageEditTrainer:
     def fit(self, train_dataloader: Iterable[Any] | None = None) -> None:
         """The whole run: audit, cache, load, train, save.
 
-        train_dataloader: optional; yields batches for training_step, or lists of them (the
-        micro-batches of one optimizer step), and decides about caption dropout. Without it the
-        config's data sets are used.
+        train_dataloader: in place of the config's data sets; yields batches for training_step(), or
+        lists of them (the micro-batches of one step), and decides about caption dropout.
         """
         self.setup_accelerator()
         config, accelerator, checkpoints = self.config, self.accelerator, self.checkpoints
@@ -3187,25 +2686,18 @@ class QwenImageEditTrainer:
 
     @contextlib.contextmanager
     def averaged(self, ema: bool = False) -> Iterator[None]:
-        """Swap in the averaged weights, for previews and saving; restore the trained ones on exit.
-
-        They differ with `ema`, and where the optimizer averages (schedule-free).
-        """
+        """Swap in the averaged weights (EMA, or schedule-free's) for previews and saving."""
         parameters = self.trainable()
         trained = [p.detach().clone() for p in parameters]
-        try:
-            if ema and self.ema:
-                copy_into(parameters, self.ema.averages)
-            else:
-                self.optimizer.eval()
-            yield
-        finally:
-            self.optimizer.train()
-            # KEEP: schedule-free's own way back is a lerp, right to rounding only
-            copy_into(parameters, trained)
+        self.optimizer.eval()
+        if ema and self.ema:
+            copy_into(parameters, self.ema.averages)
+        yield
+        self.optimizer.train()
+        # KEEP: schedule-free's own way back is a lerp, right to rounding only
+        copy_into(parameters, trained)
 
     def _save_adapters(self, folder: Path) -> None:
-        """Write the LoRA file, and beside it the one of the moving average."""
         with self.averaged():
             self.save_lora(folder)
         if self.ema:
@@ -3214,12 +2706,14 @@ class QwenImageEditTrainer:
 
     def save_checkpoint(self, epoch: int, global_step: int) -> None:
         """Write checkpoint-<step>/: LoRA files, raw adapter, optimizer, schedule."""
+        from peft.utils import get_peft_model_state_dict
+
         if not torch.stack([p.isfinite().all() for p in self.trainable()]).all():
             text = "nothing of it was saved. Lower the learning rate"
             raise UserError(f"the weights of step {global_step} are not finite; {text}")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            adapter = lora_tensors(self.bare_transformer())
+            adapter = get_peft_model_state_dict(self.bare_transformer())
             training = {
                 # as it trains; the LoRA file has alpha folded in
                 "adapter": {k: v.detach().cpu().clone() for k, v in adapter.items()},
@@ -3248,11 +2742,6 @@ class QwenImageEditTrainer:
 Trainer = QwenImageEditTrainer
 
 
-def _as_is(value: Any) -> Any:
-    """Collate function of a loader whose data set makes whole batches."""
-    return value
-
-
 def as_image(value: Any) -> Image.Image:
     """PIL picture, HWC uint8 array or tensor -> RGB. Raises UserError for other arrays."""
     if not isinstance(value, Image.Image):
@@ -3265,13 +2754,12 @@ def as_image(value: Any) -> Image.Image:
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
     """Pass after pass over a loader. Raises UserError when a pass yields nothing."""
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
+    number = 1
+    while number:
+        number = 0
+        for number, batch in enumerate(loader, 1):  # noqa: B007
             yield batch
-        if empty:
-            raise UserError("the data loader has no more batches: give one that starts again")
+    raise UserError("the data loader has no more batches: give one that starts again")
 
 
 def batch_size(batch: dict[str, Any]) -> int:
@@ -3281,9 +2769,9 @@ def batch_size(batch: dict[str, Any]) -> int:
 
 FREE_TO_CHANGE = (  # settings that may differ between a checkpoint and the run that continues it
     r"train\.(max_train_steps|num_epochs|checkpointing_steps|checkpoints_total_limit"
-    r"|resume_from_checkpoint|gradient_checkpointing|gradient_accumulation_steps|ema_device)"
+    r"|resume_from_checkpoint|gradient_checkpointing|gradient_accumulation_steps)"
     r"|data\.(batch_size|num_workers)|data\.dataset_configs\.\d+\.(train_data_dir|recreate_cache)"
-    r"|model\.(devices.*|blocks_to_swap|quantize_via)"
+    r"|model\.(devices.*|blocks_to_swap)"
 )
 
 
@@ -3300,13 +2788,10 @@ def trained_as(trainer: Trainer) -> dict[str, Any]:
     config, index = trainer.config, trainer.data.index
     sections = {"model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed"}
     values = flat_settings(config.model_dump(mode="json", include=sections))
-    seen = [
-        (
-            *(sample.dataset, sample.name, sample.held_out),
-            [(v.caption, [index[f]["content"] for f in v.files()]) for v in sample.variants],
-        )
-        for sample in trainer.data.samples
-    ]
+    seen = []
+    for sample in trainer.data.samples:
+        contents = [(v.caption, [index[f]["content"] for f in v.files()]) for v in sample.variants]
+        seen.append((sample.dataset, sample.name, sample.held_out, contents))
     size = config.data.batch_size * config.train.gradient_accumulation_steps
     return {
         **{path: value for path, value in values.items() if not re.fullmatch(FREE_TO_CHANGE, path)},
@@ -3316,13 +2801,13 @@ def trained_as(trainer: Trainer) -> dict[str, Any]:
 
 
 def inference_rules(trainer: Trainer) -> dict[str, list[Any]]:
-    """How large references were shown in training; inference takes the first of each."""
+    """How large references were shown in training, most often first; inference takes the first."""
     variants = [v for s in trainer.data.samples for v in s.variants if not s.held_out]
-    usual = trainer.config.data.reference_area, trainer.flavour.vision_area
-    shown = Counter(r.area or usual[0] for v in variants for r in v.references)
-    seen = Counter(r.area or usual[1] for v in variants for r in v.vision)
-    rules = {"reference_area": [v for v, _ in shown.most_common()] or [usual[0]]}
-    return rules | {"vision_area": [v for v, _ in seen.most_common()] or [usual[1]]}
+    area, seen = trainer.config.data.reference_area, trainer.flavour.vision_area
+    shown = Counter(r.area or area for v in variants for r in v.references)
+    vision = Counter(r.area or seen for v in variants for r in v.vision)
+    areas: Any = {"reference_area": shown or {area: 1}, "vision_area": vision or {seen: 1}}
+    return {k: sorted(found, key=lambda a: -found[a]) for k, found in areas.items()}
 
 
 def about_lora(trainer: Trainer) -> dict[str, Any]:
@@ -3347,24 +2832,21 @@ def announce(trainer: Trainer, run_log: RunLog) -> None:
     """Log what is about to happen; draw the first step's pictures."""
     for name, (first, *others) in inference_rules(trainer).items():
         if others:
-            text = "several %s are trained (%s): predict() and generate.py use the first"
-            log.warning(text, name, ", ".join(map(str, (first, *others))))
+            log.warning("%s: inference uses %s, but %s is trained, too", name, first, others)
     data, plan = trainer.data, trainer.step_plan(trainer.global_step)
     log.info(
-        "%s on %s, %s | %d samples, %d held out | %d a step, %d steps an epoch | steps %d..%d",
-        *(trainer.flavour.name, trainer.device, trainer.weight_dtype),
-        *(len(data.samples), len(data.held_out), plan.size, plan.steps_per_epoch),
-        *(plan.first_step, plan.steps),
+        f"{trainer.flavour.name} on {trainer.device}, {trainer.weight_dtype} | "
+        f"{len(data.samples)} samples, {len(data.held_out)} held out | {plan.size} a step, "
+        f"{plan.steps_per_epoch} steps an epoch | steps {plan.first_step}..{plan.steps}"
     )
     if plan.first_step == 0 and trainer.accelerator.is_main_process:
-        draws = [draw for batch in next(iter(plan), []) for draw in batch][:8]
-        examples = [data.resolve(draw) for draw in draws]
+        draws = itertools.chain(*next(iter(plan), []))
+        examples = [data.resolve(draw) for draw in itertools.islice(draws, 8)]
         heads = {"start": "from", "region": "mask", "pixel": "target"}
-        heads = {
-            k: v for k, v in heads.items() if all(len(e.pictures.get(k, ())) == 1 for e in examples)
-        }
-        rows = [[load_picture(e.pictures[kind][0]) for kind in heads] for e in examples]
-        run_log.picture("first_batch", edit_sheet(examples, rows, list(heads.values())), 0)
+        shown = [kind for kind in heads if all(kind in e.pictures for e in examples)]
+        rows = [[load_picture(e.pictures[kind][0]) for kind in shown] for e in examples]
+        sheet = edit_sheet(examples, rows, [heads[kind] for kind in shown])
+        run_log.picture("first_batch", sheet, 0)
 
 
 # --- 11. config, main -----------------------------------------------------------------------------
@@ -3374,17 +2856,6 @@ class Config(Section):
     """train_qwen_edit.py: a LoRA for Qwen-Image-Edit from before/after pairs.
 
     --plan shows data, tokens, memory, disk and time; it loads and downloads nothing."""
-
-    not_here = {
-        **dict.fromkeys(("hf_dataset", "hf_split"), "tools/pair_table.py writes a table"),
-        **dict.fromkeys(("rollout_steps", "rollout_span"), "experiments/rollout.patch"),
-        "selected_control_indexes": "tools/pair_table.py chooses references",
-        "quantize_activations": "only weights are quantised",
-        "from_image_mode": "from_image always leads to the target (bridge)",
-        "step_rules": "take another lr_scheduler.scheduler_type",
-        "max_tokens_per_batch": "batches have one shape; set data.batch_size",
-        "exclude_blocks": "target_modules takes a regular expression",
-    }
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -3402,8 +2873,14 @@ class Config(Section):
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
         swap, again = self.model.blocks_to_swap, self.train.gradient_checkpointing
-        text = "without it the backward pass holds every block"
-        return {f"blocks_to_swap needs train.gradient_checkpointing: {text}": swap and not again}
+        names = [ds.name for ds in self.data.dataset_configs]
+        problems: dict[str, Any] = {
+            f"validation.eval_dataset_id: wanted one data set '{n}'{nearest(n, names)}": True
+            for n in self.validation.eval_dataset_id
+            if names.count(n) != 1
+        }
+        text = "needs train.gradient_checkpointing, or the backward pass holds every block"
+        return problems | {f"model.blocks_to_swap: {text}": swap and not again}
 
 
 def main() -> None:

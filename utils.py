@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-CACHE_FORMAT = 2  # raise it when entries change their meaning: every old one is then built again
+CACHE_FORMAT = 2  # raise it when entries change their meaning: old ones are then built again
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 log = logging.getLogger("utils")
@@ -92,10 +92,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 class StopSignal:
-    """First SIGTERM or Ctrl-C: finish the step, save, exit 0. A second one: stop at once.
-
-    `requested` turns True at the first signal. Use as a context manager around the loop.
-    """
+    """A context in which the first SIGTERM or Ctrl-C sets `requested`; a second stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -134,9 +131,6 @@ class Section(
     BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
 ):
     """Base of every config class: unknown keys are errors; a field's docstring is its help."""
-
-    newcomer: ClassVar[tuple[str, ...]] = ()  # settings that --help shows first
-    not_here: ClassVar[dict[str, str]] = {}  # names that users may expect: what to do instead
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there} of settings that depend on one another."""
@@ -201,20 +195,14 @@ def _explain(cls: type[Section], data: Any, error: Any) -> list[str]:
         data = dict(enumerate(data)) if isinstance(data, list) else data
         if isinstance(data, dict) and part in data:
             place, data = [*place, str(part)], data[part]
-    missing = error["type"] == "missing"
-    where = ".".join(place + [str(error["loc"][-1])] * missing) or "config"
-    if error["type"] != "extra_forbidden":
-        whole = missing or isinstance(error["input"], dict | Section)
-        given = "" if whole else f" (got {str(error['input'])[:60]!r})"
-        lines = error["msg"].removeprefix("Value error, ").splitlines()
-        return [f"{where}: {line}{given}" for line in lines]
-    paths = [path for path, _ in settings(cls)]
-    if place[-1] in cls.not_here:
-        return [f"{where}: no such setting: {cls.not_here[place[-1]]}"]
-    if elsewhere := [path for path in paths if path.endswith(f".{place[-1]}")]:
-        return [f"{where}: not a setting here, but there is {elsewhere[0]}"]
-    names = {part for path in paths for part in path.split(".")}
-    return [f"{where}: unknown setting{nearest(place[-1], sorted(names))}"]
+    missing, text = error["type"] == "missing", error["msg"].removeprefix("Value error, ")
+    where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing])
+    if error["type"] == "extra_forbidden":
+        with contextlib.suppress(UserError):
+            text = load_tool("settings").instead(cls, place[-1])
+    elif not (missing or isinstance(error["input"], dict | Section)):
+        text = "\n".join(f"{line} (got {str(error['input'])[:60]!r})" for line in text.splitlines())
+    return [f"{where}: {line}".removeprefix(": ") for line in text.splitlines()]
 
 
 def _value(text: str) -> Any:
@@ -417,10 +405,8 @@ class FileIndex:
 
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def save_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -448,6 +434,21 @@ def check_writable(name: str, folder: Path) -> list[str]:
             return []
     except OSError as error:
         return [f"{name}: cannot write there: {error}"]
+
+
+def check_device(name: str, value: str | None) -> list[str]:
+    """Problems of a device setting on this machine; None is the default device."""
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
+    return []
+
+
+def check_packages(*names: str) -> list[str]:
+    """Problems of packages that the settings need and that are not installed."""
+    lacking = [name for name in names if importlib.util.find_spec(name) is None]
+    return [f"{name} is not installed: pip install {name}" for name in lacking]
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -664,10 +665,8 @@ class Checkpoints:
             return None
         newer = [f.name for f in there if int(f.name.rpartition("-")[2]) > found["step"]]
         if newer and wanted != "latest":
-            text = (
-                f"{', '.join(newer)} in {self.output_dir} are newer than {wanted}: delete them, or"
-            )
-            raise UserError(f"{text} name another output folder")
+            text = "are newer: delete them, or name another output folder"
+            raise UserError(f"{folder}: {', '.join(newer)} {text}")
         before, keys = found["trained_as"], trained_as.keys() | found["trained_as"].keys()
         was_is = {key: (before.get(key), trained_as.get(key)) for key in sorted(keys)}
         if changed := [f"{k}: was {a}, is {b}" for k, (a, b) in was_is.items() if a != b]:

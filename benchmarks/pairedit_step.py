@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import train_pairedit as script
-from utils import MetricLog, StopSignal, load_config, run_script
+from utils import RunLog, StopSignal, load_config, run_script
 
 BLOCKS, STEPS = 5, 100
 PRECISIONS = ("no_change", "int8-quanto", "fp8-quanto", "nf4-bnb")
@@ -34,25 +34,18 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def quiet(trainer):
-    """The loop without saves and previews: they are not what a step costs."""
-    trainer.save = trainer.preview = lambda run: None
-    return trainer
-
-
 def bare_steps(trainer, count):
     """`count` steps of one fixed fused batch, with nothing around them."""
-    visits = script.draw_visits(trainer.config, 1, 0, trainer.groups, trainer.config.batch_size)
-    given = trainer.given(visits)
-    passes = script.LOSSES[trainer.config.python_name](given)
+    samples, batch = script.next_batch(trainer)
+    passes = script.LOSSES[trainer.config.python_name](batch)
     noisy = torch.cat([part.noisy for part in passes])
-    target = torch.cat([part.velocity for part in passes])
-    sigmas = given.sigma.flatten().repeat(len(passes))
-    grid, lanes = trainer.grids[visits[0].pair], [part.lane for part in passes]
-    predict = trainer.predictor(trainer.transformer, trainer.prompt, grid)
+    target = torch.cat([part.target for part in passes])
+    sigmas, parts = batch.sigma.flatten().repeat(len(passes)), [part.active for part in passes]
+    text = trainer.texts[trainer.prompts[0]]
+    predict = trainer.predictor(text, samples[0].size, trainer.transformer)
     optimizer = torch.optim.AdamW(trainer.trained, lr=1e-9)
     for _ in range(count):
-        F.mse_loss(predict(noisy, sigmas, lanes), target).backward()
+        F.mse_loss(predict(noisy, sigmas, parts), target).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -62,17 +55,19 @@ def compare(argv):
     folder = Path(tempfile.mkdtemp())
     argv = [*argv, "--output_folder", str(folder), "--train_iteration", str(STEPS)]
     config = load_config(script.Config, argv, script.audit)
-    trainer = quiet(script.PairEditTrainer(config))
+    # saves and previews are not what a step costs
+    script.save_run = script.validate = lambda *args: None
+    trainer = script.PairEditTrainer(config)
+    trainer.setup_accelerator()
+    trainer.find_data()
     trainer.cache_embeddings()
-    trainer.load_transformer()
-    run = script.all_runs(config)[0]
-    trainer.begin(run)
-    metrics = MetricLog(folder / "metrics.jsonl", 0)
+    trainer.start_run(script.all_runs(config)[0])
+    run_log = RunLog(trainer.accelerator, folder, config, 0)
 
     def loop_block():
-        trainer.step = 0
+        trainer.global_step = 0
         with StopSignal() as stop:
-            trainer._loop(run, stop, metrics)
+            script.train_loop(trainer, run_log, stop)
 
     blocks = {"bare": lambda: bare_steps(trainer, STEPS), "loop": loop_block}
     seconds = {name: [] for name in blocks}
@@ -87,7 +82,7 @@ def compare(argv):
             seconds[name] += [clock() - started] if number else []  # 0 warms up
     bare, loop = (statistics.median(times) / STEPS * 1e3 for times in seconds.values())
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(f"{config.python_name}, {len(trainer.names)} pairs, {trainer.device}")
+    print(f"{config.python_name}, {len(trainer.samples)} pairs, {trainer.device}")
     print(f"bare {bare:.2f} ms/step, loop {loop:.2f} ms/step")
     print(f"ratio {statistics.median(ratios):.3f} (blocks {min(ratios):.3f} to {max(ratios):.3f})")
 
@@ -104,6 +99,8 @@ def write_checkpoint(folder):
         model = diffusers.FluxTransformer2DModel(**script.PUBLISHED_TRANSFORMER)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder / "transformer", max_shard_size="2GB")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [1] * 4}))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
@@ -113,29 +110,24 @@ def measure(folder, precision, overrides):
     """Train a few steps in full size in this process -> seconds a step, peak GB."""
     argv = ["--pretrained_model_name_or_path", str(folder), "--base_model_precision", precision]
     config = load_config(script.Config, [*argv, "--train_iteration", "8", *overrides])
-    trainer = quiet(script.PairEditTrainer(config))
+    trainer = script.PairEditTrainer(config)
     trainer.setup_accelerator()
+    text = {"embed": torch.randn(1, 512, 4096), "pooled": torch.randn(1, 768)}
+    trainer.cached = lambda job: {k: x.to(trainer.dtype) for k, x in text.items()}
+    trainer.folder = folder
+    sample = script.Sample("random", (), (512, 512))
+    trainer.data = {name: [sample] for name in config.datasets}
     started = time.perf_counter()
-    trainer.load_transformer()
+    trainer.start_run(script.all_runs(config)[0])
     load_s = time.perf_counter() - started
-    run = script.all_runs(config)[0]
-    trainer.begin(run)
-    trainer.names, trainer.grids, trainer.groups = ["random"], [(32, 32)], [[0]]
-    trainer.tokens = [torch.randn(2, 1024, 64)]
-    trainer.prompt = script.Text(
-        torch.randn(1, 512, 4096, device=trainer.device, dtype=trainer.dtype),
-        torch.randn(1, 768, device=trainer.device, dtype=trainer.dtype),
-    )
+    trainer.tokens = {sample: torch.randn(2, 1024, 64)}
     seconds = []
     for step in range(config.train_iteration):
         started = time.perf_counter()
-        loss, _ = trainer.training_loss(script.draw_visits(config, 1, step, [[0]], 1))
-        loss.backward()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
-        assert torch.isfinite(loss)  # waits for the GPU
+        _, losses = script.train_step(trainer)
+        assert torch.isfinite(losses["loss"])  # waits for the GPU
         seconds += [time.perf_counter() - started] if step > 2 else []
-    gb = script.memory_gb(trainer.device)
+    gb = script.utils.memory_gb(trainer.device)
     return {"load_s": load_s, "s": statistics.median(seconds), "gb": gb}
 
 

@@ -1,12 +1,16 @@
 """Shared fixtures: tiny checkpoints of the true classes, small data sets, real commands."""
 
+import atexit
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from html import unescape
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -21,19 +25,70 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 torch.set_num_threads(1)
 
 PAIRS = ROOT / "data" / "photo_pairs"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+
+FORKED = {"OMP_NUM_THREADS"}  # environment that a forked command can be given
 
 
-def run(*args, cwd=ROOT, launch=(), check=True, timeout=300, env=None):
-    """Run a script of the project; on an unexpected exit code show what it printed."""
-    command = [*(launch or [sys.executable]), *map(str, args)]
-    environment = {**os.environ, **(env or {})}
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment
-    )
+class Done(NamedTuple):
+    """A command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@functools.cache
+def zygote():
+    """Start the process whose forks are the commands of this test process."""
+    command = [sys.executable, str(ROOT / "tests/zygote.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, env=os.environ)
+    atexit.register(process.kill)
+    return process
+
+
+def run(*args, cwd=ROOT, processes=1, check=True, timeout=300, env=None, real=False):
+    """Run a script of the project; on an unexpected exit code show what it printed.
+
+    It is a fork of a process that has imported the libraries, which saves seconds; `real`, or an
+    environment that they read, starts a new Python.
+    """
+    command, env = [str(arg) for arg in args], env or {}
+    if real or env.keys() - FORKED or not command[0].endswith(".py"):
+        assert processes == 1
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **env},
+        )
+    else:
+        done = fork(command, cwd, processes, {**os.environ, **env}, timeout)
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
+
+
+def fork(command, cwd, processes, env, timeout):
+    """Run a command in a fork of the zygote, or in several that form a process group."""
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        request = {"argv": command, "cwd": str(cwd), "env": env, "processes": processes}
+        request |= {"out": str(out), "err": str(err), "timeout": timeout}
+        print(json.dumps(request), file=zygote().stdin, flush=True)
+        code = int(zygote().stdout.readline())
+        texts = [p.read_text(errors="replace") if p.exists() else "" for p in (out, err)]
+    if code == 124:
+        raise subprocess.TimeoutExpired(command, timeout, *texts)
+    return Done(code, *texts)
+
+
+def launch(*args, **options):
+    """`accelerate launch ...`, for good."""
+    module = "accelerate.commands.accelerate_cli"
+    return run("-m", module, "launch", *args, real=True, **options)
 
 
 def small_config(checkpoint, folder, **changes):

@@ -63,6 +63,7 @@ def qwen_settings(folder):
     rich["image_configs"] |= {"second": {"suffix": "_D"}}
     rich["target_configs"]["after"] = [{"image": "after", "from_image": "before"}]
     rich["reference_configs"]["before"] = [{"image": "before"}, {"image": "second", "resize": 64}]
+    rich["batch_configs"][0]["mask"] = "second"
     rich["batch_configs"] += [{**rich["batch_configs"][0], "weight": 0.4}]
     rich["caption_configs"]["text"]["reference_list"] |= {"dropout": 0.3, "min_length": 1}
     rich = common | {
@@ -73,8 +74,8 @@ def qwen_settings(folder):
         "model.lora.lora_alpha": 8,
         "model.lora.target_modules": "attn+mlp",
         "loss.loss_type": "huber",
-        "loss.mask": "difference",
-        "loss.timestep_density": "mode",
+        "loss.mask": "file",
+        "loss.timestep_density": "uniform",
     }
     plain = common | {"data.dataset_configs": [suffix_dataset(pairs)]}
     plain_2508 = suffix_dataset(pairs)

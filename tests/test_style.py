@@ -9,6 +9,22 @@ from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in SCRIPTS}
+CEILINGS = {  # lines; they only go down
+    "train_qwen_edit.py": 2900,
+    "train_pairedit.py": 1400,
+    "train_dreambooth_pairs.py": 1600,
+    "generate.py": 1700,
+    "evaluate.py": 800,
+    "cache_embeddings.py": 140,
+    "demo.py": 450,
+    "utils.py": 800,
+    **{f"tools/{path.name}": 500 for path in (ROOT / "tools").glob("*.py")},
+}
+TRAINERS = [name for name in CEILINGS if name.startswith("train_")]
+
+
+def lines_of(name):
+    return (ROOT / name).read_text().splitlines()
 
 
 def imports(tree):
@@ -31,10 +47,38 @@ def test_nothing_runs_at_import(path):
     for node in ast.parse(path.read_text()).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         main = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
-        # utils.py teaches its YAML loader YAML 1.2 scalars
-        teaches = ast.unparse(node).startswith("_Loader.add_implicit_resolver")
         typed = isinstance(node, ast.AnnAssign)
-        assert isinstance(node, allowed) or docstring or main or teaches or typed, ast.unparse(node)
+        assert isinstance(node, allowed) or docstring or main or typed, ast.unparse(node)
+
+
+def test_every_script_has_a_ceiling_and_stays_under_it():
+    assert {path.name for path in SCRIPTS} <= CEILINGS.keys()
+    sizes = {name: len(lines_of(name)) for name in CEILINGS}
+    assert not {name: size for name, size in sizes.items() if size > CEILINGS[name]}
+    assert sum(sizes[path.name] for path in SCRIPTS) < 9900
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_front_room_comes_first(name):
+    """The objective before line 150, the loop before line 700, then the ruled line."""
+    lines = lines_of(name)
+    places = {n.name: n.lineno for n in ast.parse("\n".join(lines)).body if hasattr(n, "name")}
+    registry = next(i for i, line in enumerate(lines, 1) if line.startswith("LOSSES"))
+    ruled = next(i for i, line in enumerate(lines, 1) if line.startswith("# === machinery"))
+    assert registry < 150
+    assert places["train_step"] < places["train_loop"] < 700
+    assert places["train_loop"] < ruled < places["Config"]
+
+
+def test_one_statement_a_line():
+    """Ceilings are met by taking things out, not by writing denser."""
+    for name in CEILINGS:
+        statements = [
+            node.lineno
+            for node in ast.walk(ast.parse((ROOT / name).read_text()))
+            if isinstance(node, ast.stmt)
+        ]
+        assert len(statements) == len(set(statements)), name
 
 
 @pytest.mark.parametrize("tool", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]])

@@ -176,16 +176,14 @@ def save_sliders(checkpoint, stem, original=None, seed=0):
 
 def save_sd_lora(checkpoint, file, resolution=64):
     """A random LoRA on the attention of the UNet, as train_dreambooth_pairs.py writes it."""
-    import train_dreambooth_pairs
+    import train_dreambooth_pairs as script
 
     unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
-    board = train_dreambooth_pairs.Switchboard()
-    ends = train_dreambooth_pairs.TARGETS["attention"]
-    train_dreambooth_pairs.add_adapter(unet, board, "change", ends, 4, 4)
+    ends = script.TARGETS["attention"]
+    script.add_adapter(unet, script.AdapterSwitch(), "change", ends, 4, 4)
     draw = torch.Generator().manual_seed(0)
-    for layer in train_dreambooth_pairs.adapted_layers(unet, "change").values():
+    for layer in script.adapted_layers(unet, "change").values():
         for factor in (layer.down["change"], layer.up["change"]):
             factor.data = torch.randn(factor.shape, generator=draw) * 0.1
-    tensors = train_dreambooth_pairs.adapter_tensors({"unet": unet}, "change", 1.0)
     about = {"instance_prompt": "a photo of a person", "resolution": resolution}
-    train_dreambooth_pairs.save_lora(file, tensors, about)
+    script.save_lora(file, script.adapter_tensors({"unet": unet}, "change", 1.0), about)

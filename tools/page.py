@@ -27,6 +27,7 @@ from urllib.parse import quote
 
 import yaml
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import UserError, run_script, save_text
@@ -105,7 +106,49 @@ def write_report(output_dir: Path) -> Path:
             body += f"<details><summary>{name}</summary><pre>{text}</pre></details>\n"
     path = output_dir / "report.html"
     _save_page(path, f"Run {output_dir.resolve().name}", body)
+    write_card(output_dir)
     return path
+
+
+CARD = """---
+base_model: {base_model}
+library_name: diffusers
+tags: [image-to-image, lora, qwen-image-edit, {flavour}]
+---
+# LoRA for {base_model}
+
+Trained with {script} to step {step}; {method}, r {r}, alpha {lora_alpha} (folded into the weights:
+load it at scale 1). References were encoded with `reference_area: {reference_area}`; generate.py
+applies that by itself.
+
+```python
+import torch
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
+{load}
+```
+
+Instructions it was trained with:
+{listed}
+"""
+LOKR = """tensors, about = pipe.lora_state_dict("{file}", return_lora_metadata=True)
+pipe.transformer.load_lora_adapter(tensors, metadata=about)  # LoKr has no loader of its own"""
+
+
+def write_card(output_dir: Path) -> None:
+    """Write README.md, the model card, from what a LoRA of Qwen-Image-Edit says about itself."""
+    about: dict[str, Any] = {}
+    file = output_dir / "pytorch_lora_weights.safetensors"
+    with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as lora:
+        about = json.loads((lora.metadata() or {}).get("image_edit_lora", "{}"))
+    if "flavour" in about:
+        load = LOKR if about["method"] == "lokr" else 'pipe.load_lora_weights("{file}")'
+        plus = "" if about["flavour"] == "edit-v1" else "Plus"
+        about["pipeline"] = f"QwenImageEdit{plus}Pipeline"
+        about["listed"] = "\n".join(f"- {prompt}" for prompt in about["prompts"])
+        text = CARD.format(**about, load=load.format(file=file.name))
+        save_text(output_dir / "README.md", text)
 
 
 def _save_page(path: Path, title: str, body: str) -> None:

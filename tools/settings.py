@@ -14,6 +14,53 @@ from typing import Any, Literal, get_args, get_origin
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import Section, UserError, load_script, nearest, run_script, settings
 
+GONE = {  # names that users may expect: what to do instead
+    **dict.fromkeys(("hf_dataset", "hf_split"), "tools/pair_table.py writes a table"),
+    **dict.fromkeys(("rollout_steps", "rollout_span"), "experiments/rollout.patch"),
+    "selected_control_indexes": "tools/pair_table.py chooses references",
+    "conditioning_multidataset_sampling": "tools/pair_table.py writes a line per combination",
+    "mask_loss": "loss.mask: file",
+    "sigmoid_scale": "logit_normal with logit_std is the same",
+    "quantize": "model.base_model_precision: fp8-quanto",
+    "quantize_via": "blocks are quantised where they live",
+    "quantize_activations": "only weights are quantised",
+    "tracker_project_name": "trackers show the name of logging.output_dir",
+    "reference_dropout": "reference_list.dropout is that of the text encoder's pictures",
+    "from_image_mode": "from_image always leads to the target (bridge)",
+    "step_rules": "take another lr_scheduler.scheduler_type",
+    "max_tokens_per_batch": "batches have one shape; set data.batch_size",
+    "ema_device": "the average lies beside the adapter",
+    "mode_scale": "logit_normal or uniform; sample_sigma() is the place for another density",
+    "difference_threshold": "loss.mask: file, with masks of your own",
+    **dict.fromkeys(("stages", "stage_scales"), "train a slider for each step and combine them"),
+    "enable_xformers_memory_efficient_attention": "torch's own fused attention is used",
+    "dataloader_num_workers": "latents are cached; nothing is decoded during training",
+    "push_to_hub": "upload it afterwards: hf upload NAME output_dir",
+    "video": "python tools/video_pairs.py VIDEO writes before/ and after/ folders",
+    "frame_gap": "python tools/video_pairs.py VIDEO --frame_gap N",
+    "exclude_blocks": "target_modules takes a regular expression",
+}
+
+FIRST = {  # of each script the settings that --help shows first
+    "train_qwen_edit.py": (
+        "model.pretrained_model_name_or_path data.dataset_configs.*.train_data_dir "
+        "data.dataset_configs.*.target_dir data.dataset_configs.*.reference_dirs "
+        "data.dataset_configs.*.resolution logging.output_dir train.max_train_steps "
+        "model.lora.r optimizer.init_args model.base_model_precision"
+    ),
+    "train_pairedit.py": (
+        "pretrained_model_name_or_path base_model_precision datasets_folder datasets "
+        "python_name cfg_eta noise_scales train_iteration scales skips"
+    ),
+    "train_dreambooth_pairs.py": (
+        "pretrained_model_name_or_path use_image_pairs before_data_dir after_data_dir "
+        "instance_data_dir instance_prompt output_dir pair_objective lora_rank "
+        "max_train_steps"
+    ),
+    "pair_table.py": ("hf_dataset table target_dir reference_dirs caption output"),
+    "interpolate_sd.py": ("pretrained_model_name_or_path image prompt frames output"),
+}
+
 
 def sections(cls: type[Section]) -> dict[str, dict[str, Any]]:
     """Return {section: {setting: field}}; in a flat config a class is a section."""
@@ -55,6 +102,17 @@ def default_of(field: Any) -> str:
     )
 
 
+def instead(cls: type[Section], name: str) -> str:
+    """Return what to do about a setting that is not there."""
+    paths = [path for path, _ in settings(cls)]
+    if name in GONE:
+        return f"no such setting: {GONE[name]}"
+    if elsewhere := [path for path in paths if path.endswith(f".{name}")]:
+        return f"not a setting here, but there is {elsewhere[0]}"
+    names = {part for path in paths for part in path.split(".")}
+    return f"unknown setting{nearest(name, sorted(names))}"
+
+
 def help_text(cls: type[Section], wanted: str) -> str:
     """Return the settings of one section, of "all", or ("") the newcomer's and the sections.
 
@@ -66,7 +124,8 @@ def help_text(cls: type[Section], wanted: str) -> str:
         raise UserError(f"--help {wanted}: no such section{nearest(wanted, ['all', *every])}")
     shown = {wanted: every[wanted]} if wanted in every else every
     if not wanted:
-        shown = {"first": {path: fields[path] for path in cls.newcomer or fields}}
+        first = FIRST.get(str(cls.__doc__).partition(":")[0], " ".join(fields)).split()
+        shown = {"first": {path: fields[path] for path in first}}
     text = [] if wanted in every else [f"{cls.__doc__}"]
     for section, its in shown.items():
         text += ["", f"[{section}]"] if wanted else [""]
