@@ -217,7 +217,7 @@ def run_qwen_edit(settings: str, quick: bool) -> None:
     report, rows = measure_edits(OUTPUT_DIR / "generated", PAIRS_DIR, PAIRS_DIR, **ends)
     base, lora = (report["columns"][f"scale {scale}"]["means"] for scale in (0, 1))
     skill = 1 - lora["error_inside"] / base["error_inside"]
-    draw_edits(OUTPUT_DIR / "demo.png", rows)
+    draw_photos(OUTPUT_DIR / "demo.png", rows)
     print(
         f"\n{len(HELD_OUT)} photos that were never trained on: where the edit belongs, the LoRA"
         f" takes away {skill:.1%} of the squared error that the base leaves"
@@ -226,7 +226,7 @@ def run_qwen_edit(settings: str, quick: bool) -> None:
     print(f"to compare: {OUTPUT_DIR}/generated/page.html, the run: {OUTPUT_DIR}/report.html")
 
 
-def draw_edits(path: Path, rows: list[Any]) -> None:
+def draw_photos(path: Path, rows: list[Any]) -> None:
     """before | base | LoRA | after, one row per photo."""
     edited = {(row.name, row.scale): row for row in rows}
     images = []

@@ -36,6 +36,7 @@ from utils import (
     FileIndex,
     Section,
     UserError,
+    check_device,
     check_writable,
     fetch_checkpoint,
     hash_file,
@@ -57,14 +58,14 @@ SETTINGS_KEY = "image_edit"  # PNG text chunk
 # --- 1. metrics -----------------------------------------------------------------------------------
 
 
-def mse(a: torch.Tensor, b: torch.Tensor, where: Any = slice(None)) -> Any:
+def squared_error(a: torch.Tensor, b: torch.Tensor, where: Any = slice(None)) -> Any:
     """Mean squared error over the pixels in `where` (H, W); nan if there is none."""
     return (a - b).square()[:, where].mean()
 
 
 def change(a: torch.Tensor, b: torch.Tensor, where: Any = slice(None)) -> Any:
     """Root of the mean squared error."""
-    return mse(a, b, where).sqrt()
+    return squared_error(a, b, where).sqrt()
 
 
 def share(where: torch.Tensor) -> Any:
@@ -74,7 +75,7 @@ def share(where: torch.Tensor) -> Any:
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> Any:
     """Peak signal to noise ratio, dB; at most 100, which is equality."""
-    return -10 * mse(a, b).clamp_min(1e-10).log10()
+    return -10 * squared_error(a, b).clamp_min(1e-10).log10()
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> Any:
@@ -137,10 +138,10 @@ METRICS = {
     "ssim": Metric(ssim, "edited after", 1, "to the after, 1 if equal"),
     "ssim_before": Metric(ssim, "edited before", 0, "to the before", "ssim", shown=False),
     "error_inside": Metric(
-        mse, "edited after region", -1, "squared error in the edit region", "region"
+        squared_error, "edited after region", -1, "squared error in the edit region", "region"
     ),
     "error_outside": Metric(
-        mse, "edited after outside", -1, "squared error outside of it", "region"
+        squared_error, "edited after outside", -1, "squared error outside of it", "region"
     ),
     "region_share": Metric(share, "region", 0, "share of the pixels in it", "region", shown=False),
     "change": Metric(change, "edited before", 0, "root mean square change", "region"),
@@ -187,8 +188,6 @@ def option_of(name: str) -> str:
 
 class Config(Section):
     """evaluate.py: figures over a folder of results."""
-
-    newcomer = ("results", "after_dir", "before_dir", "metrics", "html")
 
     results: list[str] = []
     """Folder that generate.py wrote, or NAME=FOLDER; repeat the flag for several."""
@@ -245,6 +244,7 @@ class Config(Section):
             **{f"two folders are called {n}; give NAME=FOLDER": names.count(n) > 1 for n in names},
             f"clip_model: no folder {self.clip_model}": not is_model(self.clip_model),
             f"dino_model: no folder {self.dino_model}": not is_model(self.dino_model),
+            **dict.fromkeys(check_device("device", self.device), True),
         }
 
 
@@ -393,10 +393,14 @@ def find_comparisons(config: Config) -> tuple[list[Result], list[str], list[str]
             rows += find_results(config, *named, edited=number >= len(config.results))
         except UserError as error:
             problems.append(str(error))
-    for kind in ("before", "after", "mask"):
+    for kind, place, suffix in (
+        ("before", config.before_dir, config.before_suffix),
+        ("after", config.after_dir, config.after_suffix),
+        ("mask", config.mask_dir, ""),
+    ):
         try:
-            if folder := getattr(config, f"{kind}_dir"):
-                folders[kind] = by_stem(folder, getattr(config, f"{kind}_suffix", ""))
+            if place:
+                folders[kind] = by_stem(place, suffix)
         except UserError as error:
             problems.append(f"--{kind}_dir: {error}")
     if problems:
@@ -416,10 +420,6 @@ def check_comparison(config: Config) -> list[str]:
     rows, _, problems = find_comparisons(config)
     files = {path for row in rows for path in (row.edited, row.before, row.after, row.mask) if path}
     problems += FileIndex(None).update(sorted(files), look_at_picture)
-    try:
-        torch.empty(0, device=config.device or "cpu")
-    except Exception as error:  # torch has many classes
-        problems.append(f"device: {config.device}: {str(error).splitlines()[0]}")
 
     if config.html:
         load_tool("page")  # raises UserError where it was not copied along

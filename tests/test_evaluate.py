@@ -515,10 +515,8 @@ def test_wrong_settings_are_named_at_once(tmp_path):
         (["--edited_dir", "e", "--after_dir", "r"], ["no after of that name (a)", "b_scale1"]),
         (["--edited_dir", "e", "--after_dir", "e", "--after_suffix", "_X"], ["_X"]),
         (["--results", "e"], ["e: nothing of generate.py", "--edited_dir"]),
-        (
-            ["--results", "two", "--after_dir", "none", "--device", "cuda:99"],
-            ["two", "none", "cuda:99"],
-        ),
+        (["--results", "r", "--device", "cuda:99"], ["cuda:99"]),
+        (["--results", "two", "--after_dir", "none"], ["two: no picture", "none: no picture"]),
         (["--edited_dir", "bad", "--after_dir", "e"], ["bad/a.png"]),
         (["--edited_dir", "twice", "--after_dir", "e"], ["several pictures are called a"]),
         (["--results", "r", "--output_dir", "e/a.png/x"], ["cannot write"]),
