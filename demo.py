@@ -196,7 +196,7 @@ def run_qwen_edit(settings: str, quick: bool) -> None:
     """Cache, train, generate with and without the LoRA, measure, draw."""
     start = begin(OUTPUT_DIR)
     if quick:
-        settings = f" --train.max_train_steps 400 --validation.steps null{settings}"
+        settings = f" --train.max_train_steps 200 --validation.steps null{settings}"
     for script in ("cache_embeddings.py", "train_qwen_edit.py"):
         run_command(f"accelerate launch {script} --config {CONFIG}{settings}", ACCELERATE)
 
@@ -247,7 +247,7 @@ def run_pairedit(settings: str, quick: bool) -> None:
     start = begin(FACE_OUTPUT_DIR)
     faces = load_script(Path("demo/rebuild.py"))
     if quick:
-        settings = f" --train_iteration 250 --save_per_steps 250 --count_gen 4{settings}"
+        settings = f" --train_iteration 200 --save_per_steps 200 --count_gen 4{settings}"
     train = f"accelerate launch train_pairedit.py --config {FACE_CONFIG}{settings}"
     run_command(train, ACCELERATE)
     run_command(f"python generate.py --config {FACE_CONFIG}{settings} --image_format png --html")
@@ -293,7 +293,7 @@ def run_dreambooth(settings: str, quick: bool) -> None:
     faces = load_script(Path("demo/rebuild.py"))
     folder, count, steps = HAIR_OUTPUT_DIR.as_posix(), HAIR_COUNT, 25
     if quick:
-        settings = f" --max_train_steps 80 --checkpointing_steps 80{settings}"
+        settings = f" --max_train_steps 50 --checkpointing_steps 50{settings}"
         count, steps = 4, 12
     train = f"accelerate launch train_dreambooth_pairs.py --config {HAIR_CONFIG}{settings}"
     run_command(train, ACCELERATE)
