@@ -196,7 +196,7 @@ def run_qwen_edit(settings: str, quick: bool) -> None:
     """Cache, train, generate with and without the LoRA, measure, draw."""
     start = begin(OUTPUT_DIR)
     if quick:
-        settings = f" --train.max_train_steps 200 --validation.steps null{settings}"
+        settings = f" --train.max_train_steps 150 --validation.steps null{settings}"
     for script in ("cache_embeddings.py", "train_qwen_edit.py"):
         run_command(f"accelerate launch {script} --config {CONFIG}{settings}", ACCELERATE)
 
@@ -222,7 +222,8 @@ def run_qwen_edit(settings: str, quick: bool) -> None:
         f"\n{len(HELD_OUT)} photos that were never trained on: where the edit belongs, the LoRA"
         f" takes away {skill:.1%} of the squared error that the base leaves"
     )
-    write_figures(OUTPUT_DIR, start, {"skill": skill, "columns": report["columns"]})
+    figures = {"skill": skill, "psnr_db": lora["psnr"], "columns": report["columns"]}
+    write_figures(OUTPUT_DIR, start, figures)
     print(f"to compare: {OUTPUT_DIR}/generated/page.html, the run: {OUTPUT_DIR}/report.html")
 
 
@@ -293,7 +294,7 @@ def run_dreambooth(settings: str, quick: bool) -> None:
     faces = load_script(Path("demo/rebuild.py"))
     folder, count, steps = HAIR_OUTPUT_DIR.as_posix(), HAIR_COUNT, 25
     if quick:
-        settings = f" --max_train_steps 50 --checkpointing_steps 50{settings}"
+        settings = f" --max_train_steps 80 --checkpointing_steps 80{settings}"
         count, steps = 4, 12
     train = f"accelerate launch train_dreambooth_pairs.py --config {HAIR_CONFIG}{settings}"
     run_command(train, ACCELERATE)
