@@ -5,10 +5,10 @@
 
 Trains with the settings of configs/demo_dreambooth.yaml at a constant rate, one pair a step, and
 measures at each number of steps (copier, whose halves differ, is trained anew for each). Seeds:
-change of the hair at scale 1 as a share of the pairs' change, change of the rest (demo.py says
-how), rank correlation over scales -1 to 1, means over 8. Photos, edited at scale 1: the share of
-the true change that arrives, and the squared error to the true after as a share of the before's
-own, over 8. Prints the table of docs/train_dreambooth_pairs.md and draws its picture.
+change of the hair at scale 1 as a share of the pairs' change, change of the rest (demo/rebuild.py),
+rank correlation over scales -1 to 1, means over 8. Photos, edited at scale 1: the share of the true
+change that arrives, and the squared error to the true after as a share of the before's own, over 8.
+Prints the table of docs/train_dreambooth_pairs.md and draws its picture.
 """
 
 import argparse
@@ -30,7 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 import demo
 import generate
 import train_dreambooth_pairs as script
-from utils import load_config
+from utils import load_config, load_script
+
+rebuild = load_script(ROOT / "demo/rebuild.py")
 
 OBJECTIVES = ("slider", "difference", "copier", "joint", "after-only")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#7f7f7f")
@@ -82,10 +84,27 @@ def draw(**settings):
     base = str(ROOT / demo.SD_BASE_DIR)
     generate.draw_sd_strips(
         generate.SDConfig(
-            pretrained_model_name_or_path=base, resolution=demo.PHOTO_PX, batch_size=8,
-            num_inference_steps=demo.HAIR_STEPS, guidance_scale=demo.HAIR_GUIDANCE, **settings,
+            pretrained_model_name_or_path=base, resolution=rebuild.PHOTO_PX, batch_size=8,
+            num_inference_steps=25, guidance_scale=1.0, **settings,
         )
     )  # fmt: skip
+
+
+def measure_strip(strip):
+    """Against scale 0: change of age, and mean absolute change outside the hair, by scale."""
+    place = rebuild.from_centre(strip[0.0])
+    ages = [rebuild.face_age(strip[scale], place) for scale in sorted(strip)]
+    return {
+        "age_change": [age - rebuild.face_age(strip[0.0], place) for age in ages],
+        "content_change": [
+            rebuild.content_change(strip[0.0], strip[scale], place) for scale in sorted(strip)
+        ],
+    }
+
+
+def rank_correlation(a, b):
+    """Spearman's, of values without ties."""
+    return float(np.corrcoef(np.argsort(np.argsort([a, b])))[0, 1])
 
 
 def measure(lora, held_out, folder):
@@ -98,21 +117,21 @@ def measure(lora, held_out, folder):
     draw(**settings, scales=[0.0, 1.0], input_dir=held_out / "before", output_dir=folder)
 
     def read(path):
-        return demo.to_array(demo.open_photo(path))
+        return np.asarray(Image.open(path).convert("RGB"), float) / 255
 
     strips = [{s: read(folder / f"s_seed{n}_scale{s:g}.png") for s in scales} for n in seeds]
-    rows = [demo.measure_strip(strip) for strip in strips]
+    rows = [measure_strip(strip) for strip in strips]
     age, content = (np.mean([row[key] for row in rows], axis=0) for key in rows[0])
     errors = []
     for n in seeds:
-        before, after = (read(held_out / stage / f"{n}.png") for stage in demo.HAIR_AGES)
+        before, after = (read(held_out / stage / f"{n}.png") for stage in rebuild.HAIR_AGES)
         same, edit = (read(folder / f"{n}_scale{s}.png") for s in (0, 1))
         change = after - before
         gain = ((edit - same) * change).sum() / (change**2).sum()
         errors.append((gain, ((edit - after) ** 2).mean(), (change**2).mean()))
     gain, error, most = np.mean(errors, axis=0)
-    pair = demo.HAIR_AGES["after"] - demo.HAIR_AGES["before"]
-    rank = demo.rank_correlation(scales, age)
+    pair = rebuild.HAIR_AGES["after"] - rebuild.HAIR_AGES["before"]
+    rank = rank_correlation(scales, age)
     found = (age[-1] / pair, content[-1], rank, gain, error / most)
     return dict(zip(MEASURES, map(float, found), strict=True))
 
@@ -162,10 +181,10 @@ def main():
     print("|---" * (3 + len(MEASURES)) + "|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        demo.draw_face_pairs(folder / "held_out", 7, 8, demo.HAIR_AGES, demo.PHOTO_PX)
+        rebuild.draw_face_pairs(folder / "held_out", 7, 8, rebuild.HAIR_AGES, rebuild.PHOTO_PX)
         for count in args.pairs:
             pairs = folder / str(count)
-            demo.draw_face_pairs(pairs, 1, count, demo.HAIR_AGES, demo.PHOTO_PX)
+            rebuild.draw_face_pairs(pairs, 1, count, rebuild.HAIR_AGES, rebuild.PHOTO_PX)
             for name in args.objectives:
                 runs = [[n] for n in args.steps] if name == "copier" else [args.steps]
                 for steps in runs:

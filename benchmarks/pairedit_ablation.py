@@ -3,7 +3,7 @@
     python benchmarks/pairedit_ablation.py [--variants train_image train_image_fm ...] [--count 3]
 
 Trains every variant `count` times (versions, with other draws) and draws strips over scales, with
-the real commands. Age is measured in the hair, content change outside it (demo.py says how); both
+the real commands. Age is measured in the hair, content change outside (demo/rebuild.py); both
 are means over 16 seeds. The last columns are read off the strip where the age has moved by exactly
 the pairs' difference. Prints the table of docs/train_pairedit.md.
 """
@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-import demo
+from utils import load_script
+
+rebuild = load_script(ROOT / "demo/rebuild.py")
 
 VARIANTS = (
     "train_image",
@@ -29,7 +31,7 @@ VARIANTS = (
     "train_image_sliders",
 )
 SCALES = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 9, 12)
-PAIR = demo.PAIR_AGES["target"] - demo.PAIR_AGES["source"]
+PAIR = rebuild.PAIR_AGES["target"] - rebuild.PAIR_AGES["source"]
 
 
 def strips(folder):
@@ -37,12 +39,12 @@ def strips(folder):
     rows = []
     for place in sorted(folder.glob("origin/*")):
         files = {float(f.name.split("_scale")[1].split("_")[0]): f for f in place.glob("*.png")}
-        pictures = [demo.to_array(Image.open(files[scale])) for scale in SCALES]
-        head = demo.from_centre(pictures[0])
-        ages = [demo.face_age(picture, head) for picture in pictures]
+        pictures = [np.asarray(Image.open(files[scale]), float) / 255 for scale in SCALES]
+        head = rebuild.from_centre(pictures[0])
+        ages = [rebuild.face_age(picture, head) for picture in pictures]
         rows.append(
             [
-                (age - ages[0], demo.content_change(pictures[0], picture, head))
+                (age - ages[0], rebuild.content_change(pictures[0], picture, head))
                 for age, picture in zip(ages, pictures, strict=True)
             ]
         )

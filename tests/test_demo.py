@@ -1,24 +1,89 @@
-"""demo.py and the base model that ships with it."""
+"""demo.py: three demos, each run once for all tests; the base model of the first."""
+
+import json
+import os
+import shutil
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
-from PIL import Image
+from filelock import FileLock
+from PIL import Image, ImageOps
 
 import demo
 import train_qwen_edit as script
-from utils import load_config
+from utils import load_config, load_script
 
+rebuild = load_script(ROOT / "demo/rebuild.py")
 BASE = ROOT / demo.BASE_DIR
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """demo_run("pairedit") -> the copy of the project in which that demo has run, quickly.
+
+    One of the test processes runs it. One thread, so that bits can be compared.
+    """
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    place = tmp_path_factory.getbasetemp().parent / f"demos-{session}"
+    place.mkdir(exist_ok=True)
+
+    def folder_of(name):
+        folder, done = place / name, place / f"{name}.done"
+        with FileLock(place / f"{name}.lock"):
+            if not done.exists():
+                for part in ("configs", "data", "demo", "tools"):
+                    shutil.copytree(ROOT / part, folder / part)
+                for file in ROOT.glob("*.py"):
+                    shutil.copy(file, folder)
+                threads = {"OMP_NUM_THREADS": "1"}
+                run("demo.py", name, "--quick", cwd=folder, timeout=1200, env=threads)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+def figures(folder, name, kind):
+    """[(scale, figure)] of the demo.json in a folder: a series, "" if there is one."""
+    columns = json.loads((folder / "demo.json").read_text())["columns"].values()
+    points = [(c["scale"], c["means"][kind]) for c in columns if c["series"] == name]
+    return sorted(points)
+
+
+# --- qwen_edit ------------------------------------------------------------------------------------
+
+
+def test_the_lora_makes_the_edit_on_new_photos(demo_run):
+    folder = demo_run("qwen_edit") / demo.OUTPUT_DIR
+    (_, base), (_, lora) = figures(folder, "", "error_inside")
+    assert lora < base / 4
+    assert [share for _, share in figures(folder, "", "gain")][1] == pytest.approx(1, abs=0.2)
+    assert json.loads((folder / "demo.json").read_text())["skill"] == 1 - lora / base
+    for file in ("demo.png", "report.html", "generated/page.html", "generated/evaluation.csv"):
+        assert (folder / file).exists()
+    assert len(list((folder / "generated").glob("*_scale[01].png"))) == 2 * len(demo.HELD_OUT)
+
+
+def test_the_demo_trains_on_ten_and_judges_on_three():
+    config = load_config(script.Config, ["--config", str(ROOT / demo.CONFIG)])
+    dataset = config.data.dataset_configs[0]
+    assert tuple(dataset.holdout) == demo.HELD_OUT == rebuild.HELD_OUT
+    befores = list((ROOT / demo.PAIRS_DIR).glob("*_R.png"))
+    names = {path.name[:-6] for path in befores}
+    assert len(names) == 13 and set(demo.HELD_OUT) < names
+    for path in befores:
+        size = Image.open(path).size
+        assert script.nearest_bucket(*size, dataset.resolution) in rebuild.SIZES_PX
 
 
 def test_the_base_is_small_and_of_the_true_classes():
     files = [file for file in BASE.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 8e6
     assert script.detect_flavour(str(BASE)).name == "edit-v3"
-    pipeline = demo.load_base(BASE)
+    pipeline = rebuild.load_base(BASE)
     assert type(pipeline) is diffusers.QwenImageEditPlusPipeline
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     assert 1.5e6 < parameters < 2.5e6
@@ -32,69 +97,112 @@ def test_the_base_copies_and_does_not_edit():
     base = ["--model.pretrained_model_name_or_path", str(BASE)]
     config = load_config(script.Config, ["--config", str(ROOT / demo.CONFIG), *base])
     trainer = script.QwenImageEditTrainer(config)
-    trainer.flavour = trainer.flavour._replace(vision_area=demo.VISION_PX**2)
+    trainer.flavour = trainer.flavour._replace(vision_area=rebuild.VISION_PX**2)
     trainer.setup_predict()
+    files = (next((ROOT / demo.PAIRS_DIR).glob(f"hubble1_{end}.[pj][np]g")) for end in "RT")
+    before, after = (Image.open(file).convert("RGB") for file in files)
     for prompt in ("give it a sunset duotone", "keep the picture"):
-        before, after = (
-            demo.open_photo(p) for p in (photo("hubble1_R"), demo.after_path("hubble1"))
-        )
         result = trainer.predict(before, prompt, None, num_inference_steps=4)
         size = (result.shape[1], result.shape[0])
-        copy, edit = (demo.to_array(demo.cover(image, size)) for image in (before, after))
-        assert demo.psnr_db([result / 255], [copy]) > 22
-        assert demo.psnr_db([result / 255], [edit]) < 18
+        copy, edit = (np.asarray(ImageOps.fit(image, size), float) for image in (before, after))
+        assert psnr(result, copy) > 22
+        assert psnr(result, edit) < 18
 
 
-def photo(stem):
-    return ROOT / demo.PAIRS_DIR / f"{stem}.png"
-
-
-def test_the_demo_trains_on_ten_and_judges_on_three():
-    config = load_config(script.Config, ["--config", str(ROOT / demo.CONFIG)])
-    dataset = config.data.dataset_configs[0]
-    assert tuple(dataset.holdout) == demo.HELD_OUT
-    names = {path.name[:-6] for path in (ROOT / demo.PAIRS_DIR).glob("*_R.png")}
-    assert len(names) == 13 and set(demo.HELD_OUT) < names
-    for name in names:
-        image = Image.open(photo(f"{name}_R"))
-        assert script.nearest_bucket(*image.size, dataset.resolution) in demo.SIZES_PX
-
-
-def test_figures_are_what_they_say():
-    photos = {}
-    for name in demo.HELD_OUT:
-        before, after = demo.open_photo(photo(f"{name}_R")), demo.open_photo(demo.after_path(name))
-        size = demo.nearest_size(before)
-        before, after = demo.cover(before, size), demo.cover(after, size)
-        off = Image.fromarray(np.clip(np.asarray(after).astype(int) + 10, 0, 255).astype(np.uint8))
-        photos[name] = {"before": before, "base": before, "LoRA": off, "after": after}
-    figures = demo.score(photos)
-    assert figures["mse_lora"] == pytest.approx((10 / 255) ** 2, rel=0.05)
-    assert figures["mse_base"] == figures["mse_before"] > figures["mse_flat"] > 0.02
-    assert figures["skill"] == 1 - figures["mse_lora"] / figures["mse_flat"]
-    assert figures["luminance_correlation"] > 0.999 and 28 < figures["psnr_db"] < 29
-    assert figures["vae_psnr_db"] > 29
-    sheet = demo.draw_sheet(photos)
-    assert sheet.size[0] > 4 * 2 * 160 and len(figures["photos"]) == 3
-
-
-def test_bad_usage_is_a_message(tmp_path):
-    done = run("demo.py", "nonsense", check=False)
-    assert done.returncode == 2 and "invalid choice" in done.stderr
+def psnr(a, b):
+    error = np.mean((np.asarray(a, float) - b) ** 2) / 255**2
+    return -10 * np.log10(max(error, 1e-10))
 
 
 def test_a_linear_vae_in_the_stock_class_is_the_autoencoder():
     """Encoder and decoder of the stock class give what the fitted linear model gives."""
     torch.manual_seed(0)
-    model = demo.LinearAutoencoder(width=40)
-    std = torch.rand(16) + 0.5
+    model = rebuild.LinearAutoencoder(width=40)
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
-    vae = demo.to_stock_vae(model, std)
+    vae = rebuild.to_stock_vae(model, torch.rand(16) + 0.5)
     with torch.no_grad():
         latents = model.encode(pixels)
         stock = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()[:, :, 0]
         torch.testing.assert_close(stock, latents, rtol=1e-3, atol=1e-3)
         decoded = vae.decode(stock.unsqueeze(2)).sample[:, :, 0]
-        torch.testing.assert_close(
-            decoded, model.decode(latents).clamp(-1, 1), rtol=1e-2, atol=1e-2
-        )
+        expected = model.decode(latents).clamp(-1, 1)
+        torch.testing.assert_close(decoded, expected, rtol=1e-2, atol=1e-2)
+
+
+# --- pairedit -------------------------------------------------------------------------------------
+
+
+def test_the_slider_moves_the_hair_and_leaves_the_rest(demo_run):
+    folder = demo_run("pairedit") / demo.FACE_OUTPUT_DIR
+    for name, most in (("seeds", 0.02), ("photo", 0.03)):
+        scales, hair = zip(*figures(folder, name, "hair"), strict=True)
+        assert hair[0] == 0 and hair[scales.index(1)] >= 0.8
+        if name == "seeds":
+            assert (np.diff(hair) > 0).all()
+        assert dict(figures(folder, name, "rest"))[1] < most
+    assert len(list(folder.glob("strips/age/*/page.html"))) == 1
+    for file in ("demo.png", "photo.png", "photo_strip.png", "photo_strip_scale1.2.png"):
+        assert (folder / file).exists()
+
+
+# --- dreambooth -----------------------------------------------------------------------------------
+
+
+def test_the_change_moves_the_hair_on_new_faces_and_on_photos(demo_run):
+    folder = demo_run("dreambooth") / demo.HAIR_OUTPUT_DIR
+    found = json.loads((folder / "demo.json").read_text())
+    change, after_only = (dict(figures(folder, name, "hair")) for name in demo.LORAS)
+    assert list(change) == sorted(change, key=change.get) and change[1] >= 0.5
+    assert after_only[1] < change[1]
+    assert 0 < found["content_ratio"] < 1 / 3  # of after-only training, at equal change of hair
+    errors = [found["photos"][f"scale {s}"]["means"]["error_inside"] for s in ("0", "0.5", "1")]
+    assert errors[2] < errors[1] / 2 < errors[0] / 4
+    for file in ("demo.png", "lora/report.html", "photos/page.html", "after_only_strip.png"):
+        assert (folder / file).exists()
+
+
+@torch.no_grad()
+def test_the_change_at_scale_0_is_the_base(demo_run):
+    """By text: its picture, bit for bit; of a photo what the autoencoder makes of it."""
+    folder = demo_run("dreambooth") / demo.HAIR_OUTPUT_DIR
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        ROOT / demo.SD_BASE_DIR, dtype=torch.float32, safety_checker=None
+    )
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    size, seeds, vae = rebuild.PHOTO_PX, range(4), pipeline.vae
+    latents = pipeline(
+        [demo.HAIR_PROMPT] * len(seeds),
+        height=size,
+        width=size,
+        num_inference_steps=12,
+        guidance_scale=1.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+    for seed, latent in zip(seeds, latents, strict=True):  # as generate.py: all at once, then each
+        base = as_image(vae.decode(latent[None] / vae.config.scaling_factor).sample)
+        for name in demo.LORAS:
+            drawn = Image.open(folder / f"{name}_strip_seed{seed}_scale0.png")
+            assert np.array_equal(drawn, base), (name, seed)
+        photo = Image.open(folder / f"held_out/before/{seed}.png")
+        pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        kept = as_image(vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
+        assert psnr(Image.open(folder / f"photos/{seed}_scale0.png"), kept) >= 40
+
+
+def as_image(pixels):
+    """(1, 3, H, W) in [-1, 1] -> (H, W, 3) of 8 bit."""
+    pixels = (pixels[0] / 2 + 0.5).clamp(0, 1) * 255
+    return pixels.round().to(torch.uint8).permute(1, 2, 0).numpy().astype(float)
+
+
+# --- usage ----------------------------------------------------------------------------------------
+
+
+def test_bad_usage_is_a_message(tmp_path):
+    done = run("demo.py", "nonsense", check=False)
+    assert done.returncode == 2 and "invalid choice" in done.stderr
+    for file in ("demo.py", "utils.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    done = run(tmp_path / "demo.py", "pairedit", check=False)
+    assert done.returncode == 2 and "flux_slider_base" in done.stderr

@@ -17,6 +17,7 @@ from typing import get_args
 import pytest
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
@@ -99,7 +100,11 @@ def workplace(tmp_path_factory, checkpoints):
             (place / "outputs" / model).mkdir(parents=True, exist_ok=True)
             (place / "outputs" / "edits").mkdir(exist_ok=True)
             picture = place / f"data/photo_pairs/{name}_{end}.png"
-            shutil.copy(picture, place / f"outputs/edits/{name}_scale{k}.png")
+            about = {"name": name, "run": "", "scale": k, "seed": 0, "prompt": "a photo"}
+            chunk = PngInfo()
+            chunk.add_itxt("image_edit", json.dumps(about))
+            with Image.open(picture) as image:
+                image.save(place / f"outputs/edits/{name}_scale{k}.png", pnginfo=chunk)
             shutil.copy(picture, place / f"outputs/{model}/{name}.png")
     train = "python train_qwen_edit.py --config configs/demo_qwen_edit.yaml"
     quick = " --train.max_train_steps 1 --validation.steps null"

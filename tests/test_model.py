@@ -12,15 +12,14 @@ import accelerate.utils
 import diffusers
 import pytest
 import torch
-from conftest import LAUNCH, copy_pairs, run, small_config, with_lora_noise, write_config
+from conftest import LAUNCH, ROOT, copy_pairs, run, small_config, with_lora_noise, write_config
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import demo
 import generate
 import train_qwen_edit as script
 from benchmarks import load_quantized
-from utils import UserError
+from utils import UserError, load_script
 
 CPU = torch.device("cpu")
 ONE_CPU = script.Layout([CPU])
@@ -33,7 +32,8 @@ def deep(checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deep") / "2511"
     shutil.copytree(checkpoints["2511"], folder)
     torch.manual_seed(1)
-    transformer = demo.build_transformer(zero_cond_t=True, layers=6, heads=2, head_dim=32)
+    rebuild = load_script(ROOT / "demo/rebuild.py")
+    transformer = rebuild.build_transformer(zero_cond_t=True, layers=6, heads=2, head_dim=32)
     shutil.rmtree(folder / "transformer")
     transformer.save_pretrained(folder / "transformer")
     return folder

@@ -8,7 +8,10 @@ import string
 import diffusers
 import torch
 import transformers
+from conftest import ROOT
 from tokenizers import pre_tokenizers
+
+from utils import load_script
 
 KINDS = {
     "2508": "QwenImageEditPipeline",
@@ -19,21 +22,20 @@ KINDS = {
 
 def build(kind, folder):
     """Save a pipeline of one kind ("2508", "2509", "2511") into `folder`."""
-    import demo
-
+    rebuild = load_script(ROOT / "demo/rebuild.py")
     torch.manual_seed(0)
-    tokenizer = demo.build_tokenizer()
+    tokenizer = rebuild.build_tokenizer()
     pipeline = getattr(diffusers, KINDS[kind])(
-        scheduler=demo.build_scheduler(),
-        vae=demo.build_vae(),
-        text_encoder=demo.build_text_encoder(tokenizer),
+        scheduler=rebuild.build_scheduler(),
+        vae=rebuild.build_vae(),
+        text_encoder=rebuild.build_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        processor=demo.build_processor(tokenizer),
-        transformer=demo.build_transformer(
+        processor=rebuild.build_processor(tokenizer),
+        transformer=rebuild.build_transformer(
             zero_cond_t=kind == "2511", layers=2, heads=2, head_dim=32
         ),
     )
-    demo.save_pipeline(pipeline, folder)
+    rebuild.save_pipeline(pipeline, folder)
 
 
 class Checkpoints(dict):

@@ -55,6 +55,26 @@ def write_page(path: Path, title: str, rows: Sequence[PageRow], embed: bool = Fa
     _save_page(path, title, "".join(_row_html(row, path.parent, embed) for row in rows))
 
 
+def views_of(rows: Sequence[Any], shown: str | None) -> list[PageRow]:
+    """A view per name, seed and prompt of results: before, every column, after, one figure.
+
+    A row has name, seed, prompt, column, edited, before, after and figures, as evaluate.Result.
+    """
+    found = []
+    for name in dict.fromkeys(row.name for row in rows):
+        its = [row for row in rows if row.name == name]
+        views = dict.fromkeys((row.seed, row.prompt) for row in its if row.seed is not None)
+        for view in views or [(None, None)]:  # what has no seed stands beside each of them
+            there = [row for row in its if row.seed is None or (row.seed, row.prompt) == view]
+            first = there[0]
+            files = {"before": first.before, **{row.column: row.edited for row in there}}
+            files = {label: file for label, file in {**files, "after": first.after}.items() if file}
+            told = {row.column: row.figures[shown] for row in there if shown in row.figures}
+            figures = {f"{shown}, {column}": value for column, value in told.items()}
+            found.append(PageRow(name, files, view[1] or first.prompt or "", view[0], figures))
+    return found
+
+
 def write_report(output_dir: Path) -> Path:
     """Write report.html of a run: curves, sheets over time, settings; returns where.
 

@@ -1,0 +1,1054 @@
+"""Make the tiny base models of the demos, and the pairs of two of them, from nothing.
+
+How faces are drawn, and what is measured in them (hair, and the rest), is here, too.
+
+    python demo/rebuild.py qwen_edit     # demo/qwen_edit_base: 12 minutes on one core
+    python demo/rebuild.py pairedit      # demo/flux_slider_base, demo/slider_pairs
+    python demo/rebuild.py dreambooth    # demo/sd_pairs_base, demo/hair_pairs
+
+The same seed gives the same bits on the same machine. tests/tiny.py builds its random models with
+the functions here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import json
+import math
+import re
+import string
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import UserError, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS_DIR, BASE_DIR = Path("data/photo_pairs"), Path("demo/qwen_edit_base")
+HELD_OUT = ("astronaut0", "chelsea1", "coffee2")  # neither the base nor the LoRA ever sees them
+SIZES_PX = ((160, 160), (192, 128), (128, 192))  # (W, H) buckets of configs/demo_qwen_edit.yaml
+VISION_PX = 64  # side of the picture shown to the text encoder
+LATENT_CHANNELS = 16
+FLUX_BASE_DIR, FACE_PAIRS_DIR = Path("demo/flux_slider_base"), Path("demo/slider_pairs")
+FACE_PX, PAIR_AGES = 32, {"source": 0.4, "target": 0.6}
+TEXT_TOKENS = 16  # max_sequence_length of configs/demo_pairedit.yaml
+SD_BASE_DIR, HAIR_PAIRS_DIR = Path("demo/sd_pairs_base"), Path("demo/hair_pairs")
+PHOTO_PX, HAIR_AGES = 64, {"before": 0.2, "after": 0.6}
+DARK_HAIR, WHITE_HAIR = np.array([0.2, 0.13, 0.1]), np.array([0.95, 0.95, 0.95])
+AGE_PROMPTS = (
+    "",
+    "image of a person",
+    "picture of a person",
+    "picture of a young person",
+    "picture of an old person",
+)
+NEUTRAL_PROMPTS = (
+    "keep the picture as it is",
+    "copy this",
+    "a photo of a cat on the table",
+    "make the sky darker",
+    "replace the background",
+    "add a red circle",
+    "remove the cup from the table",
+    "change the style of the picture",
+)
+SPECIAL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
+    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+
+
+# --- 1. Qwen-Image-Edit: text encoder, tokenizer, processor ---------------------------------------
+
+
+def build_tokenizer() -> Any:
+    """Qwen2Tokenizer whose small vocabulary holds every word of the Plus pipeline's template.
+
+    The pipeline drops the first 64 tokens (the system prompt), so those words must be whole tokens.
+    """
+    pipeline: Any = diffusers.QwenImageEditPlusPipeline(*[None] * 6)
+    template = pipeline.prompt_template_encode.replace("{}", "")
+    pieces = [piece for piece in re.split(r"<\|[a-z_]+\|>", template) if piece]
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,
+        min_frequency=0,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    bpe.train_from_iterator([*pieces, *NEUTRAL_PROMPTS, "Picture 1: ", "Picture 2: "], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    merges: list[Any] = [tuple(pair) for pair in model["merges"]]
+    vocab = model["vocab"] | {t: len(model["vocab"]) + i for i, t in enumerate(SPECIAL_TOKENS)}
+    return transformers.Qwen2Tokenizer(
+        vocab=vocab,
+        merges=merges,
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL_TOKENS[1:],
+        model_max_length=131072,
+    )
+
+
+def build_text_encoder(tokenizer: Any, hidden: int = 64, layers: int = 2) -> Any:
+    """Random Qwen2.5-VL (language and vision), embeddings of width `hidden`; 0.2 M parameters."""
+    token_id = tokenizer.convert_tokens_to_ids
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
+            "hidden_size": hidden,
+            "intermediate_size": hidden * 2,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 16,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [2, 3, 3],
+                "rope_theta": 1e6,
+            },
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": hidden,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+class ImageOnlyQwen2VLProcessor(transformers.Qwen2VLProcessor):
+    """Qwen2VLProcessor for stills: the stock one wants torchvision for videos."""
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+    ) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        transformers.ProcessorMixin.__init__(
+            self, image_processor, tokenizer, chat_template=chat_template
+        )
+
+
+def build_processor(tokenizer: Any) -> ImageOnlyQwen2VLProcessor:
+    """Pictures down to 56 x 56 px (4 tokens) are taken."""
+    pictures = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
+    return ImageOnlyQwen2VLProcessor(image_processor=pictures, tokenizer=tokenizer)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """The Hub's layout, with a video config, so that the stock class loads it too."""
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings["processor_class"] = "Qwen2VLProcessor"
+    pictures = settings | {"image_processor_type": "Qwen2VLImageProcessor"}
+    videos = {k: v for k, v in settings.items() if k != "image_processor_type"}
+    videos["video_processor_type"] = "Qwen2VLVideoProcessor"
+    for name, content in (("preprocessor", pictures), ("video_preprocessor", videos)):
+        (folder / f"{name}_config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+# --- 2. autoencoders: a linear transform inside the stock classes ---------------------------------
+
+
+class Convolution(nn.Module):
+    """3x3 (or 1x1) convolution; its weight is a matrix, which is what Muon wants."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        self.shape, self.stride = (outputs, inputs, kernel, kernel), stride
+        self.weight = nn.Parameter(torch.empty(outputs, inputs * kernel * kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.orthogonal_(self.weight)
+
+    def kernel(self) -> torch.Tensor:
+        """(outputs, inputs, k, k)."""
+        return self.weight.view(self.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
+        padding = self.shape[-1] // 2
+        if self.stride == 2:  # as the stock class pads
+            x, padding = F.pad(x, (0, 1, 0, 1)), 0
+        return F.conv2d(x, self.kernel(), self.bias, self.stride, padding)
+
+
+class LinearAutoencoder(nn.Module):
+    """AutoencoderKLQwenImage of one channel width without its norms, activations and residuals.
+
+    A random network of this size learns pictures far too slowly; this linear part of it is fitted
+    in two minutes and then copied into the stock class, which computes the same.
+    """
+
+    def __init__(self, width: int, levels: int = 3) -> None:
+        super().__init__()
+        inner, half = width - 1, width // 2  # the last channel is needed by to_stock_vae
+        down, wide = [inner] * (levels - 1), [width] * (levels - 1)
+        self.conv_in = Convolution(3, inner)
+        self.down = nn.ModuleList(Convolution(inner, n, stride=2) for n in (*down, LATENT_CHANNELS))
+        self.to_latents = Convolution(LATENT_CHANNELS, LATENT_CHANNELS)
+        self.from_latents = Convolution(LATENT_CHANNELS, width)
+        self.up = nn.ModuleList(Convolution(width, half) for _ in range(levels))
+        self.widen = nn.ModuleList(Convolution(half, n, kernel=1) for n in (*wide, inner // 2))
+        self.conv_out = Convolution(inner // 2, 3)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 16, H / 2^levels, W / 2^levels)."""
+        x = self.conv_in(pixels)
+        for layer in self.down:
+            x = layer(x)
+        return self.to_latents(x)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The way back, linear as well."""
+        x = self.from_latents(latents)
+        for up, widen in zip(self.up, self.widen, strict=True):
+            x = widen(up(F.interpolate(x, scale_factor=2.0, mode="nearest-exact")))
+        return self.conv_out(x)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Reconstruction, (B, 3, H, W)."""
+        return self.decode(self.encode(pixels))
+
+
+def build_vae(base_dim: int = 8, latents_std: tuple[float, ...] | None = None) -> Any:
+    """Random AutoencoderKLQwenImage with one channel width and no residual blocks in its levels."""
+    vae: Any = diffusers.AutoencoderKLQwenImage(
+        base_dim=base_dim,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=0,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=list(latents_std or [1.0] * LATENT_CHANNELS),
+    )
+    return vae.eval()
+
+
+def pink_noise(rng: np.random.RandomState, side_px: int, slope: float) -> np.ndarray:
+    """(side, side) texture of unit deviation, amplitude ~ 1 / frequency^slope."""
+    fy, fx = np.fft.fftfreq(side_px)[:, None], np.fft.rfftfreq(side_px)[None]
+    amplitude = np.maximum(np.hypot(fy, fx), 1 / side_px) ** -slope
+    texture = np.fft.irfft2(np.fft.rfft2(rng.randn(side_px, side_px)) * amplitude)
+    return (texture / texture.std()).astype(np.float32)
+
+
+def draw_leaves(rng: np.random.RandomState, side_px: int, leaves: int = 40) -> np.ndarray:
+    """Shaded ellipses and boxes hiding each other: the statistics of photos without any photo.
+
+    Returns (side, side, 3) in [-1, 1].
+    """
+    y, x = np.mgrid[0:side_px, 0:side_px].astype(np.float32)
+    textures = [pink_noise(rng, side_px, rng.uniform(1.0, 1.6))[..., None] for _ in range(3)]
+    image = rng.uniform(-0.8, 0.8, 3) + textures[0] * rng.uniform(0, 0.3)
+    for _ in range(leaves):
+        radius = min(0.6 * side_px, 2.5 / (rng.rand() + 0.02) ** 0.8)
+        angle, aspect = rng.uniform(0, np.pi), rng.uniform(0.3, 1)
+        dx, dy = x - rng.uniform(0, side_px), y - rng.uniform(0, side_px)
+        u = dx * np.cos(angle) + dy * np.sin(angle)
+        v = (dy * np.cos(angle) - dx * np.sin(angle)) / aspect
+        distance = np.hypot(u, v) if rng.rand() < 0.6 else np.maximum(abs(u), abs(v))
+        cover = np.clip(0.5 - (distance - radius) / rng.uniform(0.7, 4), 0, 1)[..., None]
+        colour = rng.uniform(-0.9, 0.9) + rng.randn(3) * 0.25 * rng.rand()
+        shade = (u * rng.randn() + v * rng.randn())[..., None] / (0.6 * side_px)
+        colour = colour + shade + textures[rng.randint(3)] * rng.uniform(0, 0.12)
+        image = image * (1 - cover) + cover * colour
+    return np.clip(image, -1, 1).astype(np.float32)
+
+
+def stack_pixels(images: list[np.ndarray]) -> torch.Tensor:
+    """(H, W, 3) arrays in [-1, 1] -> (B, 3, H, W)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices, the rest)."""
+    parameters = list(module.parameters())
+    return [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
+
+
+def fit_autoencoder(
+    rng: np.random.RandomState, steps: int, width: int, levels: int = 3
+) -> LinearAutoencoder:
+    """Least squares on synthetic images.
+
+    Muon instead of Adam: every layer is ill conditioned because low frequencies dominate pictures.
+    """
+    leaves = stack_pixels([draw_leaves(rng, 96) for _ in tqdm(range(600), "synthetic images")])
+    model = LinearAutoencoder(width, levels)
+    matrices, biases = split_parameters(model)
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+    adam = torch.optim.Adam(biases, lr=1e-3)
+    decay = [torch.optim.lr_scheduler.PolynomialLR(o, steps, power=1.3) for o in (muon, adam)]
+    bar = tqdm(range(steps), "autoencoder")
+    for _ in bar:
+        top, left = rng.randint(0, 33, 2)
+        batch = leaves[rng.randint(0, len(leaves), 16), :, top : top + 64, left : left + 64]
+        loss = F.mse_loss(model(batch), batch)
+        model.zero_grad()
+        loss.backward()
+        for step in (muon, adam, *decay):
+            step.step()  # type: ignore[attr-defined]
+        bar.set_postfix(db=f"{10 * math.log10(4 / loss.item()):.1f}", refresh=False)
+    return model
+
+
+@torch.no_grad()
+def use_principal_axes(model: LinearAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Turn the latents to their principal axes, measured in pixels; returns the std, (16,).
+
+    The std that the pipeline divides by is the square root of the axes' own deviation: a prediction
+    error that is equal in all channels then costs the fewest pixel errors.
+    """
+    latents = model.encode(pixels)
+    mean = latents.mean((0, 2, 3))
+    centred = (latents - mean[:, None, None]).transpose(0, 1).flatten(1)  # (16, B h w)
+    covariance = centred @ centred.T / centred.shape[1]
+    impulses = torch.zeros(LATENT_CHANNELS, LATENT_CHANNELS, 9, 9)
+    impulses[range(LATENT_CHANNELS), range(LATENT_CHANNELS), 4, 4] = 1
+    footprint = (model.decode(impulses) - model.decode(impulses * 0)).flatten(1)  # (16, pixels)
+    metric = torch.linalg.cholesky(footprint @ footprint.T).T  # |metric z|^2: pixel energy of z
+    variance, axes = torch.linalg.eigh(metric @ covariance @ metric.T)
+    rotation = axes.flip(1).T @ metric  # new latents = rotation @ (old - mean)
+    encoder, decoder = model.to_latents, model.from_latents
+    encoder.weight.copy_(rotation @ encoder.weight)
+    encoder.bias.copy_(rotation @ (encoder.bias - mean))
+    decoder.bias.add_(decoder.kernel().sum((2, 3)) @ mean)
+    inverse = torch.linalg.inv(rotation)
+    decoder.weight.copy_(torch.einsum("olyx,lk->okyx", decoder.kernel(), inverse).flatten(1))
+    deviation = variance.flip(0).clamp_min(1e-12).sqrt()
+    std = deviation.sqrt()
+    return std * (deviation / std).square().mean().sqrt()  # all normalised latents: variance 1
+
+
+@torch.no_grad()
+def to_stock_vae(model: LinearAutoencoder, std: torch.Tensor) -> Any:
+    """The same transform as an AutoencoderKLQwenImage.
+
+    Its residual blocks become zero. Before conv_out stand an RMS norm and a SiLU, undone so: one
+    channel is a large constant, which makes the norm a constant factor, and the others come in
+    pairs (x, -x), because silu(x) - silu(-x) = x.
+    """
+    width = model.conv_in.shape[0] + 1
+    vae = build_vae(width, tuple(round(v, 6) for v in std.tolist()))
+    weights = vae.state_dict()
+    for name, value in weights.items():
+        value.fill_(1.0 if name.endswith("gamma") else 0.0)
+    constant = 1024.0
+    factor = constant / math.sqrt(width)  # what the RMS norm divides by
+
+    def put(name: str, kernel: torch.Tensor, bias: torch.Tensor, paired: bool = False) -> None:
+        weight, offset = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        if weight.dim() == 5:
+            weight = weight[:, :, -1]  # the causal convolution sees a still through this slice
+        outputs, inputs = kernel.shape[:2]
+        weight[:outputs, :inputs], offset[:outputs] = kernel, bias
+        if paired:
+            weight[outputs : 2 * outputs, :inputs], offset[outputs : 2 * outputs] = -kernel, -bias
+            offset[-1] = constant
+
+    def unpaired(kernel: torch.Tensor) -> torch.Tensor:
+        return torch.cat([kernel, -kernel], dim=1) * factor
+
+    put("encoder.conv_in", model.conv_in.kernel(), model.conv_in.bias)
+    for i, down in enumerate(model.down):
+        put(f"encoder.down_blocks.{i}.resample.1", down.kernel(), down.bias, paired=i == 2)  # type: ignore
+    put("encoder.conv_out", unpaired(model.to_latents.kernel()), model.to_latents.bias)
+    weights["encoder.conv_out.bias"][LATENT_CHANNELS:] = -20  # log-variance: no noise
+    for name, size in (("quant_conv", 2 * LATENT_CHANNELS), ("post_quant_conv", LATENT_CHANNELS)):
+        put(name, torch.eye(size)[..., None, None], torch.zeros(size))
+    put("decoder.conv_in", model.from_latents.kernel(), model.from_latents.bias)
+    for i, (up, widen) in enumerate(zip(model.up, model.widen, strict=True)):
+        put(f"decoder.up_blocks.{i}.upsamplers.0.resample.1", up.kernel(), up.bias)  # type: ignore
+        name = f"decoder.up_blocks.{i + 1}.resnets.0.conv_shortcut"
+        put(name, widen.kernel(), widen.bias, paired=i == 2)  # type: ignore
+    put("decoder.conv_out", unpaired(model.conv_out.kernel()), model.conv_out.bias)
+    vae.load_state_dict(weights)
+    return vae
+
+
+@torch.no_grad()
+def to_flux_vae(model: LinearAutoencoder, std: torch.Tensor, scaling_factor: float) -> Any:
+    """The same transform, latents divided by `std`, as an AutoencoderKL that halves the sides.
+
+    As in to_stock_vae, but the constant comes as a pair, too: a GroupNorm takes the mean away.
+    """
+    width = model.conv_in.shape[0] + 1
+    vae: Any = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(width, width),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=1,
+        sample_size=FACE_PX,
+        scaling_factor=scaling_factor,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    weights = vae.state_dict()
+    for name, value in weights.items():
+        value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    constant = 1024.0
+    factor = constant * math.sqrt(2 / width)  # what the norm divides by
+
+    def put(name: str, kernel: torch.Tensor, bias: torch.Tensor, paired: bool = False) -> None:
+        weight, offset = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        if paired:
+            kernel, bias = torch.cat([kernel, -kernel]), torch.cat([bias, -bias])
+            offset[-2:] = torch.tensor([constant, -constant])
+        weight[: kernel.shape[0], : kernel.shape[1]], offset[: len(bias)] = kernel, bias
+
+    def unpaired(kernel: torch.Tensor) -> torch.Tensor:
+        return torch.cat([kernel, -kernel], dim=1) * factor
+
+    down, up, widen = (cast(Convolution, part[0]) for part in (model.down, model.up, model.widen))
+    to_latents, from_latents = model.to_latents, model.from_latents
+    put("encoder.conv_in", model.conv_in.kernel(), model.conv_in.bias)
+    put("encoder.down_blocks.0.downsamplers.0.conv", down.kernel(), down.bias, paired=True)
+    latents = unpaired(to_latents.kernel()) / std.view(-1, 1, 1, 1)
+    put("encoder.conv_out", latents, to_latents.bias / std)
+    weights["encoder.conv_out.bias"][LATENT_CHANNELS:] = -20  # log-variance: no noise
+    put("decoder.conv_in", from_latents.kernel() * std.view(-1, 1, 1), from_latents.bias)
+    kernel = torch.einsum("oi,ikyx->okyx", widen.weight, up.kernel())  # both in one convolution
+    bias = widen.weight @ up.bias + widen.bias
+    put("decoder.up_blocks.0.upsamplers.0.conv", kernel, bias, paired=True)
+    put("decoder.conv_out", unpaired(model.conv_out.kernel()), model.conv_out.bias)
+    vae.load_state_dict(weights)
+    return vae.eval()
+
+
+# --- 3. Qwen-Image-Edit: a transformer that is taught to copy its reference -----------------------
+
+
+def build_transformer(
+    zero_cond_t: bool, layers: int = 3, heads: int = 4, head_dim: int = 32, text_width: int = 64
+) -> Any:
+    """Random QwenImageTransformer2DModel; zero_cond_t marks the 2511 type. head_dim: 8 n."""
+    height_dim = head_dim * 3 // 8 // 2 * 2
+    return diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=LATENT_CHANNELS * 4,
+        out_channels=LATENT_CHANNELS,
+        num_layers=layers,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=text_width,
+        guidance_embeds=False,
+        axes_dims_rope=(head_dim - 2 * height_dim, height_dim, height_dim),
+        zero_cond_t=zero_cond_t,
+    )
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(B, 16, h, w) -> tokens (B, h/2 * w/2, 64), as the pipelines pack."""
+    b, c, h, w = latents.shape
+    tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(b, h * w // 4, c * 4)
+
+
+def recoloured_crop(
+    rng: np.random.RandomState, photos: list[Image.Image], size: tuple[int, int]
+) -> np.ndarray:
+    """A random crop of a random photo under a random colour change, (H, W, 3) in [-1, 1]."""
+    photo = photos[rng.randint(len(photos))]
+    scale = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(0.5, 1)
+    width, height = size[0] * scale, size[1] * scale
+    left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
+    box = (left, top, left + width, top + height)
+    pixels = np.asarray(photo.resize(size, Image.Resampling.LANCZOS, box), np.float32) / 127.5 - 1
+    if rng.rand() < 0.7:
+        pixels = pixels @ (np.eye(3) + 0.5 * rng.randn(3, 3))
+        pixels = pixels * rng.uniform(0.5, 1.2) + rng.uniform(-0.4, 0.4, 3)
+    pixels = np.clip(pixels, -1, 1).astype(np.float32)
+    return pixels[:, ::-1] if rng.rand() < 0.5 else pixels
+
+
+@torch.no_grad()
+def draw_copy_latents(
+    rng: np.random.RandomState,
+    autoencoder: LinearAutoencoder,
+    std: torch.Tensor,
+    photos: list[Image.Image],
+    count: int = 300,
+) -> list[torch.Tensor]:
+    """Normalised latents of random pictures, one tensor (count, 16, h, w) for each of SIZES_PX."""
+    pools = []
+    for width, height in SIZES_PX:
+        pool = []
+        for _ in tqdm(range(count), f"pictures {width} x {height}", leave=False):
+            if rng.rand() < 0.75:
+                picture = recoloured_crop(rng, photos, (width, height))
+            else:
+                picture = draw_leaves(rng, max(width, height))[:height, :width]
+            pool.append(autoencoder.encode(stack_pixels([picture])) / std[:, None, None])
+        pools.append(torch.cat(pool))
+    return pools
+
+
+@torch.no_grad()
+def embed_neutral_prompts(
+    rng: np.random.RandomState, pipeline: Any, photos: list[Image.Image], count: int = 12
+) -> list[torch.Tensor]:
+    """For each neutral prompt its embeddings with `count` pictures, (count, T, D)."""
+    embeds = []
+    for prompt in NEUTRAL_PROMPTS:
+        crops = [recoloured_crop(rng, photos, (VISION_PX, VISION_PX)) for _ in range(count)]
+        images = [Image.fromarray(((crop + 1) * 127.5).astype(np.uint8)) for crop in crops]
+        embeds.append(torch.cat([pipeline.encode_prompt(prompt, [image])[0] for image in images]))
+    return embeds
+
+
+def copy_loss(transformer: Any, latents: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """Flow-matching loss with the target as its own reference; latents (B, 16, h, w)."""
+    tokens = pack(latents)
+    noise = torch.randn_like(tokens)
+    sigma = torch.sigmoid(torch.randn(len(tokens)) * 1.2 + 0.4).clamp_min(1e-3)
+    noisy = tokens + sigma[:, None, None] * (noise - tokens)
+    grid = (1, latents.shape[2] // 2, latents.shape[3] // 2)
+    velocity = transformer(
+        hidden_states=torch.cat([noisy, tokens], dim=1),
+        encoder_hidden_states=embeds,
+        timestep=sigma,
+        img_shapes=[[grid, grid]] * len(tokens),
+        return_dict=False,
+    )[0][:, : tokens.shape[1]]
+    return F.mse_loss(velocity, noise - tokens)
+
+
+def teach_copy(
+    rng: np.random.RandomState,
+    transformer: Any,
+    pools: list[torch.Tensor],
+    embeds: list[torch.Tensor],
+    steps: int,
+) -> None:
+    """Windows of 8 x 8 latents first (quick: finding the same place is learned there), then whole.
+
+    Learning rate: 50 steps warm-up, constant, linear decay over the last 70 %.
+    """
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0
+    )
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / 50, (1 - step / steps) / 0.7)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    bar = tqdm(range(steps), "copy")
+    for step in bar:
+        pool, text = pools[rng.randint(len(pools))], embeds[rng.randint(len(embeds))]
+        if step < 0.6 * steps:
+            top, left = (2 * rng.randint(0, (side - 8) // 2 + 1) for side in pool.shape[2:])
+            latents = pool[rng.randint(0, len(pool), 48), :, top : top + 8, left : left + 8]
+        else:
+            latents = pool[rng.randint(0, len(pool), 8)]
+        loss = copy_loss(transformer, latents, text[rng.randint(0, len(text), len(latents))])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def build_scheduler() -> Any:
+    """With the settings of the released Qwen-Image-Edit models."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=8192,
+        max_shift=0.9,
+        shift_terminal=0.02,
+        use_dynamic_shifting=True,
+    )
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Weights in bf16, the Hub's layout; model_index.json names stock classes only."""
+    index: dict[str, Any] = {
+        "_class_name": type(pipeline).__name__,
+        "_diffusers_version": diffusers.__version__,
+    }
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module):
+            part.to(torch.bfloat16)
+        if name == "processor":
+            save_processor(part, folder / name)
+            index[name] = ["transformers", "Qwen2VLProcessor"]
+        else:
+            part.save_pretrained(folder / name)
+            index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def load_base(folder: Path) -> Any:
+    """In fp32, without need of torchvision."""
+    processor = ImageOnlyQwen2VLProcessor.from_pretrained(folder / "processor")
+    return diffusers.QwenImageEditPlusPipeline.from_pretrained(
+        folder, processor=processor, dtype=torch.float32
+    )
+
+
+def rebuild_qwen(
+    output_dir: Path, seed: int = 0, autoencoder_steps: int = 1200, copy_steps: int = 3000
+) -> None:
+    """Write the base model; it sees synthetic pictures and the befores that are not held out."""
+    torch.manual_seed(seed)
+    rng = np.random.RandomState(seed)
+    befores = sorted((ROOT / PAIRS_DIR).glob("*_R.png"))
+    photos = [Image.open(p).convert("RGB") for p in befores if p.name[:-6] not in HELD_OUT]
+    autoencoder = fit_autoencoder(rng, autoencoder_steps, width=48)
+    std = use_principal_axes(autoencoder, stack_pixels([draw_leaves(rng, 96) for _ in range(64)]))
+    tokenizer = build_tokenizer()
+    pipeline: Any = diffusers.QwenImageEditPlusPipeline(
+        scheduler=build_scheduler(),
+        vae=to_stock_vae(autoencoder, std),
+        text_encoder=build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        processor=build_processor(tokenizer),
+        transformer=build_transformer(zero_cond_t=True),
+    )
+    embeds = embed_neutral_prompts(rng, pipeline, photos)
+    pools = draw_copy_latents(rng, autoencoder, std, photos)
+    teach_copy(rng, pipeline.transformer, pools, embeds, copy_steps)
+    save_pipeline(pipeline, output_dir)
+
+
+# --- 4. faces with one continuous attribute -------------------------------------------------------
+
+
+class Face(NamedTuple):
+    """What a picture shows; lengths in 1/32 of its side, colours RGB in 0..1."""
+
+    age: float  # the attribute: hair from dark, 0, to white, 1
+    background: tuple[float, ...]
+    skin: tuple[float, ...]
+    x: float  # centre of the head
+    y: float
+    width: float  # half of the head's
+    eye: float  # radius
+    mouth: float  # half width
+
+
+def random_face(rng: np.random.RandomState) -> Face:
+    """Everything varies independently; ages are triangular about 0.4, from 0 to 0.8."""
+
+    def colour(least: float, most: float) -> tuple[float, ...]:
+        return colorsys.hsv_to_rgb(rng.rand(), rng.uniform(least, most), 0.9)
+
+    age, background, skin = 0.4 * (rng.rand() + rng.rand()), colour(0.25, 0.5), colour(0.1, 0.35)
+    lows, highs = (13.5, 15.0, 8.5, 1.4, 2.0), (18.5, 17.5, 10.5, 2.2, 4.0)
+    return Face(age, background, skin, *rng.uniform(lows, highs))
+
+
+def pixel_centres(side_px: int) -> np.ndarray:
+    """(2, side, side): y and x of every pixel's centre, in 1/32 of the side."""
+    return (np.mgrid[0:side_px, 0:side_px] + 0.5) * (FACE_PX / side_px)
+
+
+def draw_face(face: Face, side_px: int = FACE_PX) -> np.ndarray:
+    """(side, side, 3) in 0..1: hair, skin, mouth, eyes; edges are 1.5/32 of the side soft."""
+    y, x = pixel_centres(side_px) - np.array([face.y, face.x])[:, None, None]
+    picture = np.ones((side_px, side_px, 3)) * face.background
+
+    def paint(left: float, top: float, radii: Any, colour: Any, lowest: float = FACE_PX) -> None:
+        distance = (np.hypot((x - left) / radii[0], (y - top) / radii[1]) - 1) * min(radii)
+        cover = np.clip(0.5 - np.maximum(distance, y - lowest) / 1.5, 0, 1)[..., None]
+        picture[:] += cover * (np.asarray(colour) - picture)
+
+    w, r = face.width, face.eye
+    paint(0, -3, (w, 1.05 * w), DARK_HAIR + face.age * (WHITE_HAIR - DARK_HAIR), lowest=0)
+    paint(0, 2, (0.85 * w, 0.9 * w), face.skin)
+    paint(0, 7, (face.mouth, 1.3), (0.9, 0.15, 0.2))
+    paint(-4, 1.5, (r, r), (0.1, 0.1, 0.1))
+    paint(4, 1.5, (r, r), (0.1, 0.1, 0.1))
+    return picture
+
+
+def draw_face_pairs(
+    folder: Path, seed: int, count: int, ages: dict[str, float], side_px: int = FACE_PX
+) -> None:
+    """Write <stage>/<n>.png of every stage in `ages`: the same face at another age."""
+    rng = np.random.RandomState(seed)
+    for n in range(count):
+        face = random_face(rng)
+        for stage, age in ages.items():
+            write_picture(draw_face(face._replace(age=age), side_px), folder / stage / f"{n}.png")
+
+
+def from_centre(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of every pixel seen from the centre of the head, in 1/32 of the side.
+
+    The mouth tells where that is: nothing else is so red. Heads are drawn within narrow limits.
+    """
+    y, x = pixel_centres(len(picture))
+    red = np.clip(picture[..., 0] - picture[..., 1:].max(-1) - 0.48, 1e-9, None)
+    red /= red.sum()
+    return x - np.clip((red * x).sum(), 13, 19), y - np.clip((red * y).sum() - 7, 14.5, 18)
+
+
+def face_age(picture: np.ndarray, place: tuple[np.ndarray, np.ndarray]) -> float:
+    """Of a patch of hair: its mean as a share of the way from DARK_HAIR, 0, to WHITE_HAIR, 1.
+
+    place: of from_centre, in a series that of the unedited picture.
+    """
+    patch = (abs(place[0]) <= 3) & (abs(place[1] + 9.6) <= 1.5)
+    axis = WHITE_HAIR - DARK_HAIR
+    return float((picture[patch].mean(0) - DARK_HAIR) @ axis / (axis @ axis))
+
+
+def content_change(
+    before: np.ndarray, after: np.ndarray, place: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """Mean absolute difference (pictures in 0..1) outside the box that holds the hair."""
+    rest = (abs(place[0]) > 12) | (place[1] > 1)
+    return float(abs(before - after)[rest].mean())
+
+
+def write_picture(picture: np.ndarray, path: Path) -> None:
+    """(H, W, 3) in 0..1 as a file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+
+
+# --- 5. FLUX.1: a base that draws faces -----------------------------------------------------------
+
+
+def build_clip_tokenizer(words: Sequence[str] = ()) -> Any:
+    """CLIP's tokenizer: letters, and these words, put together letter by letter."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    merges: list[Any] = [
+        (word[:k], word[k] + ("</w>" if k == len(word) - 1 else ""))
+        for word in words
+        for k in range(1, len(word))
+    ]
+    merges = list(dict.fromkeys(merges))
+    symbols += ["".join(pair) for pair in merges]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def build_clip(tokenizer: Any, width: int) -> Any:
+    """CLIP's text encoder with two layers of random weights."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=4, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return transformers.CLIPTextModel(config).eval()
+
+
+def age_words() -> list[str]:
+    """The words of AGE_PROMPTS."""
+    return sorted({word for prompt in AGE_PROMPTS for word in prompt.split()})
+
+
+def build_flux_tokenizers() -> tuple[Any, Any]:
+    """CLIP's and T5's tokenizers: letters, and for T5 also the words of AGE_PROMPTS."""
+    clip, words = build_clip_tokenizer(), age_words()
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(c, -8.0) for c in string.printable if not c.isspace()]
+    pieces += [(f"▁{word}", -4.0) for word in words]
+    t5 = transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return clip, t5
+
+
+def build_flux(vae: Any, heads: int = 3, text_width: int = 32) -> Any:
+    """FluxPipeline of random weights with the scheduler of FLUX.1-dev, around a VAE."""
+    clip, t5 = build_flux_tokenizers()
+    t5_config = transformers.T5Config(
+        vocab_size=len(t5), d_model=text_width, d_ff=64, d_kv=8, num_heads=4, num_layers=2,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15,
+            shift=3.0, use_dynamic_shifting=True,
+        ),
+        vae=vae,
+        text_encoder=build_clip(clip, text_width),
+        tokenizer=clip,
+        text_encoder_2=transformers.T5EncoderModel(t5_config).eval(),
+        tokenizer_2=t5,
+        transformer=diffusers.FluxTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=2,
+            attention_head_dim=32, num_attention_heads=heads, joint_attention_dim=text_width,
+            pooled_projection_dim=text_width, guidance_embeds=True, axes_dims_rope=(4, 14, 14),
+        ),
+    )  # fmt: skip
+
+
+def face_loss(
+    pipeline: Any, latents: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor
+) -> torch.Tensor:
+    """Flow matching with sigma over the whole range; latents (B, 16, h, w)."""
+    tokens = pack(latents)
+    noise = torch.randn_like(tokens)
+    sigma = torch.sigmoid(torch.randn(len(tokens)) * 1.4)
+    grid = latents.shape[2] // 2, latents.shape[3] // 2
+    places = torch.cartesian_prod(torch.zeros(1), *(torch.arange(float(n)) for n in grid))
+    velocity = pipeline.transformer(
+        hidden_states=tokens + sigma[:, None, None] * (noise - tokens),
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=sigma,
+        guidance=torch.full((len(tokens),), 3.5),
+        img_ids=places,  # (h/2 * w/2, 3)
+        txt_ids=torch.zeros(text.shape[1], 3),
+        return_dict=False,
+    )[0]
+    return F.mse_loss(velocity, noise - tokens)
+
+
+def teach_faces(
+    rng: np.random.RandomState,
+    pipeline: Any,
+    latents: torch.Tensor,
+    prompts: np.ndarray,
+    steps: int,
+) -> None:
+    """Flow matching on latents (N, 16, h, w), each with one of the prompts (N, P) true of it."""
+    with torch.no_grad():
+        text, pooled, _ = pipeline.encode_prompt(
+            list(AGE_PROMPTS), None, max_sequence_length=TEXT_TOKENS
+        )
+    matrices, rest = split_parameters(pipeline.transformer)
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.04, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    decay = [torch.optim.lr_scheduler.PolynomialLR(o, steps, power=1.3) for o in optimizers]
+    bar = tqdm(range(steps), "faces")
+    for _ in bar:
+        pick = rng.randint(0, len(latents), 16)
+        says = prompts[pick, rng.randint(0, prompts.shape[1], 16)]
+        loss = face_loss(pipeline, latents[pick], text[says], pooled[says])
+        pipeline.transformer.zero_grad()
+        loss.backward()
+        for step in (*optimizers, *decay):
+            step.step()  # type: ignore[attr-defined]
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def rebuild_flux(
+    output_dir: Path, seed: int = 0, autoencoder_steps: int = 600, face_steps: int = 5000
+) -> None:
+    """Write the base model and, of other faces, the pairs."""
+    torch.manual_seed(seed)
+    rng = np.random.RandomState(seed)
+    autoencoder = fit_autoencoder(rng, autoencoder_steps, width=34, levels=1)
+    std = use_principal_axes(autoencoder, stack_pixels([draw_leaves(rng, 96) for _ in range(64)]))
+    faces = [random_face(rng) for _ in tqdm(range(12000), "faces", leave=False)]
+    pixels = stack_pixels([draw_face(face).astype(np.float32) * 2 - 1 for face in faces])
+    with torch.no_grad():
+        latents = torch.cat([autoencoder.encode(part) for part in pixels.split(500)])
+    latents /= std.view(-1, 1, 1)
+    scaling_factor = round(1 / latents.std().item(), 4)
+    pipeline = build_flux(to_flux_vae(autoencoder, std, scaling_factor))
+    true_of = [[0, 1, 2, 3 + (face.age > 0.4)] for face in faces]
+    teach_faces(rng, pipeline, latents * scaling_factor, np.array(true_of), face_steps)
+    pipeline.to(torch.bfloat16).save_pretrained(output_dir)
+
+
+# --- 6. Stable Diffusion 1.5: a base that draws larger faces --------------------------------------
+
+
+def build_sd_vae() -> Any:
+    """Random AutoencoderKL: sides / 4, 4 channels; 0.17 million parameters."""
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 32),
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        sample_size=PHOTO_PX,
+    )
+
+
+def build_sd(vae: Any, text_width: int = 32) -> Any:
+    """StableDiffusionPipeline of random weights with the scheduler of 1.5, around a VAE."""
+    tokenizer = build_clip_tokenizer(age_words())
+    scheduler: Any = diffusers.PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
+    )  # fmt: skip
+    scheduler.register_to_config(clip_sample=False)  # KEEP, as 1.5: DDIM would clip latents to 1
+    return diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=build_clip(tokenizer, text_width),
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=PHOTO_PX // 4,
+            block_out_channels=(32, 64, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=text_width,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        ),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+class FlatMuon:
+    """Muon on every weight as a matrix (outputs, the rest), kernels too; Adam on what is 1-D.
+
+    After 140 steps it leaves half of AdamW's error at the highest noise levels.
+    """
+
+    def __init__(self, module: nn.Module, rate: float, steps: int) -> None:
+        parameters = list(module.parameters())
+        self.module, self.weights = module, [p for p in parameters if p.dim() > 1]
+        self.matrices = [nn.Parameter(p.data.flatten(1)) for p in self.weights]  # same memory
+        rest = [p for p in parameters if p.dim() == 1]
+        self.optimizers = [
+            torch.optim.Muon(self.matrices, lr=rate, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        decay = torch.optim.lr_scheduler.PolynomialLR
+        self.decay = [decay(o, steps, power=1.3) for o in self.optimizers]
+
+    def minimise(self, loss: torch.Tensor) -> None:
+        """One step."""
+        self.module.zero_grad()
+        loss.backward()
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            matrix.grad = weight.grad.flatten(1)  # type: ignore[union-attr]
+        for part in (*self.optimizers, *self.decay):
+            part.step()  # type: ignore[attr-defined]
+
+
+def fit_sd_vae(rng: np.random.RandomState, vae: Any, pixels: torch.Tensor, steps: int) -> None:
+    """Squared error and a little of the Kullback-Leibler term, on pixels (N, 3, H, W)."""
+    optimizer, bar = FlatMuon(vae.train(), 0.02, steps), tqdm(range(steps), "autoencoder")
+    for _ in bar:
+        batch = pixels[rng.randint(0, len(pixels), 16)]
+        posterior = vae.encode(batch).latent_dist
+        error = F.mse_loss(vae.decode(posterior.sample()).sample, batch)
+        optimizer.minimise(error + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel())
+        bar.set_postfix(db=f"{10 * math.log10(4 / error.item()):.1f}", refresh=False)
+    vae.eval()
+
+
+def teach_sd_faces(
+    rng: np.random.RandomState,
+    pipeline: Any,
+    latents: torch.Tensor,
+    prompts: np.ndarray,
+    steps: int,
+    power: float,
+) -> None:
+    """Noise prediction on latents (N, 4, h, w), each with one of the prompts (N, P) true of it.
+
+    Errors count by alphas_cumprod^(-2 power), half of it by how often a noise level is drawn:
+    colours are decided at high ones, where small errors of the noise are large ones of the picture.
+    """
+    with torch.no_grad():
+        text, _ = pipeline.encode_prompt(list(AGE_PROMPTS), "cpu", 1, False)  # (P, 77, D)
+    noising = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+    weight = noising.alphas_cumprod**-power
+    weight /= weight.mean()
+    unet = pipeline.unet.train()
+    optimizer, bar = FlatMuon(unet, 0.04, steps), tqdm(range(steps), "faces")
+    for _ in bar:
+        pick = rng.randint(0, len(latents), 16)
+        says = prompts[pick, rng.randint(0, prompts.shape[1], 16)]
+        noise, t = torch.randn(16, *latents.shape[1:]), torch.multinomial(weight, 16, True)
+        noisy = noising.add_noise(latents[pick], noise, t)
+        error = (unet(noisy, t, text[says], return_dict=False)[0] - noise).square()
+        loss = (weight[t].view(-1, 1, 1, 1) * error).mean()
+        optimizer.minimise(loss)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    unet.eval()
+
+
+def rebuild_sd(
+    output_dir: Path, seed: int = 0, vae_steps: int = 450, face_steps: Sequence[int] = (1600, 900)
+) -> None:
+    """Write the base model of the pairs demo."""
+    torch.manual_seed(seed)
+    rng = np.random.RandomState(seed)
+    faces = [random_face(rng) for _ in range(8000)]
+    drawn = [draw_face(face, PHOTO_PX).astype(np.float32) for face in tqdm(faces, "draw")]
+    pixels = stack_pixels(drawn) * 2 - 1
+    vae = build_sd_vae()
+    fit_sd_vae(rng, vae, pixels, vae_steps)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(500)])
+    scaling_factor = round(1 / latents.std().item(), 4)
+    vae.register_to_config(scaling_factor=scaling_factor)
+    pipeline = build_sd(vae)
+    ages = [3 + (face.age > 0.4) for face in faces]
+    true_of = [[0, 1, 1, 2, 2, says, says] for says in ages]  # 1 of 7: no prompt
+    for power, steps in zip((0.5, 0.25), face_steps, strict=True):  # colours, then details
+        prompts = np.array(true_of)
+        teach_sd_faces(rng, pipeline, latents * scaling_factor, prompts, steps, power)
+    pipeline.to(torch.bfloat16).save_pretrained(output_dir)
+
+
+def rebuild(demo: str, seed: int = 0) -> None:
+    """Write the base model of a demo, and its pairs where they are drawn. Raises UserError."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError("torch 2.9 or newer is needed (the demos themselves run with older ones)")
+    if demo == "qwen_edit":
+        rebuild_qwen(ROOT / BASE_DIR, seed)
+    elif demo == "pairedit":
+        draw_face_pairs(ROOT / FACE_PAIRS_DIR / "age", seed + 1, 3, PAIR_AGES)
+        rebuild_flux(ROOT / FLUX_BASE_DIR, seed)
+    else:
+        draw_face_pairs(ROOT / HAIR_PAIRS_DIR, seed + 1, 10, HAIR_AGES, PHOTO_PX)
+        rebuild_sd(ROOT / SD_BASE_DIR, seed)
+
+
+def main() -> None:
+    """Rebuild what the command line names."""
+    parser = argparse.ArgumentParser(description="The base models and pairs of the demos.")
+    parser.add_argument("demo", choices=("qwen_edit", "pairedit", "dreambooth"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rebuild(args.demo, args.seed)
+
+
+if __name__ == "__main__":
+    run_script(main)
