@@ -350,6 +350,8 @@ def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
             f"model.lora.target_modules: no layer matches {wrong}; there are the sets "
             f"{', '.join(TARGET_SETS)} and the layers {', '.join(short)}"
         )
+    if isinstance(named, str):  # a pattern may fit norms, too; PEFT would refuse them
+        named = [layer for layer in layers if matches(layer, named)]
     # the last block's text queries and outputs: nothing reads them, so they get no gradient, and
     # KEEP: DDP waits forever for parameters that never get one
     last = rf"transformer_blocks\.{len(transformer.transformer_blocks) - 1}"
@@ -888,10 +890,8 @@ def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[V
         references = tuple(Reference(files[i.image], i.resize and i.resize**2) for i in items)
         vision, shown = references, caption.reference_list
         if shown:
-            area, items = (
-                shown.resize and shown.resize**2,
-                ds.reference_configs[shown.reference_config],
-            )
+            area = shown.resize and shown.resize**2
+            items = ds.reference_configs[shown.reference_config]
             vision = tuple(Reference(files[item.image], area) for item in items)
         weight, rate = batch.weight or share, batch.caption_dropout
         text = files[caption.image].with_suffix(caption.ext)
@@ -1546,11 +1546,12 @@ def fill_parts(
         for name, device in utils.progress(parts.items(), "load transformer", leave=False):
             part, tensors = model.get_submodule(name), {}
             for key in [key for key in files if key.startswith(f"{name}.")]:
+                short = key.removeprefix(f"{name}.")
                 # KEEP: closed again; what was read of an open file counts as memory
                 with safe_open(files[key], framework="pt") as opened:
-                    tensor = opened.get_tensor(key).to(device, dtype, copy=True)
-                tensors[key.removeprefix(f"{name}.")] = tensor
+                    tensors[short] = opened.get_tensor(key).to(device, dtype, copy=True)
             part.load_state_dict(tensors, assign=True)
+            tensors.clear()  # KEEP: each weight goes as soon as it is quantised
             if name[-1].isdigit() and precision != "no_change":
                 quantize_block(part, precision)
             return_freed_memory()

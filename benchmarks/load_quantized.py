@@ -1,12 +1,11 @@
 """Size, time and peak memory of loading the transformer in each precision.
 
-    python benchmarks/load_quantized.py [--device cuda] [--quantize_via cpu] [--full]
+    python benchmarks/load_quantized.py [--device cuda] [--full]
 
 Random weights are written block by block into a temporary folder: 12 blocks of a third of the true
-width, or with --full the true 20 billion parameters (41 GB of disk, and as much as the cache
-takes). Each start is a process of its own: the first quantises, the second reads the cache. Memory
-is what the process has beyond its imports (and on CUDA the peak of the GPU), all as ratios to the
-size of the bf16 weights; a block of them is given for comparison.
+width, or with --full the true 20 billion parameters (41 GB of disk). Each precision is loaded in a
+process of its own. Memory is what it has beyond its imports (and on CUDA the peak of the GPU), all
+as ratios to the size of the bf16 weights; a block of them is given for comparison.
 """
 
 import argparse
@@ -38,15 +37,13 @@ def write_random_transformer(folder, settings):
     shards = {}
     for name, tensor in script.empty_transformer(settings).state_dict().items():
         block = name.split(".")[1] if name.startswith("transformer_blocks.") else "other"
-        shards.setdefault(f"block-{block}.safetensors", {})[name] = tensor.shape
+        shards.setdefault(f"diffusion_pytorch_model-{block}.safetensors", {})[name] = tensor.shape
     sizes = {}
     for file, shapes in shards.items():
         tensors = {n: torch.randn(s, dtype=torch.bfloat16) * 0.02 for n, s in shapes.items()}
         save_file(tensors, folder / file)
         sizes[file] = sum(t.numel() * 2 for t in tensors.values())
-    index = {"weight_map": {name: file for file, shapes in shards.items() for name in shapes}}
-    (folder / f"{script.WEIGHTS_FILE}.index.json").write_text(json.dumps(index))
-    return sum(sizes.values()), sizes["block-0.safetensors"]
+    return sum(sizes.values()), sizes["diffusion_pytorch_model-0.safetensors"]
 
 
 def resident():
@@ -63,13 +60,13 @@ def bytes_of(model):
     return sum(total)
 
 
-def measure(folder, precision, device, via, cache_dir):
+def measure(folder, precision, device):
     """Load once in this process -> seconds, bytes of the model, peaks beyond the start."""
     device = torch.device(device)
-    loader = script.TransformerLoader(Path(folder), torch.bfloat16, precision, cache_dir)
     with torch.no_grad():  # what the libraries import or allocate when first used is no weights
         block = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 64, device=device)})
-        script.quantize_part(block.to(torch.bfloat16), precision)
+        if precision != "no_change":
+            script.quantize_block(block.to(torch.bfloat16), precision)
         del block
     gc.collect()
     before, peak, done = resident(), [0], threading.Event()
@@ -82,7 +79,7 @@ def measure(folder, precision, device, via, cache_dir):
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    model = loader.load(script.Layout([device]), via)
+    model = script.load_transformer(Path(folder), torch.bfloat16, precision, [device], 0)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -95,32 +92,25 @@ def measure(folder, precision, device, via, cache_dir):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quantize_via", default="cpu", choices=["cpu", "accelerator"])
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--precision", nargs="*", default=PRECISIONS)
-    parser.add_argument("--measure", nargs=2, help="(used by the script itself)")
+    parser.add_argument("--measure", help="(used by the script itself)")
     args = parser.parse_args()
     if args.measure:
-        folder, cache_dir = args.measure
-        found = measure(folder, args.precision[0], args.device, args.quantize_via, Path(cache_dir))
-        print(json.dumps(found))
+        print(json.dumps(measure(args.measure, args.precision[0], args.device)))
         return
     with tempfile.TemporaryDirectory() as place:
-        folder, cache = Path(place) / "transformer", Path(place) / "cache"
+        folder = Path(place) / "transformer"
         whole, block = write_random_transformer(folder, FULL if args.full else SMALL)
         print(f"bf16 weights {whole / 2**20:.0f} MiB, one block {block / whole:.3f} of them")
-        print("precision     size  first: s  CPU peak  GPU peak  second: s  CPU peak  GPU peak")
+        print("precision     size  seconds  CPU peak  GPU peak")
         for precision in args.precision:
-            line = f"{precision:12}"
-            for start in ("first", "second"):
-                command = [sys.executable, __file__, "--precision", precision]
-                command += ["--device", args.device, "--quantize_via", args.quantize_via]
-                command += ["--measure", str(folder), str(cache)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                now = json.loads(done.stdout.splitlines()[-1])
-                line += f" {now['size'] / whole:5.3f}" if start == "first" else ""
-                line += f" {now['s']:9.1f} {now['cpu'] / whole:9.3f} {now['gpu'] / whole:9.3f}"
-            print(line, flush=True)
+            command = [sys.executable, __file__, "--precision", precision]
+            command += ["--device", args.device, "--measure", str(folder)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            now = json.loads(done.stdout.splitlines()[-1])
+            size, cpu, gpu = (now[name] / whole for name in ("size", "cpu", "gpu"))
+            print(f"{precision:12} {size:5.3f} {now['s']:8.1f} {cpu:9.3f} {gpu:9.3f}", flush=True)
 
 
 if __name__ == "__main__":

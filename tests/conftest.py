@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import json
 import os
 import re
@@ -213,8 +214,11 @@ def slider_settings(checkpoint, folder, **changes):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """{"2508" | "2509" | "2511" | "flux": folder} of tiny random checkpoints."""
+    import accelerate  # noqa: F401
+    import peft  # noqa: F401
     import tiny
 
+    gc.freeze()  # unload() collects garbage: not among what is imported
     return tiny.build_all(tmp_path_factory.getbasetemp().parent / "checkpoints")
 
 

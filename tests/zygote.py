@@ -6,6 +6,7 @@ python tests/zygote.py reads one request per line, {"argv", "cwd", "env", "proce
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -47,6 +48,7 @@ def preload():
                 importlib.import_module(f"{library}.{name}")
             except ImportError:
                 getattr(module, name)
+    gc.freeze()  # unload() collects garbage: not among what is imported
 
 
 def become(request, rank, port):
