@@ -1913,11 +1913,8 @@ def draw_edit(
     Guidance is rescaled to the norm of the positive prediction.
     """
     transformer, (width, height) = trainer.bare_transformer(), example.pictures["pixel"][0].size
-    device, shape, steps = (
-        transformer.device,
-        (1, 16, 1, height // 8, width // 8),
-        how.num_inference_steps,
-    )
+    device, steps = transformer.device, how.num_inference_steps
+    shape = (1, 16, 1, height // 8, width // 8)
     embeds = [encode(job)[None].to(device) for job in prompt_jobs(example, how)]
     dtype, generator = embeds[0].dtype, torch.Generator().manual_seed(how.seed)
     controls = [encode(job)[None].to(device, dtype) for job in jobs_of(example)["control_latent"]]
@@ -1978,6 +1975,8 @@ def validation_edits(trainer: Trainer) -> list[tuple[Example, bool]]:
         return []
     edits = [(data.resolve(Draw(0, number), side_px), True) for number in numbers]
     for sample in wanted.samples:
+        if problems := data.index.update(sample.images, utils.look_at_picture):
+            raise UserError(f"validation.samples\n{listed(problems)}")
         pictures = [whole_picture(path, data.index) for path in sample.images]
         main = pictures[-1 if trainer.flavour.vision_area else 0]
         size = pick_size(side_px**2, main.aspect) if side_px else ()
@@ -2011,7 +2010,8 @@ def validate(trainer: Trainer, run_log: RunLog) -> None:
         targets = [load_picture(e.pictures["pixel"][0]) if known else None for e, known in edits]
         columns["target"] = targets
     if edits and trainer.accelerator.is_main_process:
-        tqdm.write(f"step {step} validation loss {values['validation_loss']:.4f}")
+        if trainer.data.held_out:
+            tqdm.write(f"step {step} validation loss {values['validation_loss']:.4f}")
         rows = list(zip(*columns.values(), strict=True))
         run_log.picture(f"step_{step:06d}", edit_sheet(examples, rows, list(columns)), step)
     trainer.accelerator.wait_for_everyone()
@@ -2305,7 +2305,7 @@ class QwenImageEditTrainer:
 
     def find_encoders(self) -> None:
         """Hash the encoders; their hashes are part of the names of cache entries."""
-        if self.use_cache:
+        if self.use_cache and not self.data.encoders:
             folder = self.checkpoint("vae", "text_encoder", "tokenizer", "processor")
             self.data.encoders = encoder_hashes(folder, self.flavour, self.weight_dtype)
 
@@ -2367,6 +2367,7 @@ class QwenImageEditTrainer:
         """Read an entry, or encode and write it."""
         if not self.use_cache:
             return self.encode(job, *devices)
+        self.find_encoders()
         with contextlib.suppress(ValueError):  # missing or damaged: encode it
             return self.data.read(job)
         tensors = {job.kind: self.encode(job, *devices)}
@@ -2420,7 +2421,6 @@ class QwenImageEditTrainer:
         if train_dataloader is None:
             self.find_data()
             return fill_cache(self, self.cache_jobs(), self.cache_jobs(renewed=True))
-        self.find_encoders()
         count = sum(len(self.cache_step(batch)) for batch in train_dataloader)
         self.unload("vae", "text_encoder")
         return count
