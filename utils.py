@@ -771,7 +771,8 @@ class RunLog:
         accelerator.init_trackers(output_dir.name, about, {"wandb": {"dir": str(output_dir)}})
         self.file = output_dir / "metrics.jsonl"
         if accelerator.is_main_process:  # a run that goes on keeps the lines up to this step
-            lines = self.file.read_text(encoding="utf-8").splitlines(True) if step else []
+            old = self.file.read_text(encoding="utf-8") if step and self.file.exists() else ""
+            lines = old.splitlines(True)
             kept = itertools.takewhile(lambda line: json.loads(line)["step"] <= step, lines)
             save_text(self.file, "".join(kept))
 

@@ -1,7 +1,5 @@
 """Formulas of train_qwen_edit.py against closed forms and the diffusers pipelines."""
 
-import math
-
 import diffusers
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 
 import train_qwen_edit as script
-from utils import UserError
 
 QWEN = {"base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
 
@@ -22,51 +19,108 @@ def test_pack_is_the_pipelines_and_unpack_undoes_it():
     tokens = script.pack_latents(latents)
     reference = plus.QwenImageEditPlusPipeline._pack_latents(latents, 2, 16, 6, 10)
     assert tokens.shape == (2, 15, 64) and torch.equal(tokens, reference)
-    assert torch.equal(script.unpack_latents(tokens, 48, 80), latents)
+    assert torch.equal(script.unpack_latents(tokens, latents), latents)
 
 
-@pytest.mark.parametrize(("tokens", "mu"), [(1872, 0.58145), (4096, 0.69355), (4104, 0.69395)])
-def test_model_shift_at_known_token_counts(tokens, mu):
-    assert script.model_mu(QWEN, tokens) == pytest.approx(mu, abs=1e-5)
-
-
-def test_shift_is_the_schedulers_time_shift():
+@pytest.mark.parametrize("tokens", [16, 1872, 4096, 4104, 8192])
+def test_the_shift_is_the_pipelines_and_the_schedulers(tokens):
+    order = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = plus.calculate_shift(tokens, *(QWEN[name] for name in order))
+    assert script.model_mu(QWEN, tokens) == pytest.approx(mu, abs=1e-12)
+    assert script.model_mu({}, tokens) == pytest.approx(plus.calculate_shift(tokens), abs=1e-12)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     sigma = torch.linspace(0.01, 0.99, 50)
-    expected = scheduler.time_shift(0.7, 1.0, sigma)
-    torch.testing.assert_close(script.shift_sigma(sigma, 0.7), expected)
-    explicit = 3.0  # an explicit shift s is mu = ln s
-    torch.testing.assert_close(
-        script.shift_sigma(sigma, math.log(explicit)), explicit * sigma / (1 + 2 * sigma)
+    expected = scheduler.time_shift(mu, 1.0, sigma)
+    torch.testing.assert_close(script.shift_sigma(sigma, mu), expected)
+
+
+@pytest.mark.parametrize("size", [(320, 213), (3000, 2000), (64, 640), (640, 64), (777, 776)])
+def test_sizes_are_the_pipelines(size):
+    ratio = size[0] / size[1]
+    for area in (script.AREA_1MP, script.VISION_AREA, 768 * 768):
+        width, height, *_ = plus.calculate_dimensions(area, ratio)
+        assert script.pick_size(area, ratio) == (width, height)
+        assert script.pick_size(area, ratio) == tuple(edit.calculate_dimensions(area, ratio)[:2])
+    assert (plus.VAE_IMAGE_SIZE, plus.CONDITION_IMAGE_SIZE) == (2**20, 384**2)
+    assert (script.AREA_1MP, script.VISION_AREA) == (2**20, 384**2)
+
+
+def stock(trainer):
+    """The diffusers pipeline of the trainer's models."""
+    return getattr(diffusers, trainer.flavour.pipeline_class)(
+        scheduler=trainer.scheduler,
+        vae=trainer.vae,
+        text_encoder=trainer.qwen_vl,
+        tokenizer=trainer.tokenizer,
+        processor=trainer.processor,
+        transformer=trainer.transformer,
     )
 
 
-def test_noise_levels_have_the_asked_density():
-    loss = script.LossConfig()
-    sigmas = torch.tensor([script.sample_sigma(loss, 0, i) for i in range(4000)])
-    logits = torch.logit(sigmas.double())
-    assert abs(logits.mean()) < 0.05 and abs(logits.std() - 1) < 0.05
-    moved = script.LossConfig(logit_mean=1.0, logit_std=0.5)
-    logits = torch.logit(torch.tensor([script.sample_sigma(moved, 0, i) for i in range(4000)]))
-    assert abs(logits.mean() - 1) < 0.05 and abs(logits.std() - 0.5) < 0.03
-    flat = script.LossConfig(timestep_density="uniform")
-    sigmas = torch.tensor([script.sample_sigma(flat, 0, i) for i in range(4000)])
-    assert torch.histc(sigmas, 4, 0, 1).sub(1000).abs().max() < 120
+@pytest.mark.parametrize(
+    ("kind", "guidance", "lora", "size"),
+    [
+        ("2508", 1.0, True, (128, 96)),
+        ("2508", 4.0, False, (None, None)),
+        ("2509", 4.0, True, (128, 96)),
+        ("2511", 1.0, False, (128, 96)),
+        ("2511", 4.0, True, (None, None)),
+    ],
+)
+def test_predict_gives_the_pipelines_pixels(kind, guidance, lora, size, make_trainer, monkeypatch):
+    """Also where the output's size is left to them; 1 MP is 128^2 px here, 384^2 is 64^2."""
+    area = 128 * 128
+    monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", area)
+    monkeypatch.setattr(plus, "CONDITION_IMAGE_SIZE", 64 * 64)
+    for module in (edit, plus):
+        sizes = module.calculate_dimensions
+        monkeypatch.setattr(
+            module,
+            "calculate_dimensions",
+            lambda a, ratio, sizes=sizes: sizes(area if a == 1024 * 1024 else a, ratio),
+        )
+    monkeypatch.setattr(script, "AREA_1MP", area)
+    trainer = make_trainer(kind, **{"data.reference_area": "1mp"})
+    vision = None if kind == "2508" else 64 * 64
+    trainer.flavour = trainer.flavour._replace(vision_area=vision)
+    trainer.setup_predict()
+    if lora:
+        trainer.set_lora()
+        with_lora_noise(trainer.transformer).eval()
+    images = [Image.open(PAIRS / f"{name}_R.png") for name in ("astronaut0", "chelsea1")]
+    images = images[0] if kind == "2508" else images
+    how = {"num_inference_steps": 3, "width": size[0], "height": size[1]}
+    how |= {"true_cfg_scale": guidance, "negative_prompt": "" if guidance > 1 else None}
+    ours = trainer.predict(images, "make it blue", seed=3, **how)
+    generator = torch.Generator().manual_seed(3)
+    theirs = stock(trainer)(image=images, prompt="make it blue", generator=generator, **how)
+    assert ours.std() > 5
+    np.testing.assert_array_equal(ours, np.asarray(theirs.images[0]))
 
 
-def test_flow_loss_closed_form_and_a_perfect_prediction():
-    x0, noise = torch.randn(3, 16, 1, 4, 4), torch.randn(3, 16, 1, 4, 4)
-    goal, settings = noise - x0, script.LossConfig()
-    assert torch.equal(script.flow_loss(goal, goal, None, settings), torch.zeros(3))
-    off = script.flow_loss(goal + 0.5, goal, None, settings)
-    torch.testing.assert_close(off, torch.full((3,), 0.25))
-    assert script.flow_loss(goal.bfloat16(), goal, None, settings).dtype == torch.float32
-
-
-def test_one_euler_step_along_the_true_velocity_lands_on_the_picture():
-    x0, noise, sigma = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.9])
-    noisy = script.add_noise(x0, noise, sigma)
-    torch.testing.assert_close(noisy - sigma.view(-1, 1, 1, 1) * (noise - x0), x0)
+@pytest.mark.parametrize("kind", ["2508", "2511"])
+def test_training_shows_and_embeds_a_pair_as_the_pipeline_does(kind, make_trainer, monkeypatch):
+    """The cached prompt of a sample is the pipeline's encode_prompt() of its reference."""
+    dataset = suffix_dataset(PAIRS)
+    dataset["caption_configs"]["text"]["reference_list"] = None
+    trainer = make_trainer(
+        kind, **{"data.dataset_configs": [dataset], "data.reference_area": "1mp"}
+    )
+    trainer.setup_accelerator()
+    trainer.find_data()
+    number = next(i for i, s in enumerate(trainer.data.samples) if s.name == "hubble0")
+    example = trainer.data.resolve(script.Draw(0, number))
+    [job] = script.jobs_of(example)["prompt_embed"]
+    assert trainer.through_cache(job).equal(trainer.through_cache(job))
+    picture = Image.open(example.pictures["vision"][0].source)
+    assert picture.width == picture.height  # the bucket's aspect: nothing is cropped
+    pipeline = stock(trainer)
+    side = 384 if kind == "2511" else 1024
+    shown = pipeline.image_processor.resize(picture.convert("RGB"), side, side)
+    shown = [shown] if kind == "2511" else shown
+    theirs, mask = pipeline.encode_prompt(image=shown, prompt=example.caption, device="cpu")
+    assert mask is None or mask.all()
+    assert torch.equal(trainer.through_cache(job), theirs[0])
 
 
 def test_sampling_sigmas_end_as_the_scheduler_says(make_trainer):
@@ -77,203 +131,148 @@ def test_sampling_sigmas_end_as_the_scheduler_says(make_trainer):
     sigmas = trainer.scheduler.sigmas
     assert sigmas[0] == 1 and sigmas[-1] == 0
     assert sigmas[-2].item() == pytest.approx(0.02, abs=1e-6)  # shift_terminal
-    assert sigmas[-3].item() == pytest.approx(0.1138, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["2508", "2509", "2511"])
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("lora", [False, True])
-def test_predict_gives_the_pipelines_pixels(kind, guidance, lora, make_trainer, monkeypatch):
-    area = 128 * 128
-    trainer = make_trainer(kind, **{"data.reference_area": area})
-    vision = None if kind == "2508" else 64 * 64
-    trainer.flavour = trainer.flavour._replace(vision_area=vision)
-    trainer.setup_predict()
-    if lora:
-        trainer.set_lora()
-        with_lora_noise(trainer.transformer).eval()
-    images = [Image.open(PAIRS / f"{name}_R.png") for name in ("astronaut0", "chelsea1")]
-    images = images[0] if kind == "2508" else images
-    options = {"num_inference_steps": 3, "height": 96, "width": 128, "true_cfg_scale": guidance}
-    ours = trainer.predict(images, "make it blue", "", seed=3, **options)
-
-    monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", area)
-    monkeypatch.setattr(plus, "CONDITION_IMAGE_SIZE", 64 * 64)
-    dimensions = edit.calculate_dimensions
-    monkeypatch.setattr(edit, "calculate_dimensions", lambda _, ratio: dimensions(area, ratio))
-    pipeline = getattr(diffusers, trainer.flavour.pipeline_class)(
-        scheduler=trainer.scheduler,
-        vae=trainer.vae,
-        text_encoder=trainer.qwen_vl,
-        tokenizer=trainer.tokenizer,
-        processor=trainer.processor,
-        transformer=trainer.transformer,
-    )
-    generator = torch.Generator().manual_seed(3)
-    negative = "" if guidance > 1 else None
-    theirs = pipeline(
-        image=images,
-        prompt="make it blue",
-        negative_prompt=negative,
-        generator=generator,
-        **options,
-    ).images[0]
-    assert ours.std() > 5
-    np.testing.assert_array_equal(ours, np.asarray(theirs))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["2508", "2511"])
-def test_predict_at_the_pipelines_own_sizes(kind, make_trainer):
-    """1 MP reference and output; for the encoder 384^2, or the same 1 MP picture (2508)."""
-    trainer = make_trainer(kind, **{"data.reference_area": "1mp"})
-    trainer.setup_predict()
-    image = Image.open(PAIRS / "astronaut1_R.png")
-    ours = trainer.predict(image, "make it blue", None, num_inference_steps=2, seed=5)
-    pipeline = getattr(diffusers, trainer.flavour.pipeline_class)(
-        scheduler=trainer.scheduler,
-        vae=trainer.vae,
-        text_encoder=trainer.qwen_vl,
-        tokenizer=trainer.tokenizer,
-        processor=trainer.processor,
-        transformer=trainer.transformer,
-    )
-    theirs = pipeline(
-        image=image,
-        prompt="make it blue",
-        true_cfg_scale=1.0,
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(5),
-    ).images[0]
-    assert ours.shape == (864, 1216, 3)
-    np.testing.assert_array_equal(ours, np.asarray(theirs))
 
 
 def test_stills_in_2d_equal_the_video_vae(checkpoints):
-    vae_class = diffusers.AutoencoderKLQwenImage
-    stock = vae_class.from_pretrained(checkpoints["2511"], subfolder="vae")
-    fast = vae_class.from_pretrained(checkpoints["2511"], subfolder="vae")
-    script.encode_stills_in_2d(fast)
-    pixels = torch.rand(1, 3, 64, 96) * 2 - 1
-    latents = script.encode_image_qwen(stock, pixels)
-    assert latents.shape == (1, 16, 1, 8, 12)
-    torch.testing.assert_close(script.encode_image_qwen(fast, pixels), latents, rtol=0, atol=1e-5)
-    decoded = script.decode_latents_qwen(stock, latents)
-    torch.testing.assert_close(
-        script.decode_latents_qwen(fast, latents), decoded, rtol=0, atol=1e-5
-    )
-    video = torch.rand(1, 3, 5, 64, 64)  # a clip still takes the 3-D path
-    torch.testing.assert_close(fast.encode(video)[0].mode(), stock.encode(video)[0].mode())
+    kind = diffusers.AutoencoderKLQwenImage
+    whole = kind.from_pretrained(checkpoints["2511"], subfolder="vae")
+    fast = script.encode_stills_in_2d(kind.from_pretrained(checkpoints["2511"], subfolder="vae"))
+    for shape in ((1, 3, 1, 64, 96), (1, 3, 5, 64, 64)):  # a clip still takes the 3-D path
+        with torch.no_grad():
+            pixels = torch.rand(shape) * 2 - 1
+            latents, ours = (vae.encode(pixels)[0].mode() for vae in (whole, fast))
+            assert latents.shape[1:3] == (16, 1 if shape[2] == 1 else 2)
+            torch.testing.assert_close(ours, latents, rtol=0, atol=1e-5)
+            pictures = [v.decode(latents, return_dict=False)[0] for v in (whole, fast)]
+            torch.testing.assert_close(pictures[1], pictures[0], rtol=0, atol=1e-5)
+
+
+def items(lengths, references=((8, 8), (4, 8)), size=(8, 8)):
+    """Tensors of examples as the cache has them, by job."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    for length in lengths:
+        latent, shown = normal(16, 1, *size), [normal(16, 1, *side) for side in references]
+        yield {
+            "pixel_latent": [latent],
+            "control_latent": shown,
+            "prompt_embed": [normal(length, 64)],
+        }
+
+
+def batch_of(rows, monkeypatch):
+    monkeypatch.setattr(script, "jobs_of", lambda row: row)
+    return script.encoded(rows, lambda tensor: tensor)
 
 
 @pytest.mark.parametrize("kind", ["2509", "2511"])
-def test_padded_text_changes_nothing(kind, make_trainer):
-    trainer = make_trainer(kind)
-    trainer.load_model(["transformer", "scheduler"])
-    noisy, reference = torch.randn(2, 16, 1, 8, 8), torch.randn(2, 16, 1, 4, 6)
-    embeds = [torch.randn(7, 64), torch.randn(12, 64)]
-    sigma = torch.tensor([0.3, 0.8])
-    item = {"pixel_latent": noisy[0], "control_latent": [reference[0]]}
-    batch = script.collate([{**item, "prompt_embed": e} for e in embeds])
-    assert batch["prompt_embeds_mask"].sum(1).tolist() == [7, 12]
-    arguments = (batch["prompt_embed"], batch["prompt_embeds_mask"], sigma)
-    together = script.predict_velocity(trainer.transformer, noisy, [reference], *arguments)
-    for i, embed in enumerate(embeds):
-        one = [t[i : i + 1] for t in (noisy, reference)]
-        alone = script.predict_velocity(
-            trainer.transformer, one[0], [one[1]], embed[None], None, sigma[i : i + 1]
-        )
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=5e-6)
-    unmasked = script.predict_velocity(
-        trainer.transformer, noisy, [reference], batch["prompt_embed"], None, sigma
-    )
-    assert (unmasked[0] - together[0]).abs().max() > 1e-3  # the mask is what makes it equal
-
-
-def test_text_of_one_length_needs_no_mask():
-    item = {"pixel_latent": torch.zeros(16, 1, 2, 2), "control_latent": []}
-    batch = script.collate([{**item, "prompt_embed": torch.zeros(5, 8)}] * 2)
-    assert batch["prompt_embeds_mask"] is None
-
-
-def test_a_batch_loses_what_its_samples_lose(make_trainer):
-    """Mean over a padded batch = mean of the single samples (loss and gradient)."""
-    trainer = make_trainer(**{"data.reference_area": "target"})
+@pytest.mark.parametrize("again", [False, True])
+def test_a_batch_of_n_is_n_batches_of_1(kind, again, make_trainer, monkeypatch):
+    """Velocity, loss and gradients, where text of other lengths is padded; the mask is why."""
+    trainer = make_trainer(kind, **{"train.gradient_checkpointing": again})
     trainer.set_lora()
-    trainer.load_model(["scheduler"])
     with_lora_noise(trainer.transformer)
-    items = [
-        {
-            "pixel_latent": torch.randn(16, 1, 8, 8),
-            "control_latent": [torch.randn(16, 1, 8, 8), torch.randn(16, 1, 4, 8)],
-            "prompt_embed": torch.randn(length, 64),
-        }
-        for length in (5, 9, 9)
-    ]
-    draws = [
-        {"noise": torch.randn(1, 16, 1, 8, 8), "sigma": torch.tensor([s])} for s in (0.2, 0.5, 0.9)
-    ]
+    rows = list(items((5, 9, 12)))
+    noise, sigma = torch.randn(3, 16, 1, 8, 8), torch.tensor([0.2, 0.5, 0.9])
+
+    def step(batch, rows):
+        batch = batch | {"noise": noise[rows], "sigma": sigma[rows]}
+        loss = trainer.training_step(batch)
+        (loss * len(batch["noise"]) / 3).backward()
+        with torch.no_grad():
+            noisy = script.add_noise(batch["pixel_latent"], batch["noise"], batch["sigma"])
+            return loss.item(), script.predict_velocity(
+                trainer.transformer, noisy, batch["sigma"], batch
+            )
 
     def gradients():
         found = [p.grad.clone() for p in trainer.trainable()]
-        for p in trainer.trainable():
-            p.grad = None
+        trainer.transformer.zero_grad()
         return found
 
-    single = []
-    for item, draw in zip(items, draws, strict=True):
-        loss = trainer.training_step(script.collate([item]) | draw)
-        (loss / 3).backward()
-        single.append(loss.item())
+    alone = [step(batch_of([row], monkeypatch), slice(i, i + 1)) for i, row in enumerate(rows)]
     expected = gradients()
-    both = {key: torch.cat([draw[key] for draw in draws]) for key in ("noise", "sigma")}
-    loss = trainer.training_step(script.collate(items) | both)
-    loss.backward()
-    assert loss.item() == pytest.approx(np.mean(single), rel=1e-5)
+    batch = batch_of(rows, monkeypatch)
+    assert batch["prompt_embeds_mask"].sum(1).tolist() == [5, 9, 12]
+    assert not batch["prompt_embed"][0, 5:].any()
+    loss, velocity = step(batch, slice(None))
+    assert loss == pytest.approx(np.mean([one for one, _ in alone]), rel=1e-5)
+    torch.testing.assert_close(velocity, torch.cat([v for _, v in alone]), rtol=0, atol=1e-5)
     for ours, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    unmasked = step(batch | {"prompt_embeds_mask": None}, slice(None))[1]
+    assert (unmasked[0] - velocity[0]).abs().max() > 1e-3
 
 
-def test_every_reference_reaches_the_loss(make_trainer):
+def test_gradient_checkpointing_changes_no_bit(make_trainer, monkeypatch):
+    batch = batch_of(items((5, 9)), monkeypatch)
+    batch |= {"noise": torch.randn(2, 16, 1, 8, 8), "sigma": torch.tensor([0.2, 0.9])}
+    found = []
+    for again in (False, True):
+        trainer = make_trainer(**{"train.gradient_checkpointing": again})
+        trainer.set_lora()
+        with_lora_noise(trainer.transformer)
+        assert trainer.transformer.gradient_checkpointing == again
+        loss = trainer.training_step(dict(batch))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in trainer.trainable())])
+    assert all(map(torch.equal, *found))
+
+
+def test_nothing_padded_is_no_mask(make_trainer, monkeypatch):
+    """Neither in the batch nor in what attention gets."""
+    batch = batch_of(items((5, 5)), monkeypatch)
+    assert batch["prompt_embeds_mask"] is None
     trainer = make_trainer()
     trainer.set_lora()
-    trainer.load_model(["scheduler"])
-    batch = {
-        "pixel_latent": torch.randn(1, 16, 1, 8, 8),
-        "control_latent": [torch.randn(1, 16, 1, 8, 8) for _ in range(3)],
-        "prompt_embed": torch.randn(1, 6, 64),
-        "noise": torch.randn(1, 16, 1, 8, 8),
-        "sigma": torch.tensor([0.5]),
-    }
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: masks.append(k.get("attn_mask")) or attend(*a, **k),
+    )
+    trainer.training_step(batch)
+    assert masks and all(mask is None for mask in masks)
+    masks.clear()
+    trainer.training_step(batch_of(items((5, 6)), monkeypatch))
+    assert masks and all(mask is not None for mask in masks)
+
+
+def test_every_reference_and_their_order_reach_the_loss(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    trainer.set_lora()
+    batch = batch_of(items((6,), [(8, 8)] * 3), monkeypatch)
+    batch |= {"noise": torch.randn(1, 16, 1, 8, 8), "sigma": torch.tensor([0.5])}
+    controls = batch["control_latent"]
+    ways = [controls, [controls[i] for i in (1, 0, 2)], [controls[i] for i in (0, 1)]]
+    ways += [[-c if i == k else c for i, c in enumerate(controls)] for k in range(3)]
+    ways += [[]]  # a sample may have no reference at all
     with torch.no_grad():
-        loss = trainer.training_step(batch)
-        for k in range(3):
-            other = list(batch["control_latent"])
-            other[k] = -other[k]
-            assert trainer.training_step({**batch, "control_latent": other}) != loss
-        swapped = [batch["control_latent"][i] for i in (1, 0, 2)]
-        assert trainer.training_step({**batch, "control_latent": swapped}) != loss
-
-
-def test_zero_cond_t_is_never_dropped():
-    with pytest.raises(UserError, match="zero_cond_t"):
-        script.check_zero_cond_t({"zero_cond_t": True}, ["patch_size"])
-    script.check_zero_cond_t({"zero_cond_t": True}, ["patch_size", "zero_cond_t"])
-    script.check_zero_cond_t({"zero_cond_t": False}, ["patch_size"])
+        losses = [trainer.training_step({**batch, "control_latent": way}) for way in ways]
+    assert len({loss.item() for loss in losses}) == len(ways)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("2508", 1), ("2509", 2), ("2511", 3)])
 def test_the_checkpoint_says_which_model_it_is(kind, name, checkpoints):
-    assert script.detect_flavour(str(checkpoints[kind])).name == f"edit-v{name}"
+    flavour = script.detect_flavour(str(checkpoints[kind]))
+    assert flavour.name == f"edit-v{name}" and (flavour.vision_area is None) == (kind == "2508")
 
 
-def test_references_of_a_size_of_their_own_are_what_predict_and_generate_use(make_trainer):
-    data = suffix_dataset(PAIRS)
-    data["reference_configs"] = {"before": [{"image": "before", "resize": 96}]}
-    trainer = make_trainer(**{"data.dataset_configs": [data], "data.reference_area": "1mp"})
-    trainer.setup_accelerator()
-    trainer.find_data()
-    assert trainer.about_lora()["reference_area"] == 96 * 96
-    picture = script.Picture(Image.new("RGB", (200, 200)), "", (200, 200))
-    shown = trainer.edit_example([picture], "x", 64, 64)
-    assert [p.size for p in shown.references] == [(96, 96)]
+def test_references_of_a_size_of_their_own_are_what_predict_uses(make_trainer, caplog):
+    """Inference takes the one trained most, and says that there are others."""
+    dataset = suffix_dataset(PAIRS)
+    items = [{"image": "before", "resize": 96}, {"image": "before", "resize": 128}]
+    dataset["reference_configs"] |= {"other": items, "third": items[:1]}
+    first = dataset["batch_configs"][0]
+    dataset["batch_configs"] = [first | {"reference_config": name} for name in ("other", "third")]
+    trainer = make_trainer(**{"data.dataset_configs": [dataset], "data.reference_area": "1mp"})
+    trainer.fit()
+    assert script.inference_rules(trainer)["reference_area"] == [96 * 96, 128 * 128]
+    assert script.about_lora(trainer)["reference_area"] == 96 * 96
+    assert "reference_area" in caplog.text and str(128 * 128) in caplog.text
+    picture = script.whole_picture(Image.new("RGB", (200, 200)))
+    example = script.edit_example(trainer, [picture], "x", (64, 64))
+    assert [part.size for part in example.pictures["control"]] == [(96, 96)]
