@@ -123,16 +123,6 @@ def test_training_shows_and_embeds_a_pair_as_the_pipeline_does(kind, make_traine
     assert torch.equal(trainer.through_cache(job), theirs[0])
 
 
-def test_sampling_sigmas_end_as_the_scheduler_says(make_trainer):
-    trainer = make_trainer()
-    trainer.load_model(["scheduler"])
-    mu = script.model_mu(trainer.scheduler.config, 4096)
-    trainer.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 20, 20), mu=mu)
-    sigmas = trainer.scheduler.sigmas
-    assert sigmas[0] == 1 and sigmas[-1] == 0
-    assert sigmas[-2].item() == pytest.approx(0.02, abs=1e-6)  # shift_terminal
-
-
 def test_stills_in_2d_equal_the_video_vae(checkpoints):
     kind = diffusers.AutoencoderKLQwenImage
     whole = kind.from_pretrained(checkpoints["2511"], subfolder="vae")
@@ -147,107 +137,84 @@ def test_stills_in_2d_equal_the_video_vae(checkpoints):
             torch.testing.assert_close(pictures[1], pictures[0], rtol=0, atol=1e-5)
 
 
-def items(lengths, references=((8, 8), (4, 8)), size=(8, 8)):
-    """Tensors of examples as the cache has them, by job."""
+def cached(lengths, references=((8, 8), (4, 8))):
+    """The batch of samples whose texts have these lengths, and a batch of each alone."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    for length in lengths:
-        latent, shown = normal(16, 1, *size), [normal(16, 1, *side) for side in references]
-        yield {
-            "pixel_latent": [latent],
-            "control_latent": shown,
-            "prompt_embed": [normal(length, 64)],
-        }
+    def encoded(rows):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "jobs_of", lambda row: row[0])
+            batch = script.encoded(rows, lambda tensor: tensor)
+        noise, sigma = (torch.stack(parts) for parts in zip(*(row[1] for row in rows), strict=True))
+        return batch | {"noise": noise, "sigma": sigma}
 
-
-def batch_of(rows, monkeypatch):
-    monkeypatch.setattr(script, "jobs_of", lambda row: row)
-    return script.encoded(rows, lambda tensor: tensor)
+    rows = []
+    for number, length in enumerate(lengths):
+        shown = [normal(16, 1, *size) for size in references]
+        embed, latent = normal(length, 64), normal(16, 1, 8, 8)
+        item = {"pixel_latent": [latent], "control_latent": shown, "prompt_embed": [embed]}
+        rows.append((item, (normal(16, 1, 8, 8), torch.tensor(0.9 - 0.3 * number))))
+    return encoded(rows), [encoded([row]) for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["2509", "2511"])
-@pytest.mark.parametrize("again", [False, True])
-def test_a_batch_of_n_is_n_batches_of_1(kind, again, make_trainer, monkeypatch):
-    """Velocity, loss and gradients, where text of other lengths is padded; the mask is why."""
-    trainer = make_trainer(kind, **{"train.gradient_checkpointing": again})
-    trainer.set_lora()
-    with_lora_noise(trainer.transformer)
-    rows = list(items((5, 9, 12)))
-    noise, sigma = torch.randn(3, 16, 1, 8, 8), torch.tensor([0.2, 0.5, 0.9])
+def test_a_batch_of_n_is_n_batches_of_1(kind, make_trainer):
+    """Loss and gradients, where text of other lengths is padded; the mask is why.
 
-    def step(batch, rows):
-        batch = batch | {"noise": noise[rows], "sigma": sigma[rows]}
-        loss = trainer.training_step(batch)
-        (loss * len(batch["noise"]) / 3).backward()
-        with torch.no_grad():
-            noisy = script.add_noise(batch["pixel_latent"], batch["noise"], batch["sigma"])
-            return loss.item(), script.predict_velocity(
-                trainer.transformer, noisy, batch["sigma"], batch
-            )
-
-    def gradients():
-        found = [p.grad.clone() for p in trainer.trainable()]
-        trainer.transformer.zero_grad()
-        return found
-
-    alone = [step(batch_of([row], monkeypatch), slice(i, i + 1)) for i, row in enumerate(rows)]
-    expected = gradients()
-    batch = batch_of(rows, monkeypatch)
-    assert batch["prompt_embeds_mask"].sum(1).tolist() == [5, 9, 12]
-    assert not batch["prompt_embed"][0, 5:].any()
-    loss, velocity = step(batch, slice(None))
-    assert loss == pytest.approx(np.mean([one for one, _ in alone]), rel=1e-5)
-    torch.testing.assert_close(velocity, torch.cat([v for _, v in alone]), rtol=0, atol=1e-5)
-    for ours, theirs in zip(gradients(), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-    unmasked = step(batch | {"prompt_embeds_mask": None}, slice(None))[1]
-    assert (unmasked[0] - velocity[0]).abs().max() > 1e-3
-
-
-def test_gradient_checkpointing_changes_no_bit(make_trainer, monkeypatch):
-    batch = batch_of(items((5, 9)), monkeypatch)
-    batch |= {"noise": torch.randn(2, 16, 1, 8, 8), "sigma": torch.tensor([0.2, 0.9])}
+    Gradient checkpointing keeps the mask, and every bit.
+    """
+    whole, alone = cached((5, 9, 12))
+    assert whole["prompt_embeds_mask"].sum(1).tolist() == [5, 9, 12]
+    assert not whole["prompt_embed"][0, 5:].any()
     found = []
     for again in (False, True):
-        trainer = make_trainer(**{"train.gradient_checkpointing": again})
+        trainer = make_trainer(kind, **{"train.gradient_checkpointing": again})
         trainer.set_lora()
         with_lora_noise(trainer.transformer)
-        assert trainer.transformer.gradient_checkpointing == again
-        loss = trainer.training_step(dict(batch))
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in trainer.trainable())])
+
+        def backward(batches, trainer=trainer):
+            losses = [trainer.training_step(dict(batch)) / len(batches) for batch in batches]
+            sum(losses).backward()
+            gradients = [p.grad.clone() for p in trainer.trainable()]
+            trainer.transformer.zero_grad()
+            return [sum(losses).detach(), *gradients]
+
+        found.append(backward([whole]))
+        for ours, theirs in zip(found[-1], backward(alone), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        unmasked = backward([whole | {"prompt_embeds_mask": None}])
+        assert (unmasked[0] - found[-1][0]).abs() > 1e-4
     assert all(map(torch.equal, *found))
 
 
 def test_nothing_padded_is_no_mask(make_trainer, monkeypatch):
     """Neither in the batch nor in what attention gets."""
-    batch = batch_of(items((5, 5)), monkeypatch)
-    assert batch["prompt_embeds_mask"] is None
     trainer = make_trainer()
     trainer.set_lora()
     masks, attend = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *a, **k: masks.append(k.get("attn_mask")) or attend(*a, **k),
-    )
-    trainer.training_step(batch)
-    assert masks and all(mask is None for mask in masks)
-    masks.clear()
-    trainer.training_step(batch_of(items((5, 6)), monkeypatch))
-    assert masks and all(mask is not None for mask in masks)
+
+    def watched(*args, **how):
+        masks.append(how.get("attn_mask") is not None)
+        return attend(*args, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for lengths, masked in (((5, 5), False), ((5, 6), True)):
+        batch, _ = cached(lengths)
+        assert (batch["prompt_embeds_mask"] is not None) == masked
+        masks.clear()
+        trainer.training_step(batch)
+        assert set(masks) == {masked}
 
 
-def test_every_reference_and_their_order_reach_the_loss(make_trainer, monkeypatch):
+def test_every_reference_and_their_order_reach_the_loss(make_trainer):
     trainer = make_trainer()
     trainer.set_lora()
-    batch = batch_of(items((6,), [(8, 8)] * 3), monkeypatch)
-    batch |= {"noise": torch.randn(1, 16, 1, 8, 8), "sigma": torch.tensor([0.5])}
+    batch, _ = cached((6,), [(8, 8)] * 3)
     controls = batch["control_latent"]
-    ways = [controls, [controls[i] for i in (1, 0, 2)], [controls[i] for i in (0, 1)]]
+    ways = [controls, [controls[i] for i in (1, 0, 2)], controls[:2]]
     ways += [[-c if i == k else c for i, c in enumerate(controls)] for k in range(3)]
     ways += [[]]  # a sample may have no reference at all
     with torch.no_grad():
