@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import types
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -341,9 +342,9 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
         for name in sorted(name for name in names if not name.startswith(".")):
-            stem, _, ending = name.rpartition(".")
-            if f".{ending.lower()}" in IMAGE_SUFFIXES:
-                found.setdefault(prefix.removeprefix("./") + stem, []).append(Path(place, name))
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                stem = prefix.removeprefix("./") + name.rpartition(".")[0]
+                found.setdefault(unicodedata.normalize("NFC", stem), []).append(Path(place, name))
     return found
 
 
