@@ -313,9 +313,10 @@ def test_masks_go_through_the_targets_transform(tmp_path):
         pixels = np.asarray(script.load_picture(target), np.float32)[..., 0] / 255
         means = pixels.reshape(h // 8, 8, w // 8, 8).mean((1, 3))
         np.testing.assert_allclose(level[0, 0], means, atol=1e-5)
-    assert not problems and "region" not in found(tmp_path, dataset)[0].resolve(
-        script.Draw(0, 0)
-    ).pictures  # loss.mask: none
+    assert (
+        not problems
+        and "region" not in found(tmp_path, dataset)[0].resolve(script.Draw(0, 0)).pictures
+    )  # loss.mask: none
     picture(tmp_path / "m/a.png", size=(64, 64))
     [problem] = found(tmp_path, dataset, **masked)[1]
     assert str(tmp_path / "m/a.png") in problem
