@@ -1,5 +1,6 @@
 """utils.py: config, signals, randomness, pictures, the file index, cache entries, a run's files."""
 
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from PIL import Image
 from pydantic import Field
 
 import utils
+from train_qwen_edit import Argument
 from utils import Checkpoints, FileIndex, Section, UserError, load_config
 
 
@@ -39,7 +41,7 @@ class Outer(Section):
     rate: float = 0.1
     """Rate of it."""
     flip: bool = False
-    args: dict[str, bool | float | str] = {}
+    args: dict[str, Argument] = {}
     text: str | None = ""
     files: list[str] = []
 
@@ -55,20 +57,20 @@ def problems_of(argv, check=None):
 
 
 def given(folder, text):
-    file = folder / "c.yaml"
-    file.write_text(text)
-    return ["--config", str(file)]
+    (folder / "c.yaml").write_text(text)
+    return ["--config", str(folder / "c.yaml")]
 
 
 # --- config ---------------------------------------------------------------------------------------
 
 
 def test_overrides_win_whatever_their_order(tmp_path):
-    file = given(tmp_path, "inner: {rank: 32}\nrate: 1e-4\nargs: {lr: 1e-4, word: no}\n")
-    config = load_config(Outer, ["--inner.rank=8", *file, "--flip", "--text", "no"])
+    yaml = "inner: {rank: 32}\nrate: 1e-4\nargs: {lr: 1e-4, word: no}\n"
+    argv = ["--inner.rank=8", *given(tmp_path, yaml), "--flip", "--text", "no"]
+    config = load_config(Outer, argv)
     assert (config.inner.rank, config.rate, config.flip, config.text) == (8, 1e-4, True, "no")
     assert config.args["lr"] == 1e-4
-    assert load_config(Outer, [*file, "--rate", "1", "--rate", "0.2"]).rate == 0.2
+    assert load_config(Outer, [*argv, "--rate", "1", "--rate", "0.2"]).rate == 0.2
 
 
 @pytest.mark.parametrize(
@@ -87,26 +89,11 @@ def test_lists_are_given_as_one_likes(argv, files):
     assert [(row.rank, row.name) for row in rows] == [(2, "a"), (16, "b")]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "make it: red",
-        "red # now",
-        "010",
-        "12:30",
-        "2026-11-21",
-        "1e-4",
-        "a\nb",
-        "- x",
-        "no",
-        "",
-        "~x",
-    ],
-)
+@pytest.mark.parametrize("text", ["010", "12:30", "2026-11-21", "1e-4", "no", "~x", "a #b: c", ""])
 def test_text_stays_as_typed(text, tmp_path):
     assert load_config(Outer, ["--text", text]).text == text
-    if text in ("010", "12:30", "2026-11-21", "1e-4", "no", "~x"):  # YAML 1.1 sees other types
-        assert load_config(Outer, given(tmp_path, f"text: {text}\n")).text == text
+    quoted = f"'{text}'" if text in ("", "a #b: c") else text  # YAML 1.1 sees other types
+    assert load_config(Outer, given(tmp_path, f"text: {quoted}\n")).text == text
     assert load_config(Outer, ["--text", "null"]).text is None
 
 
@@ -114,8 +101,8 @@ def test_json_and_merge_keys_are_read(tmp_path):
     yaml = "table:\n  a: &a {rank: 3, name: x}\n  b: {<<: *a, name: y}\n"
     table = load_config(Outer, given(tmp_path, yaml)).table
     assert (table["b"].rank, table["b"].name) == (3, "y")
-    found = load_config(Outer, given(tmp_path, '{"rate": 0.5, "flip": false, "text": "x"}'))
-    assert (found.rate, found.flip, found.text) == (0.5, False, "x")
+    found = load_config(Outer, given(tmp_path, '{"rate": 0.5, "flip": false}'))
+    assert (found.rate, found.flip) == (0.5, False)
 
 
 @pytest.mark.parametrize(
@@ -159,18 +146,17 @@ def test_what_is_printed_can_be_loaded_again(tmp_path, capsys):
     assert ended.value.code == 0 and again == load_config(Outer, argv)
 
 
-@pytest.mark.parametrize("wanted", [[], ["all"], ["inner"], ["innr"]])
+@pytest.mark.parametrize("wanted", [[], ["all"], ["inner"]])
 def test_help_shows_settings_with_type_default_and_meaning(wanted, capsys):
-    with pytest.raises((SystemExit, UserError)) as ended:
+    with pytest.raises(SystemExit) as ended:
         load_config(Outer, ["--help", *wanted])
     text = capsys.readouterr().out
-    if wanted == ["innr"]:
-        assert "'inner'" in str(ended.value)
-        return
     place = text.index("--inner.rank  (whole number; 16)")
     assert "Rank of it." in text[place:] and ended.value.code == 0
     assert ("--rate  (number; 0.1)" in text) == (wanted != ["inner"])
     assert ("--rows.*.name" in text) == (wanted != ["inner"])
+    with pytest.raises(UserError, match="'inner'"):
+        load_config(Outer, ["--help", "innr"])
 
 
 # --- errors and signals ---------------------------------------------------------------------------
@@ -192,19 +178,17 @@ def test_a_script_ends_with_its_exit_code(error, code, words, monkeypatch, capsy
 
 def test_the_first_signal_is_noted_the_second_stops():
     before = signal.getsignal(signal.SIGTERM)
-    alone = SimpleNamespace(num_processes=1)
+    alone, trigger = SimpleNamespace(num_processes=1), []
     with utils.StopSignal() as stop:
         assert not stop.agreed(alone, ask=False)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested and stop.agreed(alone, ask=False)
+        assert stop.agreed(alone, ask=False)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
-    told = []
-    two = SimpleNamespace(
-        num_processes=2, set_trigger=lambda: told.append(1), check_trigger=lambda: bool(told)
-    )
-    assert not stop.agreed(two, ask=False) and not told  # the others are not waited for
+    two = SimpleNamespace(num_processes=2, check_trigger=lambda: bool(trigger))
+    two.set_trigger = lambda: trigger.append(1)
+    assert not stop.agreed(two, ask=False) and not trigger  # the others are not waited for
     assert stop.agreed(two, ask=True)
 
 
@@ -235,36 +219,27 @@ def test_another_process_draws_the_same_and_needs_no_model_library():
 # --- pictures and files ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mode", ["L", "RGB", "RGBA", "LA", "P", "PA", "CMYK", "I;16", "F", "1", "exif"]
-)
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "PA", "CMYK", "I;16", "exif"])
 def test_every_kind_of_picture_opens_as_upright_rgb(mode, tmp_path):
     ramp = np.linspace(0, 255, 64 * 32).reshape(32, 64).astype(np.uint8)
-    image, options, ending = Image.fromarray(ramp), {}, ".png"
+    image, options, file = Image.fromarray(ramp), {}, tmp_path / "a.png"
+    wanted = np.where(ramp == 0, 255, ramp) if mode == "PA" else ramp
     if mode == "I;16":
         image = Image.fromarray(ramp.astype(np.uint16) * 257)
     elif mode == "exif":
-        options["exif"] = Image.Exif()
+        options["exif"], wanted = Image.Exif(), np.rot90(ramp, -1)
         options["exif"][0x0112] = 6  # turn by 90 degrees
     elif mode == "PA":  # a palette of which black is transparent
         image, options["transparency"] = image.convert("P"), 0
-    elif mode in ("RGBA", "LA"):
-        image = image.convert(mode)
+    else:
+        image, file = image.convert(mode), file.with_suffix(".jpg" if mode == "CMYK" else ".png")
+    if mode in ("RGBA", "LA"):
         image.putalpha(Image.new("L", image.size, 0))  # invisible: white
-    else:
-        ending = {"CMYK": ".jpg", "F": ".tiff"}.get(mode, ".png")
-        image = image.convert(mode)
-    image.save(tmp_path / f"a{ending}", **options)
-    pixels = np.asarray(utils.open_rgb(tmp_path / f"a{ending}")).astype(int)
-    facts = utils.look_at_picture(tmp_path / f"a{ending}")
+        wanted = np.full_like(ramp, 255)
+    image.save(file, **options)
+    pixels, facts = np.asarray(utils.open_rgb(file)).astype(int), utils.look_at_picture(file)
     assert pixels.shape == (facts["height"], facts["width"], 3)
-    wanted = {"exif": np.rot90(ramp, -1), "1": np.where(ramp > 127, 255, 0)}.get(mode, ramp)
-    wanted = np.full_like(ramp, 255) if mode in ("RGBA", "LA") else wanted
-    wanted = np.where(ramp == 0, 255, ramp) if mode == "PA" else wanted
-    if mode == "1":  # dithered
-        assert set(np.unique(pixels)) == {0, 255} and abs(pixels.mean() - ramp.mean()) < 4
-    else:
-        assert np.abs(pixels - wanted[..., None]).max() <= 4
+    assert np.abs(pixels - wanted[..., None]).max() <= 4
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", "half"])
@@ -274,16 +249,6 @@ def test_a_picture_that_cannot_be_read_is_named(data, tmp_path):
     file.write_bytes(file.read_bytes()[:2000] if data == "half" else data)
     with pytest.raises(UserError, match=str(file)):
         utils.open_rgb(file)
-
-
-def test_a_sheet_keeps_aspects_and_cuts_long_text():
-    row = [Image.new("RGB", (80, 40), "red"), None, Image.new("RGB", (40, 80), "blue")]
-    sheet = utils.contact_sheet([row], ["before", "", "after"], ["word " * 200], 100)
-    assert sheet.size == (3 * 108 + 8, 24 + 100 + 8 + 24)
-    assert sheet.getpixel((8 + 99, 24 + 49)) == (255, 0, 0)  # fitted, from the left top
-    assert sheet.getpixel((8 + 99, 24 + 51)) == sheet.getpixel((8 + 108, 30)) == (255, 255, 255)
-    assert sheet.getpixel((8 + 216, 24 + 99)) == (0, 0, 255)
-    assert (np.asarray(sheet)[:, -8:] == 255).all()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -300,58 +265,51 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_the_index_looks_at_new_and_changed_files_only(tmp_path):
-    files = [tmp_path / name for name in ("a", "b", "c")]
+    files = [tmp_path / name for name in "abc"]
     for file in files:
         file.write_text(file.name)
-    seen = []
 
-    def look(path):
-        seen.append(path.name)
-        if path.name == "c":
-            raise UserError("c is damaged")
-        return {"text": path.read_text()}
+    def update(wrong=""):
+        index, seen = FileIndex(tmp_path / "cache"), []
 
-    def update():
-        seen.clear()
-        index = FileIndex(tmp_path / "cache")
-        return index, index.update(files, look), sorted(seen)
+        def look(path):
+            seen.append(path.name)
+            if path.name == wrong:
+                raise UserError(f"{path} is damaged")
+            return {"text": path.read_text()}
 
-    assert update()[1:] == (["c is damaged"], ["a", "b", "c"])
-    index, problems, looked = update()
-    assert (problems, looked) == (["c is damaged"], ["c"]) and index[files[0]] == {"text": "a"}
+        problems = index.update(files, look)
+        return index, problems, sorted(seen)
+
+    assert update("c")[1:] == ([f"{files[2]} is damaged"], ["a", "b", "c"])
+    index, problems, seen = update()
+    assert (problems, seen) == ([], ["c"]) and index[files[0]] == {"text": "a"}
     files[0].write_text("x")
     os.utime(files[0], ns=(1, 1))
-    files.pop()
-    index, problems, looked = update()
-    assert (problems, looked) == ([], ["a"]) and index[files[0]] == {"text": "x"}
-    # two processes append at the same time; one of them is killed in the middle of a line
-    other, third = FileIndex(tmp_path / "cache"), tmp_path / "d"
-    third.write_text("d")
-    other.update([third], look)
-    index.update([tmp_path / "c"], lambda path: {"text": "mended"})
     with (tmp_path / "cache/index.jsonl").open("a") as file:
-        file.write('["cut of')
-    files += [third, tmp_path / "c"]
+        file.write('["cut of')  # by a kill
+    index, problems, seen = update()
+    assert (problems, seen) == ([], ["a"]) and index[files[0]] == {"text": "x"}
+    (tmp_path / "d").write_text("d")  # another process appends in the meantime
+    FileIndex(tmp_path / "cache").update([tmp_path / "d"], lambda path: {"text": "d"})
+    index.update([tmp_path / "cache"], lambda path: {})
+    files.append(tmp_path / "d")
     assert update()[1:] == ([], [])
-    FileIndex(None).update(files, look)  # in memory
-    assert update()[1:] == (["c is damaged"], [])[:0] or update()[1:] == ([], [])
+    (tmp_path / "file").touch()  # a place that cannot be written costs only time
+    index = FileIndex(tmp_path / "file/cache")
+    assert index.update(files, lambda path: {"text": "y"}) == [] and index[files[1]]["text"] == "y"
 
 
 # --- cache ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_entries_keep_every_bit(dtype, tmp_path):
-    tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.zeros(0, 2).to(dtype)}
-    path = utils.write_entry(tmp_path, "ab" * 16, tensors)
-    assert path == tmp_path / "ab" / "ab" / f"{'ab' * 16}.safetensors"
-    again = utils.read_entry(path)
-    assert all(torch.equal(again[k], v) and again[k].dtype == dtype for k, v in tensors.items())
-
-
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_entry_is_noticed_and_named(harm, tmp_path):
-    path = utils.write_entry(tmp_path, "ab" * 16, {"a": torch.arange(100.0)})
+def test_entries_keep_every_bit_and_damage_is_noticed_and_named(harm, tmp_path):
+    kinds = (torch.float32, torch.bfloat16, torch.int64)
+    tensors = {str(kind): torch.randn(3, 5).to(kind) for kind in kinds}
+    path = utils.write_entry(tmp_path, "ab" * 16, tensors | {"none": torch.zeros(0, 2)})
+    again = utils.read_entry(path)
+    assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in tensors.items())
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
     if harm == "gone":
@@ -374,46 +332,52 @@ def test_every_input_changes_a_cache_key(monkeypatch):
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def saved(checkpoints, *steps, **trained_as):
+def save_weights(text, folder):
+    (folder / "weights").write_text(text)
+
+
+def saved(checkpoints, *steps):
     for step in steps:
-        write = lambda folder, step=step: (folder / "weights").write_text(str(step))  # noqa: E731
-        checkpoints.save(step, {"lr": 1, **trained_as}, {"step": step}, write)
+        write = functools.partial(save_weights, str(step))
+        checkpoints.save(step, {"lr": 1}, {"step": step}, write)
     return checkpoints
 
 
-def test_checkpoints_are_found_pruned_and_passed_over(tmp_path):
+def test_checkpoints_are_found_pruned_and_refused(tmp_path):
     checkpoints = saved(Checkpoints(tmp_path, limit=2), 1, 9, 10)
     names = ["checkpoint-9", "checkpoint-10"]  # in the order of numbers
     assert [folder.name for folder in checkpoints.folders()] == names
     assert checkpoints.find("latest", {"lr": 1}) == (tmp_path / "checkpoint-10", 10)
     assert torch.load(tmp_path / "checkpoint-10/training_state.pt") == {"step": 10}
     assert checkpoints.find(None, {}) is None
-    with pytest.raises(UserError, match="checkpoint-10"):  # 9 is not mixed with newer ones
-        checkpoints.find("checkpoint-9", {"lr": 1})
-    with pytest.raises(UserError, match=r"batch: was None, is 2\n.*lr: was 1, is 3"):
-        checkpoints.find("latest", {"lr": 3, "batch": 2})
-    with pytest.raises(UserError, match="checkpoint-8.*checkpoint-9"):
-        checkpoints.find("checkpoint-8", {"lr": 1})
+    for wanted, trained_as, named in (
+        ("checkpoint-9", {"lr": 1}, "checkpoint-10"),  # is not mixed with newer ones
+        ("latest", {"lr": 3, "batch": 2}, r"batch: was None, is 2\n.*lr: was 1, is 3"),
+        ("checkpoint-8", {"lr": 1}, "checkpoint-8.*checkpoint-9"),
+    ):
+        with pytest.raises(UserError, match=named):
+            checkpoints.find(wanted, trained_as)
+    with checkpoints.only_run(), pytest.raises(UserError, match=str(tmp_path)):
+        Checkpoints(tmp_path).only_run().__enter__()
+    checkpoints.set_aside()
+    assert not checkpoints.folders() and (tmp_path / "earlier-1/checkpoint-9").is_dir()
 
 
 @pytest.mark.parametrize("harm", [b"\xff\xfe\x00", b"[]", b'{"files": 3}', b"", "altered", "gone"])
 def test_a_damaged_checkpoint_is_passed_over(harm, tmp_path):
-    checkpoints = saved(Checkpoints(tmp_path, limit=1), 1)
-    checkpoints.limit = 2
-    saved(checkpoints, 2)
+    checkpoints, damaged = saved(Checkpoints(tmp_path), 1, 2), tmp_path / "checkpoint-2"
     if harm == "gone":
-        (tmp_path / "checkpoint-2/weights").unlink()
+        (damaged / "weights").unlink()
     elif harm == "altered":
-        (tmp_path / "checkpoint-2/weights").write_text("3")
+        (damaged / "weights").write_text("3")
     else:
-        (tmp_path / "checkpoint-2/state.json").write_bytes(harm)
-    assert checkpoints.state(tmp_path / "checkpoint-2") is None
+        (damaged / "state.json").write_bytes(harm)
     assert checkpoints.find("latest", {"lr": 1}) == (tmp_path / "checkpoint-1", 1)
     with pytest.raises(UserError, match="checkpoint-2"):
         checkpoints.find("checkpoint-2", {"lr": 1})
     checkpoints.limit = 1
     saved(checkpoints, 2)  # written again, and 1 may go
-    assert checkpoints.find("latest", {"lr": 1}) == (tmp_path / "checkpoint-2", 2)
+    assert checkpoints.find("latest", {"lr": 1}) == (damaged, 2)
     assert len(checkpoints.folders()) == 1
 
 
@@ -424,47 +388,15 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path):
         (folder / "weights").write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(UserError, match="checkpoint-2.*disk full"):
+    with pytest.raises(UserError, match=r"checkpoint-2.*disk full"):
         checkpoints.save(2, {}, {}, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    with checkpoints.only_run(), pytest.raises(UserError, match=str(tmp_path)):
-        with Checkpoints(tmp_path).only_run():
-            pytest.fail("two runs write into one folder")
-
-
-def test_an_earlier_run_is_set_aside(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    for number in (1, 2):
-        saved(checkpoints, 3)
-        (tmp_path / "x.safetensors").write_text(str(number))
-        checkpoints.set_aside("*.safetensors")
-        assert (tmp_path / f"earlier-{number}/x.safetensors").read_text() == str(number)
-        assert (tmp_path / f"earlier-{number}/checkpoint-3/state.json").exists()
-    assert not checkpoints.folders()
-    checkpoints.set_aside("*.safetensors")
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_run_leaves_what_it_was(tmp_path):
-    fork = tmp_path / "my_fork.py"
-    fork.write_text("print(1)")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/run.json").write_text('{"a": ')  # cut off by a kill
-    config = load_config(Outer, ["--text", "größer"])
-    utils.run_record(tmp_path / "out", config, fork)
-    record = json.loads((tmp_path / "out/run.json").read_text())
-    assert record["config"]["text"] == "größer" and record["argv"] == sys.argv
-    assert record["code_blake2b"]["my_fork.py"] == utils.hash_file(tmp_path / "out/my_fork.py")
-    assert (tmp_path / "out/utils.py").read_bytes() == (ROOT / "utils.py").read_bytes()
-    assert load_config(Outer, ["--config", str(tmp_path / "out/config.yaml")]) == config
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 4])
 def test_metrics_go_on_from_the_step_of_the_checkpoint(step, tmp_path):
-    told = []
-    accelerator = SimpleNamespace(
-        is_main_process=True, trackers=[], init_trackers=lambda *a: None, log=lambda *a, **k: told
-    )
+    accelerator = SimpleNamespace(is_main_process=True, trackers=[])
+    accelerator.init_trackers = accelerator.log = lambda *args, **options: None
     lines = [json.dumps({"step": n, "loss": n}) + "\n" for n in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')  # cut off by a kill
     utils.RunLog(accelerator, tmp_path, Outer(), step).values(step + 1, {"loss": 30})
