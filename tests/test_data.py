@@ -141,16 +141,6 @@ def test_one_transform_keeps_pixels_aligned(tmp_path):
     assert not problems and len(boxes) == 6 and flips == {False, True}
 
 
-@pytest.mark.parametrize(
-    ("policy", "size"), [("1mp", (1024, 1024)), ("target", (64, 64)), (256 * 256, (256, 256))]
-)
-def test_reference_area_policies(policy, size, tmp_path):
-    dataset = suffix_dataset(copy_pairs(tmp_path / "data", ("hubble0",)))
-    data, _ = found(tmp_path, dataset, **{"data.reference_area": policy})
-    shown = data.resolve(script.Draw(0, 0)).pictures
-    assert (shown["control"][0].size, shown["pixel"][0].size) == (size, (64, 64))
-
-
 # --- cache ----------------------------------------------------------------------------------------
 
 

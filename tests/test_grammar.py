@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from pydantic import ValidationError
 
 import train_qwen_edit as script
 
@@ -106,9 +105,8 @@ def test_folders_pair_by_relative_stem(tmp_path):
     assert not problems and [s.name for s in data.samples] == ["a", "sub/b", "é"]
     a, b, _ = (sample.variants for sample in data.samples)
     assert [r.path.name for r in b[0].references] == ["b.bmp", "b.png"]
-    assert [v.caption for s in data.samples for v in s.variants] == [
-        *("one", "or two", "three", "four")
-    ]
+    captions = [v.caption for s in data.samples for v in s.variants]
+    assert captions == ["one", "or two", "three", "four"]
     assert (a[0].mask.name, b[0].mask.name) == ("a_mask.png", "b_mask.png")
     whole, _ = found(tmp_path, dataset | {"caption_lines": False})
     assert [v.caption for v in whole.samples[0].variants] == ["one\n\nor two"]
@@ -145,25 +143,16 @@ def test_tables(kind, tmp_path, caplog):
 # --- combinations ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("given", "chances"),
-    [
+def test_weights_of_combinations(tmp_path):
+    folder = many_roles(tmp_path, "a")
+    for given, chances in (
         ((0.5, None, None), [0.5, 0.25, 0.25]),
         ((0.2, 0.3), [0.2, 0.3]),
-        ((0.4, 0.6, None), [0.4, 0.6]),
+        ((0.4, 0.6, None), [0.4, 0.6]),  # nothing is left for the third
         ((None,), [1.0]),
-        ((0.7, 0.6), None),
-    ],
-)
-def test_weights_of_combinations(given, chances, tmp_path):
-    dataset = three_roles(
-        many_roles(tmp_path, "a"), batch_configs=[COMBINATION | {"weight": w} for w in given]
-    )
-    if chances is None:
-        with pytest.raises(ValidationError, match="batch_configs"):
-            found(tmp_path, dataset)
-    else:
-        data, _ = found(tmp_path, dataset)
+    ):
+        batches = [COMBINATION | {"weight": weight} for weight in given]
+        data, _ = found(tmp_path, three_roles(folder, batch_configs=batches))
         assert [v.weight for v in data.samples[0].variants] == pytest.approx(chances)
 
 
@@ -175,11 +164,14 @@ def test_data_sets_and_combinations_are_drawn_at_random_by_the_seed(tmp_path):
         three_roles(one, repeats=3, batch_configs=batches),
         three_roles(two, repeats=2, batch_configs=batches),
     ]
-    data, problems = found(tmp_path, *datasets, **{"train.max_train_steps": 800})
+    changes = {"train.max_train_steps": 800, "data.caption_dropout_rate": 0.25}
+    data, problems = found(tmp_path, *datasets, **changes)
     draws = draws_of(plan_of(data))
     numbers = [data.samples[draw.sample].dataset for draw in draws]
     assert not problems and Counter(numbers) == {0: 600, 1: 200}
     assert np.mean([draw.variant for draw in draws]) == pytest.approx(0.75, abs=0.05)
+    assert np.mean([draw.dropped for draw in draws]) == pytest.approx(0.25, abs=0.05)
+    assert {draw.dropped for draw in data.possible_draws()} == {True, False}  # both are cached
     alike = [a == b for a, b in itertools.pairwise(numbers)]
     assert np.mean(alike) == pytest.approx(0.625, abs=0.06)  # independent of the one before
     assert draws_of(plan_of(data)) == draws
@@ -190,6 +182,7 @@ def test_from_image_and_sizes_of_ones_own(tmp_path):
     dataset["target_configs"] = {"T": [{"image": "T", "from_image": "D", "resize": "128"}]}
     dataset["reference_configs"] = {"RD": [{"image": "R"}, {"image": "D", "resize": 96}]}
     dataset["caption_configs"]["c"]["reference_list"] = {"reference_config": "RD", "resize": "64"}
+    dataset["batch_configs"] = [COMBINATION, COMBINATION | {"reference_config": None}]
     data, problems = found(tmp_path, dataset, **{"data.reference_area": 256 * 256})
     shown = data.resolve(script.Draw(0, 0)).pictures
     [target], [start] = shown["pixel"], shown["start"]
@@ -198,6 +191,7 @@ def test_from_image_and_sizes_of_ones_own(tmp_path):
     assert target.size == script.nearest_bucket(64, 48, 128)
     sizes = [script.pick_size(side**2, target.aspect) for side in (256, 96, 64, 64)]
     assert [p.size for p in shown["control"] + shown["vision"]] == sizes
+    assert not data.resolve(script.Draw(0, 0, variant=1)).pictures["control"]
 
 
 @pytest.mark.parametrize("least", [0, 1, 2, 3, 9])

@@ -35,10 +35,8 @@ def test_a_setting_that_went_says_what_to_do_instead(name, capsys):
     ("changes", "named"),
     [
         ({"model.pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
-        ({"model.pretrained_model_name_or_path": "data"}, "data"),
         ({"data.dataset_configs": []}, "data.dataset_configs"),
         ({"data.reference_area": -5}, "data.reference_area"),
-        ({"data.reference_area": True}, "data.reference_area"),
         ({"logging.output_dir": "/dev/null/x"}, "logging.output_dir"),
         ({"cache.cache_dir": "/dev/null/x"}, "cache.cache_dir"),
         ({"cache.vae_encoder_device": "cuda:99"}, "cache.vae_encoder_device"),
@@ -52,7 +50,6 @@ def test_a_setting_that_went_says_what_to_do_instead(name, capsys):
         ({"loss.loss_type": "hubr"}, "'huber'"),
         ({"loss.mask": "file"}, "loss.mask"),
         ({"loss.foreground_weight": 0, "loss.background_weight": 0}, "loss"),
-        ({"train.max_train_steps": "ten"}, "train.max_train_steps"),
     ],
 )
 def test_a_setting_that_cannot_be_is_the_one_named(changes, named, checkpoints, tmp_path):
@@ -73,10 +70,8 @@ def test_a_setting_that_cannot_be_is_the_one_named(changes, named, checkpoints, 
         ({"batch_configs": [COMBINATION | {"weight": w} for w in (0.7, 0.6)]}, "0", "weights"),
         ({"batch_configs": [COMBINATION | {"reference_config": "T"}]}, "0", "RD"),
         ({"target_configs": {"T": [{"image": "X"}]}}, "0", "target_configs.T.0.image"),
-        ({"target_configs": {"T": [{"image": "T"}] * 2}}, "0.target_configs.T", ""),
         ({"reference_configs": {"RD": []}}, "0.reference_configs.RD", ""),
         ({"caption_configs": {"c": {"image": "T", "ext": "txt"}}}, "0.caption_configs.c.ext", ""),
-        ({"view_flip": True}, "0", "views"),
         ({"resolution": 100}, "0.resolution", "100"),
         ({"holdout": ["aa"]}, "0", "'a'"),
         ({"holdout": list("abcd")}, "0", "d"),
@@ -92,12 +87,9 @@ def test_a_mistake_in_a_data_set_is_named_with_its_place(
     assert len(lines) <= 2
 
 
-def test_every_sample_held_out_and_a_name_of_two_data_sets(checkpoints, tmp_path):
+def test_a_name_of_two_data_sets(checkpoints, tmp_path):
     one = three_roles(many_roles(tmp_path / "d"))
-    changes = {"data.dataset_configs": [one], "validation.eval_dataset_id": ["d"]}
-    [line] = problems_of(checkpoints["2511"], tmp_path, **changes)
-    assert "data.dataset_configs" in line
-    changes["data.dataset_configs"] = [one, one]
+    changes = {"data.dataset_configs": [one, one], "validation.eval_dataset_id": ["d"]}
     [line] = problems_of(checkpoints["2511"], tmp_path, **changes)
     assert "validation.eval_dataset_id" in line and "'d'" in line
 
@@ -110,7 +102,6 @@ def test_every_sample_held_out_and_a_name_of_two_data_sets(checkpoints, tmp_path
         ("t.csv", "target,references,prompt\na.png,b.png,\n", "a.png"),
         ("t.csv", "target,references,prompt\n", ""),
         ("t.jsonl", '{"target": "a.png", "references": ["b.png", null], "prompt": "x"}', "row 1"),
-        ("t.jsonl", '{"target": "a.png", "references": ["no.png"], "prompt": "x"}', "no.png"),
         ("t.jsonl", '{"references": ["b.png"], "prompt": "x"}', "row 1: no target"),
         ("t.jsonl", '{"target": "a.png", "prompt": "x"}', "row 1: no reference"),
         ("t.jsonl", '["a.png"]', "row 1"),
@@ -167,8 +158,6 @@ def test_a_checkpoint_that_lacks_a_part(checkpoints, tmp_path):
     (folder / "transformer/config.json").write_text("{")
     [line] = problems_of(folder, tmp_path)
     assert str(folder / "transformer/config.json") in line
-    [line] = problems_of(checkpoints["sd"], tmp_path)
-    assert str(checkpoints["sd"]) in line
 
 
 def test_without_a_network_a_published_model_is_a_message(make_trainer, tmp_path, monkeypatch):
