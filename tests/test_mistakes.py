@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import PAIRS, ROOT, suffix_dataset
 from test_data import problems_of
 from test_grammar import COMBINATION, folders, many_roles, picture, three_roles
 
@@ -16,6 +16,7 @@ import utils
 from utils import UserError
 
 SCRIPTS = (train_qwen_edit, train_pairedit, train_dreambooth_pairs)
+TWICE = [suffix_dataset(PAIRS, id="two")] * 2  # two data sets of one name
 GONE = utils.load_tool("settings").GONE
 
 
@@ -47,6 +48,10 @@ def test_a_setting_that_went_says_what_to_do_instead(name, capsys):
         ({"model.lora.method": "dora", "model.base_model_precision": "int8-quanto"}, "dora"),
         ({"validation.steps": 2}, "validation.steps"),
         ({"validation.eval_dataset_id": ["pair"]}, "photo_pairs"),
+        (
+            {"data.dataset_configs": TWICE, "validation.eval_dataset_id": ["photo_pairs"]},
+            "one data",
+        ),
         ({"loss.loss_type": "hubr"}, "'huber'"),
         ({"loss.mask": "file"}, "loss.mask"),
         ({"loss.foreground_weight": 0, "loss.background_weight": 0}, "loss"),
@@ -85,13 +90,6 @@ def test_a_mistake_in_a_data_set_is_named_with_its_place(
     lines = problems_of(checkpoints["2511"], tmp_path, **{"data.dataset_configs": [dataset]})
     assert any(f"data.dataset_configs.{place}: " in line and named in line for line in lines)
     assert len(lines) <= 2
-
-
-def test_a_name_of_two_data_sets(checkpoints, tmp_path):
-    one = three_roles(many_roles(tmp_path / "d"))
-    changes = {"data.dataset_configs": [one, one], "validation.eval_dataset_id": ["d"]}
-    [line] = problems_of(checkpoints["2511"], tmp_path, **changes)
-    assert "validation.eval_dataset_id" in line and "'d'" in line
 
 
 @pytest.mark.parametrize(

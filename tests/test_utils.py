@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Literal
@@ -12,7 +11,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from pydantic import Field
 
@@ -68,6 +66,9 @@ def test_overrides_win_whatever_their_order(tmp_path):
     assert (config.inner.rank, config.rate, config.flip, config.text) == (8, 1e-4, True, "no")
     assert config.args["lr"] == 1e-4
     assert load_config(Outer, [*argv, "--rate", "1", "--rate", "0.2"]).rate == 0.2
+    merged = given(tmp_path, "table:\n  a: &a {rank: 3, name: x}\n  b: {<<: *a, name: y}\n")
+    assert load_config(Outer, merged).table["b"] == Inner(rank=3, name="y")
+    assert load_config(Outer, given(tmp_path, '{"rate": 0.5, "flip": false}')).rate == 0.5
 
 
 @pytest.mark.parametrize(
@@ -86,14 +87,6 @@ def test_text_stays_as_typed(text, tmp_path):
     quoted = f"'{text}'" if text in ("", "a #b: c") else text  # YAML 1.1 sees other types
     assert load_config(Outer, given(tmp_path, f"text: {quoted}\n")).text == text
     assert load_config(Outer, ["--text", "null"]).text is None
-
-
-def test_json_and_merge_keys_are_read(tmp_path):
-    yaml = "table:\n  a: &a {rank: 3, name: x}\n  b: {<<: *a, name: y}\n"
-    table = load_config(Outer, given(tmp_path, yaml)).table
-    assert (table["b"].rank, table["b"].name) == (3, "y")
-    found = load_config(Outer, given(tmp_path, '{"rate": 0.5, "flip": false}'))
-    assert (found.rate, found.flip) == (0.5, False)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +114,7 @@ def test_every_wrong_setting_is_named_at_once_with_its_path(tmp_path):
         assert any(f"- {path}: " in line and meant in line for line in lines), path
     assert sum("side" in line for line in lines) == 2  # a or b, or a number
     assert len(lines) == 9 and head.startswith("9 ")
-
-
-def test_rules_are_checked_together_and_data_only_after_the_settings():
-    lines = problems_of(["--rate", "2", "--flip"])
-    assert len(lines) == 3 and "rate" in lines[1] and "flip" in lines[2]
+    assert len(problems_of(["--rate", "2", "--flip"])) == 3  # two rules
     assert "no folder z" in problems_of(["--rate", "1"], lambda config: ["no folder z"])[1]
 
 
@@ -181,8 +170,9 @@ def test_the_first_signal_is_noted_the_second_stops():
 
 
 def test_draws_belong_to_their_parts_and_not_to_the_order_of_calls():
-    first = [utils.uniform(1, "a", i) for i in range(5)]
-    assert first == [utils.uniform(1, "a", i) for i in reversed(range(5))][::-1]
+    many = [utils.uniform(1, "u", i) for i in range(4000)]
+    assert many[:9] == [utils.uniform(1, "u", i) for i in reversed(range(9))][::-1]
+    assert min(many) >= 0 and max(many) < 1 and abs(sum(many) / 4000 - 0.5) < 0.02
     assert utils.uniform(1, "a", 0) != utils.uniform(1, "b", 0) != utils.uniform(2, "b", 0)
     state = torch.random.get_rng_state()
     noise = utils.normal((1000,), 1, "noise", 3)
@@ -190,15 +180,6 @@ def test_draws_belong_to_their_parts_and_not_to_the_order_of_calls():
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
     assert sorted(utils.shuffled(9, 1)) == list(range(9)) != utils.shuffled(9, 1)
     assert torch.equal(state, torch.random.get_rng_state())  # no global generator is touched
-    many = [utils.uniform("u", i) for i in range(4000)]
-    assert min(many) >= 0 and max(many) < 1 and abs(sum(many) / 4000 - 0.5) < 0.02
-
-
-def test_another_process_draws_the_same_and_needs_no_model_library():
-    heavy = ("diffusers", "transformers", "peft", "accelerate")
-    code = f"import sys, utils; print(utils.draw_key(1, 'x'), *({{*{heavy}}} & {{*sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == [str(utils.draw_key(1, "x"))]
 
 
 # --- pictures and files ---------------------------------------------------------------------------
@@ -225,15 +206,6 @@ def test_every_kind_of_picture_opens_as_upright_rgb(mode, tmp_path):
     pixels, facts = np.asarray(utils.open_rgb(file)).astype(int), utils.look_at_picture(file)
     assert pixels.shape == (facts["height"], facts["width"], 3)
     assert np.abs(pixels - wanted[..., None]).max() <= 4
-
-
-@pytest.mark.parametrize("data", [b"", b"no picture", "half"])
-def test_a_picture_that_cannot_be_read_is_named(data, tmp_path):
-    file = tmp_path / "a.png"
-    Image.effect_noise((64, 64), 50).save(file)
-    file.write_bytes(file.read_bytes()[:2000] if data == "half" else data)
-    with pytest.raises(UserError, match=str(file)):
-        utils.open_rgb(file)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
