@@ -557,6 +557,7 @@ def plan_runs(painter: Painter, config: Any) -> tuple[list[Strip], list[str]]:
             prompts[dataset] = [lines[int(draw * len(lines))] for draw in draws]
         except UserError as error:
             problems.append(str(error))
+            prompts[dataset] = [""] * config.count_gen
     index = FileIndex(None)
     for run in painter.script.all_runs(config):
         photos: list[Path] = []
@@ -572,9 +573,7 @@ def plan_runs(painter: Painter, config: Any) -> tuple[list[Strip], list[str]]:
         with contextlib.suppress(KeyError):  # a picture that could not be read
             size = painter.size([index[photo] for photo in photos])
         for skip in config.skips:
-            for seed, prompt in zip(
-                picture_seeds(config), prompts.get(run.dataset, ()), strict=False
-            ):
+            for seed, prompt in zip(picture_seeds(config), prompts[run.dataset], strict=True):
                 strip = run_strip(painter.script, config, run, skip, seed, prompt)
                 strips.append(strip._replace(size=size, images=tuple(photos)))
     return strips, list(dict.fromkeys(problems))
