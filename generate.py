@@ -1018,6 +1018,7 @@ class EditPainter(Painter):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, processor=processor, dtype=self.dtype, use_safetensors=True
         )
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are several
         for number, lora in enumerate(self.loras):
             load_edit_lora(pipeline, find_lora(lora.file), f"lora{number}")
         pipeline.set_progress_bar_config(leave=False)
