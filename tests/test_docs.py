@@ -33,7 +33,7 @@ TABLES = {  # page: script, config classes of its tables, in order
     "train_qwen_edit.md": ("train_qwen_edit.py", ["Config"]),
     "train_pairedit.md": ("train_pairedit.py", ["Config"]),
     "train_dreambooth_pairs.md": ("train_dreambooth_pairs.py", ["Config"]),
-    "generate.md": ("generate.py", ["Config", "StripConfig", "SDConfig"]),
+    "generate.md": ("generate.py", ["EditConfig", "SliderConfig", "ChangeConfig"]),
     "evaluate.md": ("evaluate.py", ["Config"]),
     "pair_table.md": ("tools/pair_table.py", ["Config"]),
     "interpolate_sd.md": ("tools/interpolate_sd.py", ["Config"]),
