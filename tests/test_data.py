@@ -29,9 +29,6 @@ def problems_of(checkpoint, folder, **changes):
     return []
 
 
-# --- audit ----------------------------------------------------------------------------------------
-
-
 def test_everything_wrong_is_named_at_once(checkpoints, tmp_path):
     """First the settings, then what they lead to: devices, folders and every file."""
     names = [f"{name}{number}" for name in ("chelsea", "coffee", "hubble") for number in range(3)]
@@ -87,9 +84,6 @@ def test_a_mistake_ends_a_command_before_any_model_library(checkpoints, tmp_path
     assert "coffee0" in done.stderr and "Traceback" not in done.stderr
 
 
-# --- one transform --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("resolution", [160, 512, 768, 1024, 1328, 2048])
 def test_the_bucket_is_the_nearest_aspect_and_keeps_the_picture(resolution):
     for aspect in (1, 4 / 3, 3 / 2, 16 / 9, 3 / 4, 2 / 3, 9 / 16, 2.4):
@@ -138,30 +132,29 @@ def test_one_transform_keeps_pixels_aligned(tmp_path):
     assert not problems and len(boxes) == 6 and flips == {False, True}
 
 
-# --- cache ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changed", "kinds"),
     [("a_T.png", ["latent"]), ("a_R.png", ["latent", "prompt"]), ("a_T.txt", ["prompt"])],
 )
 def test_one_changed_byte_renames_what_depends_on_it(changed, kinds, make_trainer, tmp_path):
     """Entries are named by content: what keeps its name is not built again."""
-    folder = many_roles(tmp_path / "d", "ab")
+    folder, other = many_roles(tmp_path / "d", "ab"), many_roles(tmp_path / "e", "x")
+    datasets = [three_roles(folder), three_roles(other, recreate_cache=True)]
 
-    def jobs():
-        trainer = make_trainer(**{"data.dataset_configs": [three_roles(folder)]})
+    def jobs(**how):
+        trainer = make_trainer(**{"data.dataset_configs": datasets})
         trainer.setup_accelerator()
         trainer.find_data()
-        return trainer.cache_jobs()
+        return trainer.cache_jobs(**how)
 
     before = jobs()
+    assert Counter(job.kind for job in jobs(renewed=True).values()) == {"latent": 3, "prompt": 1}
     data = bytearray((folder / changed).read_bytes())
     data[-1] ^= 1  # of a PNG: behind its pixels
     (folder / changed).write_bytes(bytes(data))
     after = jobs()
     assert sorted(job.kind for key, job in after.items() if key not in before) == kinds
-    assert len(before) == len(after) == 8
+    assert len(before) == 9  # a and x are the same pictures: encoded once
 
 
 def test_one_other_layer_is_another_encoder(tmp_path):
@@ -172,9 +165,6 @@ def test_one_other_layer_is_another_encoder(tmp_path):
         save_file(tensors, tmp_path / name / "model.safetensors")
     base, copy, other = (script.fingerprint([tmp_path / n]) for n in ("base", "copy", "merged"))
     assert base == copy != other
-
-
-# --- the order of samples -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -210,17 +200,15 @@ def test_an_epoch_visits_every_sample_as_often_as_its_repeats(shuffle, shapes, t
 @pytest.mark.parametrize(
     ("processes", "batch_size", "accumulate"), [(1, 2, 2), (2, 2, 1), (4, 1, 1), (2, 1, 2)]
 )
-def test_the_same_samples_meet_however_the_step_is_split(
-    processes, batch_size, accumulate, shapes, tmp_path
-):
+def test_a_step_may_be_split(processes, batch_size, accumulate, shapes, tmp_path):
+    """The same samples meet, whatever the processes, and in a run that goes on."""
+    whole = {"train.max_train_steps": 12, "data.batch_size": 4}
     split = {"data.batch_size": batch_size, "train.gradient_accumulation_steps": accumulate}
-    split["train.max_train_steps"], whole = 12, split | {"data.batch_size": 4}
-    whole |= {"train.max_train_steps": 12, "train.gradient_accumulation_steps": 1}
     _, steps = steps_of(shapes, tmp_path, **whole)
     ranks = range(processes)
-    parts = [steps_of(shapes, tmp_path, rank, 0, processes, **split)[1] for rank in ranks]
+    parts = [steps_of(shapes, tmp_path, rank, 0, processes, **whole | split)[1] for rank in ranks]
     for number, step in enumerate(steps):
         met = [draw for part in parts for draw in draws_of([part[number]])]
         assert sorted(met) == sorted(draws_of([step])) and len(met) == 4
-    for first in (1, 5, 12):  # a run that goes on
+    for first in (1, 5, 12):
         assert steps_of(shapes, tmp_path, first=first, **whole)[1] == steps[first:]

@@ -68,9 +68,6 @@ def folders(root, **changes):
     return dataset | {"caption": "x", "resolution": 64} | changes
 
 
-# --- layouts --------------------------------------------------------------------------------------
-
-
 def test_a_stem_ends_with_its_suffix_and_the_longest_wins(tmp_path):
     for stem in ("a_T", "a_DT", "a_D", "a_T1", "cat_Toy_D", "sub/_T", "sub/a_T", "a_t"):
         picture(tmp_path / f"{stem}.png")
@@ -138,9 +135,6 @@ def test_tables(kind, tmp_path, caplog):
     assert [r.path.name for r in a[0].references] == [f"a{i}.png" for i in range(1, 12)]
     assert [v.caption for v in b] == (["red"] if kind == "csv" else ["red", "red!"])
     assert b[0].mask.name == "b.png" and "note" in caplog.text
-
-
-# --- combinations ---------------------------------------------------------------------------------
 
 
 def test_weights_of_combinations(tmp_path):
@@ -225,20 +219,6 @@ def test_what_is_held_out_never_trains(tmp_path):
     visits = Counter(data.samples[draw.sample].name for draw in draws_of(plan_of(data)))
     assert set(visits.values()) == {8} and len(visits) == 17 and not names & visits.keys()
     assert found(tmp_path, *datasets, **changes)[0].samples == data.samples
-
-
-def test_what_is_encoded_again_is_one_data_set(make_trainer, tmp_path):
-    one, two = many_roles(tmp_path / "one", "ab"), many_roles(tmp_path / "two", "xyz")
-    datasets = [three_roles(one), three_roles(two, recreate_cache=True)]
-    trainer = make_trainer(**{"data.dataset_configs": datasets})
-    trainer.setup_accelerator()
-    trainer.find_data()
-    kinds = Counter(job.kind for job in trainer.cache_jobs(renewed=True).values())
-    assert kinds == {"latent": 9, "prompt": 3}
-    assert trainer.cache_jobs(renewed=True).keys() < trainer.cache_jobs().keys()
-
-
-# --- frames ---------------------------------------------------------------------------------------
 
 
 def test_strict_loose_auto(tmp_path):

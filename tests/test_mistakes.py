@@ -13,19 +13,14 @@ import train_dreambooth_pairs
 import train_pairedit
 import train_qwen_edit
 import utils
-from utils import UserError
 
-SCRIPTS = (train_qwen_edit, train_pairedit, train_dreambooth_pairs)
 TWICE = [suffix_dataset(PAIRS, id="two")] * 2  # two data sets of one name
 GONE = utils.load_tool("settings").GONE
 
 
-# --- settings -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", GONE)
 def test_a_setting_that_went_says_what_to_do_instead(name, capsys):
-    for script in SCRIPTS:
+    for script in (train_qwen_edit, train_pairedit, train_dreambooth_pairs):
         with pytest.raises(SystemExit) as ended:
             utils.run_script(lambda: utils.load_config(script.Config, [f"--{name}", "1"]))  # noqa: B023
         said = capsys.readouterr().err
@@ -48,21 +43,14 @@ def test_a_setting_that_went_says_what_to_do_instead(name, capsys):
         ({"model.lora.method": "dora", "model.base_model_precision": "int8-quanto"}, "dora"),
         ({"validation.steps": 2}, "validation.steps"),
         ({"validation.eval_dataset_id": ["pair"]}, "photo_pairs"),
-        (
-            {"data.dataset_configs": TWICE, "validation.eval_dataset_id": ["photo_pairs"]},
-            "one data",
-        ),
+        ({"data.dataset_configs": TWICE, "validation.eval_dataset_id": ["two"]}, "'two'"),
         ({"loss.loss_type": "hubr"}, "'huber'"),
         ({"loss.mask": "file"}, "loss.mask"),
-        ({"loss.foreground_weight": 0, "loss.background_weight": 0}, "loss"),
     ],
 )
 def test_a_setting_that_cannot_be_is_the_one_named(changes, named, checkpoints, tmp_path):
     lines = problems_of(checkpoints["2511"], tmp_path, **changes)
     assert lines and all(named in line for line in lines)
-
-
-# --- the description of the data ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,14 +66,11 @@ def test_a_setting_that_cannot_be_is_the_one_named(changes, named, checkpoints, 
         ({"reference_configs": {"RD": []}}, "0.reference_configs.RD", ""),
         ({"caption_configs": {"c": {"image": "T", "ext": "txt"}}}, "0.caption_configs.c.ext", ""),
         ({"resolution": 100}, "0.resolution", "100"),
-        ({"holdout": ["aa"]}, "0", "'a'"),
         ({"holdout": list("abcd")}, "0", "d"),
         ({"train_data_dir": "no/such"}, "0", "no/such"),
     ],
 )
-def test_a_mistake_in_a_data_set_is_named_with_its_place(
-    change, place, named, checkpoints, tmp_path
-):
+def test_a_mistake_in_a_data_set_has_its_place(change, place, named, checkpoints, tmp_path):
     dataset = three_roles(many_roles(tmp_path / "d")) | change
     lines = problems_of(checkpoints["2511"], tmp_path, **{"data.dataset_configs": [dataset]})
     assert any(f"data.dataset_configs.{place}: " in line and named in line for line in lines)
@@ -102,7 +87,6 @@ def test_a_mistake_in_a_data_set_is_named_with_its_place(
         ("t.jsonl", '{"target": "a.png", "references": ["b.png", null], "prompt": "x"}', "row 1"),
         ("t.jsonl", '{"references": ["b.png"], "prompt": "x"}', "row 1: no target"),
         ("t.jsonl", '{"target": "a.png", "prompt": "x"}', "row 1: no reference"),
-        ("t.jsonl", '["a.png"]', "row 1"),
         ("t.jsonl", '{"target": 3, "references": 4, "prompt": 5}', "row 1"),
         ("t.jsonl", '{"target": ', "t.jsonl"),
         ("t.jsonl", None, "t.jsonl"),
@@ -144,9 +128,6 @@ def test_2508_takes_one_reference_as_it_is(change, checkpoints, tmp_path):
     assert ["data.dataset_configs.0: 2508" in line for line in lines] == [True] * (change != "none")
 
 
-# --- models and commands --------------------------------------------------------------------------
-
-
 def test_a_checkpoint_that_lacks_a_part(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["2511"], tmp_path / "model")
     for part in ("vae", "tokenizer"):
@@ -161,7 +142,7 @@ def test_a_checkpoint_that_lacks_a_part(checkpoints, tmp_path):
 def test_without_a_network_a_published_model_is_a_message(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     name = "Qwen/Qwen-Image-Edit-2511"
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(utils.UserError, match=name):
         make_trainer(**{"model.pretrained_model_name_or_path": name}).fit()
 
 

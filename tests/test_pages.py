@@ -1,7 +1,4 @@
-"""Pages in a real browser, reports and model cards of real runs, trackers read back.
-
-The browser tests want Chromium with its driver (Debian: chromium, chromium-driver) and selenium.
-"""
+"""Pages in a real browser, reports and model cards of real runs, trackers read back."""
 
 import base64
 import io
@@ -123,9 +120,6 @@ def labels(browser, row=0):
     return browser.execute_script(code, row)
 
 
-# --- the comparison page --------------------------------------------------------------------------
-
-
 def test_two_divider_positions_differ_only_between_them(page, scene):
     drag(page, 0.5, 0.25)
     left = pixels(page)
@@ -201,16 +195,12 @@ def test_the_example_of_the_page_about_pages_runs(tmp_path, monkeypatch):
 
 
 def test_pictures_that_cannot_be_shown_are_named(scene, tmp_path):
-    for text in ("", "no picture"):
-        columns = {"before": scene["before"], "after": tmp_path / f"gone{len(text)}.png"}
-        if text:
-            columns["after"].write_text(text)
-        with pytest.raises(UserError, match=rf"'x'.*{columns['after'].name}"):
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("gone", "text"):
+        columns = {"before": scene["before"], "after": tmp_path / f"{name}.png"}
+        with pytest.raises(UserError, match=rf"'x'.*{name}.png"):
             write_page(tmp_path / "page.html", "x", [PageRow("x", columns)])
     assert not (tmp_path / "page.html").exists()
-
-
-# --- the report and the card ----------------------------------------------------------------------
 
 
 def charts(path):
@@ -257,7 +247,7 @@ def test_a_run_ends_with_its_report_and_card(make_trainer, tmp_path):
         "validation.num_inference_steps": 2,
     }
     make_trainer(**changes).fit()
-    report, card = tmp_path / "out/report.html", tmp_path / "out/README.md"
+    report, card = tmp_path / "out/report.html", (tmp_path / "out/README.md").read_text()
     found, rows, whole = charts(report), dict(read_page(report)), report.read_text()
     assert [len(points) for points in found["loss"]] == [4]
     assert [len(points) for points in found["validation loss"]] == [3] * 5  # mean, q1-q4
@@ -265,31 +255,23 @@ def test_a_run_ends_with_its_report_and_card(make_trainer, tmp_path):
     assert list(rows["Validation over time"]) == ["step 0", "step 2", "step 4"]
     assert list(rows["What the model sees"]) == ["first_batch"]
     assert "log_every: 1\n" in whole
-    assert "QwenImageEditPlusPipeline" in card.read_text()
-    assert "pytorch_lora_weights.safetensors" in card.read_text()
+    assert "QwenImageEditPlusPipeline" in card and "pytorch_lora_weights.safetensors" in card
     assert write_report(tmp_path / "out").read_text() == whole  # again, on demand
 
 
-# --- trackers -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
-def test_a_tracker_gets_figures_and_pictures_inside_the_output_folder(
-    tracker, tmp_path, monkeypatch
-):
+def test_a_tracker_gets_figures_and_pictures(tracker, tmp_path, monkeypatch):
     pytest.importorskip(tracker)
     monkeypatch.chdir(tmp_path)
     for name, value in {"MODE": "offline", "SILENT": "true", "_DISABLE_STATS": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     accelerator = accelerate.Accelerator(cpu=True, log_with=tracker, project_dir=tmp_path / "out")
     run_log = utils.RunLog(accelerator, tmp_path / "out", train_qwen_edit.Config(), 0)
-    for red, (name, step) in enumerate(
-        (("first_batch", 0), ("step_000000", 0), ("step-000002", 2))
-    ):
-        run_log.picture(name, Image.new("RGB", (8, 8), (red, 0, 0)), step)
+    for step, name in enumerate(("first_batch", "step_000001", "step-000002")):
+        run_log.picture(name, Image.new("RGB", (8, 8), (step, 0, 0)), step)
     run_log.values(2, {"loss": 0.5})
     accelerator.end_training()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing outside of it
     if tracker == "wandb":
         files = tmp_path.glob("out/wandb/offline-run-*/files/media/images/*.png")
         found = [(file.name.rsplit("_", 2)[0], Image.open(file)) for file in files]
@@ -299,6 +281,6 @@ def test_a_tracker_gets_figures_and_pictures_inside_the_output_folder(
         assert [(event.step, event.value) for event in board.Scalars("loss")] == [(2, 0.5)]
         events = [(name, e) for name in board.Tags()["images"] for e in board.Images(name)]
         found = [(name, Image.open(io.BytesIO(e.encoded_image_string))) for name, e in events]
-        assert [(name, e.step) for name, e in events][1:] == [("validation", 0), ("validation", 2)]
+        assert [(name, e.step) for name, e in events][1:] == [("validation", 1), ("validation", 2)]
     seen = sorted((name, image.getpixel((0, 0))[0]) for name, image in found)
     assert seen == [("first_batch", 0), ("validation", 1), ("validation", 2)]

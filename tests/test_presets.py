@@ -16,8 +16,6 @@ from utils import load_config, load_tool
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = [file for file in CONFIGS if "_lora" in file.stem or "multi_reference" in file.stem]
 KINDS = {"pairedit": train_pairedit, "dreambooth": train_dreambooth_pairs, "qwen_edit": script}
-
-
 tool = load_tool("plan")
 
 
@@ -51,7 +49,6 @@ def unexplained(lines):
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_says_why_finds_its_data_and_fits_its_card(file, full_size, tmp_path, monkeypatch):
-    """By the plan's estimate, for a square pair; half a gigabyte is left to the allocator."""
     text = file.read_text()
     assert not list(unexplained(text.splitlines()))
     monkeypatch.chdir(tmp_path)

@@ -56,9 +56,6 @@ def given(folder, text):
     return ["--config", str(folder / "c.yaml")]
 
 
-# --- config ---------------------------------------------------------------------------------------
-
-
 def test_overrides_win_whatever_their_order(tmp_path):
     yaml = "inner: {rank: 32}\nrate: 1e-4\nargs: {lr: 1e-4, word: no}\n"
     argv = ["--inner.rank=8", *given(tmp_path, yaml), "--flip", "--text", "no"]
@@ -139,9 +136,6 @@ def test_help_shows_settings_with_type_default_and_meaning(wanted, capsys):
         load_config(Outer, ["--help", "innr"])
 
 
-# --- errors and signals ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("error", "code"), [(UserError("x latest"), 2), (KeyboardInterrupt, 130)])
 def test_a_script_ends_with_its_exit_code_and_words(error, code, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
@@ -166,9 +160,6 @@ def test_the_first_signal_is_noted_the_second_stops():
     assert stop.agreed(two, ask=True)
 
 
-# --- randomness -----------------------------------------------------------------------------------
-
-
 def test_draws_belong_to_their_parts_and_not_to_the_order_of_calls():
     many = [utils.uniform(1, "u", i) for i in range(4000)]
     assert many[:9] == [utils.uniform(1, "u", i) for i in reversed(range(9))][::-1]
@@ -180,9 +171,6 @@ def test_draws_belong_to_their_parts_and_not_to_the_order_of_calls():
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
     assert sorted(utils.shuffled(9, 1)) == list(range(9)) != utils.shuffled(9, 1)
     assert torch.equal(state, torch.random.get_rng_state())  # no global generator is touched
-
-
-# --- pictures and files ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "PA", "CMYK", "I;16", "exif"])
@@ -211,7 +199,6 @@ def test_every_kind_of_picture_opens_as_upright_rgb(mode, tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.txt"
     utils.save_text(file, "old")
-
     with pytest.raises(ValueError, match="no number"):
         utils.save_atomic(file, lambda half: half.write_text("half") and int("no number"))
     assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
@@ -249,9 +236,6 @@ def test_the_index_looks_at_new_and_changed_files_only(tmp_path):
     assert update(place=second / "cache") == ([], ["a", "b", "c"], "x")
 
 
-# --- cache ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])
 def test_entries_keep_every_bit_and_damage_is_noticed_and_named(harm, tmp_path):
     kinds = (torch.float32, torch.bfloat16, torch.int64)
@@ -276,9 +260,6 @@ def test_every_input_changes_a_cache_key(monkeypatch):
     assert utils.cache_key("x", a=1, b=2) == utils.cache_key("x", b=2, a=1)
     monkeypatch.setattr(utils, "CACHE_FORMAT", utils.CACHE_FORMAT + 1)
     assert utils.cache_key("x", a=1) not in keys
-
-
-# --- a run ----------------------------------------------------------------------------------------
 
 
 def saved(checkpoints, *steps):
@@ -324,8 +305,7 @@ def test_a_damaged_checkpoint_is_passed_over(harm, tmp_path):
         checkpoints.find("checkpoint-2", {"lr": 1})
     checkpoints.limit = 1
     saved(checkpoints, 2)  # written again, and 1 may go
-    assert checkpoints.find("latest", {"lr": 1}) == (damaged, 2)
-    assert len(checkpoints.folders()) == 1
+    assert checkpoints.find("latest", {"lr": 1}) == (damaged, 2) and len(checkpoints.folders()) == 1
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 4])
