@@ -1351,7 +1351,8 @@ class Config(PreviewConfig, LorasConfig, LoopConfig, VariantConfig, RunsConfig, 
     @model_validator(mode="before")
     @classmethod
     def _leave_to_generate(cls, data: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in data.items() if name not in GENERATE_ONLY}
+        unread = {*GENERATE_ONLY} - cls.model_fields.keys()  # generate.py adds them to this class
+        return {name: value for name, value in data.items() if name not in unread}
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
