@@ -84,7 +84,7 @@ def train(objective, pairs, steps, folder):
 
 def draw(**settings):
     """generate.py's pictures."""
-    settings |= {"pretrained_model_name_or_path": ROOT / demo.SD_BASE_DIR, "batch_size": 8}
+    settings |= {"pretrained_model_name_or_path": ROOT / demo.SD_BASE_DIR}
     settings |= {"resolution": rebuild.PHOTO_PX, "num_inference_steps": 25, "guidance_scale": 1}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, str(ROOT / "generate.py"), *flags]

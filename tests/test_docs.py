@@ -33,7 +33,7 @@ TABLES = {  # page: script, config classes of its tables, in order
     "train_qwen_edit.md": ("train_qwen_edit.py", ["Config"]),
     "train_pairedit.md": ("train_pairedit.py", ["Config"]),
     "train_dreambooth_pairs.md": ("train_dreambooth_pairs.py", ["Config"]),
-    "generate.md": ("generate.py", ["Config", "StripConfig", "SDConfig"]),
+    "generate.md": ("generate.py", ["EditConfig", "SliderConfig", "ChangeConfig"]),
     "evaluate.md": ("evaluate.py", ["Config"]),
     "pair_table.md": ("tools/pair_table.py", ["Config"]),
     "interpolate_sd.md": ("tools/interpolate_sd.py", ["Config"]),
@@ -184,6 +184,14 @@ def test_every_function_and_file_a_page_names_exists(page):
     assert named <= known, f"{page.name} names {sorted(named - known)}"
     for file in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
         assert (page.parent / file).exists(), f"{page.name} links {file}"
+
+
+@pytest.mark.parametrize("page", PAGES[:-1], ids=lambda p: p.name)
+def test_no_page_names_a_setting_that_went(page):
+    """But pages of tools that take other programs' settings, and experiments/."""
+    kept = {"pair_table.md", "convert_config.md"}
+    named = re.findall(r"`(?:--)?(?:\w+\.)*(\w+)(?:[:= ][^`]*)?`", page.read_text())
+    assert page.name in kept or not set(named) & set(load_tool("settings").GONE)
 
 
 @pytest.mark.parametrize(
