@@ -104,9 +104,9 @@ PUBLISHED_FLUX = "black-forest-labs/FLUX.1-dev"
 
 
 def split_commas(value: Any) -> Any:
-    """ "0,1,2" -> ["0", "1", "2"], alone or in a list; one number is a list, too."""
+    """ "0,1,2" -> ["0", "1", "2"]; one number is a list, too."""
     parts = value if isinstance(value, list) else [value]
-    return [p for part in parts for p in (part.split(",") if isinstance(part, str) else [part])]
+    return [piece for part in parts for piece in str(part).split(",")]
 
 
 def as_list(value: Any) -> Any:
@@ -294,7 +294,7 @@ class ChangeConfig(JobsConfig):
         }
 
 
-class RunsConfig(Section):
+class RunStripsConfig(Section):
     """generate.py with the file of train_pairedit.py (--c NAME): the sliders that it trains.
 
     All settings of that script are taken as well.
@@ -364,7 +364,7 @@ class Strip(NamedTuple):
     loras: tuple[Lora, ...] = ()
     images: tuple[Path, ...] = ()  # references, or the photo
     sheet: Path | None = None  # strips of the same sheet are its rows
-    run: str = ""  # of RunsConfig: the run that trained the slider
+    run: str = ""  # of RunStripsConfig: the run that trained the slider
     gamma: float | None = None  # share of each slider's velocity; None: merged, not blended
     inversion: Path | None = None  # LoRA that draws the photo
 
@@ -443,7 +443,7 @@ COLUMNS = ("images", "image", "prompt", "name", "seed")
 def find_rows(config: JobsConfig) -> tuple[list[Row], list[str]]:
     """Return rows from whichever source is given, and their problems."""
     if config.table:
-        return read_table(config.table)
+        return read_jobs(config.table)
     if config.input_dir:
         found = list_images(config.input_dir)
         rows = [{"images": [file], "name": stem} for stem, its in found.items() for file in its]
@@ -452,7 +452,7 @@ def find_rows(config: JobsConfig) -> tuple[list[Row], list[str]]:
     return [{"images": config.image, "name": config.output.stem}], []
 
 
-def read_table(path: Path) -> tuple[list[Row], list[str]]:
+def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
     """Return rows of a .csv or .jsonl table; relative paths are from here, or from the table."""
     rows: list[Any] = []
     try:
@@ -1198,7 +1198,7 @@ def read_slider(path: Path, transformer: Any) -> dict[str, tuple[torch.Tensor, t
     }
 
 
-def empty_flux(script: ModuleType, name: str) -> Any:
+def flux_layers(script: ModuleType, name: str) -> Any:
     """Return a checkpoint's transformer without weights; the published one needs no network."""
     if name == PUBLISHED_FLUX and not Path(name).is_dir():
         return script.empty_flux(script.PUBLISHED_TRANSFORMER)
@@ -1273,7 +1273,7 @@ class SliderPainter(Painter):
 
     def empty_model(self) -> Any:
         """Return the transformer without weights."""
-        return empty_flux(self.script, self.config.pretrained_model_name_or_path)
+        return flux_layers(self.script, self.config.pretrained_model_name_or_path)
 
     def check_lora(self, file: Path, model: Any) -> None:
         """Compare a LoRA with the transformer. Raises UserError."""
@@ -1360,7 +1360,7 @@ def fit_photo(path: Path, size: tuple[int, int]) -> Image.Image:
 # --- 9. Stable Diffusion --------------------------------------------------------------------------
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return dB between two pictures in [-1, 1]; 200 at most."""
     error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean().item()
     return 200.0 if error < 4e-20 else 10 * math.log10(4 / error)
@@ -1549,7 +1549,7 @@ class ChangePainter(Painter):
         photo = self.invert(strip)
         moved = sorted({scale for scale in scales if scale})
         drawn = dict(zip([0.0], self.edit(strip, photo, [0.0]), strict=True))
-        same, back = psnr(drawn[0.0], photo.kept), psnr(photo.kept, photo.pixels)
+        same, back = decibels(drawn[0.0], photo.kept), decibels(photo.kept, photo.pixels)
         if moved:
             drawn |= zip(moved, self.edit(strip, photo, moved), strict=True)
         if self.config.restore_detail:
@@ -1595,7 +1595,9 @@ def pick_painter(given: dict[str, Any]) -> type[Painter]:
 
 def runs_class(script: ModuleType) -> Any:
     """Return the settings of train_pairedit.py, or a fork of it, with those of drawing."""
-    return create_model("Config", __base__=(RunsConfig, script.Config), __doc__=RunsConfig.__doc__)
+    return create_model(
+        "Config", __base__=(RunStripsConfig, script.Config), __doc__=RunStripsConfig.__doc__
+    )
 
 
 def is_file_of_runs(given: dict[str, Any], script: Any) -> bool:

@@ -30,7 +30,7 @@ def flux(checkpoints):
 @pytest.fixture(scope="session")
 def bare(flux):
     """The tiny transformer without weights."""
-    return generate.empty_flux(train_pairedit, str(flux))
+    return generate.flux_layers(train_pairedit, str(flux))
 
 
 @pytest.fixture(scope="session")
