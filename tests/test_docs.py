@@ -186,6 +186,14 @@ def test_every_function_and_file_a_page_names_exists(page):
         assert (page.parent / file).exists(), f"{page.name} links {file}"
 
 
+@pytest.mark.parametrize("page", PAGES[:-1], ids=lambda p: p.name)
+def test_no_page_names_a_setting_that_went(page):
+    """But pages of tools that take other programs' settings, and experiments/."""
+    kept = {"pair_table.md", "convert_config.md"}
+    named = re.findall(r"`(?:--)?(?:\w+\.)*(\w+)(?:[:= ][^`]*)?`", page.read_text())
+    assert page.name in kept or not set(named) & set(load_tool("settings").GONE)
+
+
 @pytest.mark.parametrize(
     "script",
     [
