@@ -14,62 +14,45 @@ Takes the same --config and overrides as the training script.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from utils import UserError, load_config, read_entry, run_script
+from utils import UserError, load_config, load_script, progress, read_entry, run_script
 
 MODES = ("--stats", "--verify", "--prune")
 
 
 def split_args(argv: list[str]) -> tuple[Path, set[str], list[str]]:
-    """Own flags apart from the training script's: (script, modes, rest)."""
+    """Return own flags apart from the training script's: (script, modes, rest)."""
     args = [part for arg in argv for part in (arg.split("=", 1) if "--script=" in arg else [arg])]
     modes = {arg for arg in args if arg in MODES}
     rest = [arg for arg in args if arg not in MODES]
     script = Path(__file__).with_name("train_qwen_edit.py")
     if "--script" in rest:
         at = rest.index("--script")
-        script = Path(rest[at + 1]) if at + 1 < len(rest) else Path()
+        script = Path("".join(rest[at + 1 : at + 2]))
         del rest[at : at + 2]
     return script, modes, rest
 
 
-def load_script(path: Path) -> ModuleType:
-    """Import a training script (or a fork of one) by its path. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"--script: no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--script {path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # KEEP: pydantic and pickle look classes up there
-    spec.loader.exec_module(module)
-    trainers = [name for name in vars(module) if name.endswith("Trainer")]
-    if not trainers or not hasattr(module, "Config") or not hasattr(module, "audit"):
+def make_trainer(path: Path, argv: list[str]) -> Any:
+    """Return the trainer of a training script for this config, audited. Raises UserError."""
+    script = load_script(path)
+    trainers = [value for name, value in vars(script).items() if name.endswith("Trainer")]
+    if not trainers or not hasattr(script, "Config") or not hasattr(script, "audit"):
         raise UserError(f"--script {path}: wanted a training script with Config, audit, ...Trainer")
-    return module
-
-
-def make_trainer(module: ModuleType, argv: list[str]) -> Any:
-    """The script's trainer for this config, audited."""
-    for name in ("with_named_config", "repeat_flags"):  # it knows --c NAME, or --dirs a b c
-        argv = getattr(module, name, lambda given: given)(argv)
-    config = load_config(module.Config, argv, check=module.audit)
-    name = next(name for name in vars(module) if name.endswith("Trainer"))
+    if hasattr(script, "with_named_config"):  # it knows --c NAME
+        argv = script.with_named_config(argv)
+    config = load_config(script.Config, argv, check=script.audit)
     if hasattr(config, "cache") and not config.cache.use_cache:
         raise UserError("cache.use_cache is false: this config wants no cache")
-    return getattr(module, name)(config)
+    return trainers[0](config)
 
 
 def entry_files(cache_dir: Path) -> list[Path]:
-    """Every entry of a cache."""
+    """Return every entry of a cache."""
     return sorted(cache_dir.glob("??/??/*.safetensors"))
 
 
@@ -82,24 +65,19 @@ def stats(trainer: Any) -> None:
     print(f"  used by this config: {len(used)}, {sum(used.values()) / 1e6:.1f} MB")
     print(f"  missing: {len(jobs) - len(used)} of {len(jobs)}")
     print(f"  not used by this config: {len(files) - len(used)} (--prune drops them)")
-    for kept in ("quantized", "hub"):  # weights and pictures that a run writes there itself
-        size = sum(f.stat().st_size for f in (trainer.cache_dir / kept).rglob("*") if f.is_file())
-        if size:
-            print(f"  {kept}/: {size / 1e6:.1f} MB (made again when it is deleted)")
 
 
-def verify(trainer: Any) -> int:
-    """Read every entry, delete the damaged ones; returns how many there were."""
+def verify(trainer: Any) -> None:
+    """Read every entry and delete the damaged ones."""
     damaged = 0
-    for file in tqdm(entry_files(trainer.cache_dir), "verify"):
+    for file in progress(entry_files(trainer.cache_dir), "verify"):
         try:
             read_entry(file)
         except ValueError as error:
             damaged += 1
-            tqdm.write(f"deleted: {error}")
+            print(f"deleted: {error}")
             file.unlink()
     print(f"verified: {damaged} damaged")
-    return damaged
 
 
 def prune(trainer: Any) -> None:
@@ -118,7 +96,7 @@ def main() -> None:
     script, modes, rest = split_args(sys.argv[1:])
     if {"-h", "--help"} & set(rest):  # the training script's settings follow
         print(f"{__doc__}\n")
-    trainer = make_trainer(load_script(script), rest)
+    trainer = make_trainer(script, rest)
     trainer.setup_accelerator()
     trainer.find_data()
     main_process = trainer.accelerator.is_main_process

@@ -308,7 +308,7 @@ def run_dreambooth(settings: str, quick: bool) -> None:
 
     draw = (
         f"python generate.py --pretrained_model_name_or_path {SD_BASE_DIR}"
-        f" --num_inference_steps {steps} --guidance_scale 1 --batch_size {count}"
+        f" --num_inference_steps {steps} --guidance_scale 1"
         f" --lora {folder}/{{}}/pytorch_lora_weights.safetensors"
     )
     seeds = ",".join(map(str, range(count)))

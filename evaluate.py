@@ -279,13 +279,14 @@ class Result(NamedTuple):
         return self.series, self.edited.parent, self.name, self.seed, self.prompt
 
 
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings inside a finished picture; None if there is none, or from elsewhere."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a finished picture says about itself; {} if there is none, or from elsewhere."""
     try:
         with Image.open(path) as image:
-            return json.loads(image.info.get(SETTINGS_KEY) or image.info.get("comment", "null"))
-    except (OSError, SyntaxError, ValueError):
-        return None
+            text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
+            return dict(json.loads(text))
+    except (OSError, SyntaxError, ValueError, TypeError):
+        return {}
 
 
 def reference_of(about: dict[str, Any]) -> Path | None:
@@ -332,8 +333,7 @@ def find_results(config: Config, series: str, folder: Path, edited: bool) -> lis
     rows = []
     for stem, path in by_stem(folder).items():
         about: Any = {"name": stem} if edited else read_settings(path)
-        known = isinstance(about, dict) and "name" in about
-        if not known or stem.startswith("evaluation"):
+        if "name" not in about or stem.startswith("evaluation"):
             continue  # a sheet, from elsewhere, or our own
         name = about["name"].removesuffix(config.before_suffix)
         name = name.removesuffix(config.after_suffix)
@@ -443,7 +443,7 @@ def open_images(row: Result) -> Images:
     return {"edited": edited, **others}
 
 
-def to_pixels(image: Image.Image, device: torch.device) -> torch.Tensor:
+def to_tensor(image: Image.Image, device: torch.device) -> torch.Tensor:
     """(3, H, W) in 0..1, fp32."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device).float() / 255
 
@@ -471,7 +471,7 @@ def load_lpips(config: Config, device: torch.device) -> Network:
     def measure(pictures: list[Images], prompts: Prompts) -> list[dict[str, Any]]:
         found = []
         for images in pictures:
-            pixels = {kind: to_pixels(image, device)[None] for kind, image in images.items()}
+            pixels = {kind: to_tensor(image, device)[None] for kind, image in images.items()}
             large = min(images["edited"].size) >= 32
             found.append({k: net(pixels["edited"], p) for k, p in pixels.items() if large})
         return found
@@ -577,9 +577,9 @@ def measure(
 def pixel_inputs(images: Images, threshold: float, device: torch.device) -> dict[str, Any]:
     """{edited, before, after, region, outside}; the mask is taken out of `images`."""
     mask = images.pop("mask", None)
-    inputs: dict[str, Any] = {kind: to_pixels(i, device) for kind, i in images.items()}
+    inputs: dict[str, Any] = {kind: to_tensor(i, device) for kind, i in images.items()}
     if mask:
-        inputs["region"] = to_pixels(mask, device).mean(0) > 0.5
+        inputs["region"] = to_tensor(mask, device).mean(0) > 0.5
     elif "before" in inputs and "after" in inputs:
         inputs["region"] = (inputs["before"] - inputs["after"]).abs().mean(0) > threshold
     if "region" in inputs:

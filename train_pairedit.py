@@ -267,10 +267,10 @@ def train_loop(trainer: PairEditTrainer, run_log: RunLog, stop: utils.StopSignal
 
 
 def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: float) -> None:
-    """Log the mean of each loss over these steps and all processes; waits for the GPU.
+    """Log the mean of each loss over steps (names of samples, losses) and processes.
 
-    steps: (names of the samples, losses) of each; clock: time.monotonic() at the first one's start;
-    more: other figures. Raises UserError where a loss is not finite, with the samples of that step.
+    Waits for the GPU. clock: time.monotonic() when the first one began. Raises UserError where a
+    loss is not finite, with the samples of that step.
     """
     losses = torch.stack([torch.stack([*values.values()]) for _, values in steps])
     losses = trainer.accelerator.reduce(losses, "mean").cpu()  # (steps, losses)
@@ -1351,7 +1351,8 @@ class Config(PreviewConfig, LorasConfig, LoopConfig, VariantConfig, RunsConfig, 
     @model_validator(mode="before")
     @classmethod
     def _leave_to_generate(cls, data: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in data.items() if name not in GENERATE_ONLY}
+        unread = {*GENERATE_ONLY} - cls.model_fields.keys()  # generate.py adds them to this class
+        return {name: value for name, value in data.items() if name not in unread}
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""

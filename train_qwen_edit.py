@@ -817,7 +817,7 @@ def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
             name = row.files["target"].stem
             rows[f"{name}#{number}" if name in rows else name] = row
             unread |= {column for column in record if not re.fullmatch(known, column)}
-        except ValueError as error:
+        except (OSError, TypeError, ValueError) as error:
             problems.append(f"{table}: row {number}: {error}")
     if unread:
         log.warning("table %s: columns not read: %s", table, ", ".join(sorted(unread)))
@@ -832,7 +832,7 @@ def table_row(record: Any, roots: Sequence[Path]) -> Row:
     shown = [shown] if isinstance(shown, str) else [*shown]
     numbered = sorted(c for c in record if c.startswith("reference_") and record[c])
     shown += [record[c] for c in sorted(numbered, key=len)]
-    if not record.get("target") or not shown:
+    if not record.get("target") or not shown or not all(shown):
         raise ValueError(f"no {'reference' if record.get('target') else 'target'}")
     named = {f"reference {i}": value for i, value in enumerate(shown, 1)}
     named |= {"target": record["target"], "mask": record.get("mask")}

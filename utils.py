@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import types
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -199,7 +200,7 @@ def _explain(cls: type[Section], data: Any, error: Any) -> list[str]:
     where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing])
     if error["type"] == "extra_forbidden":
         with contextlib.suppress(UserError):
-            text = load_tool("settings").instead(cls, place[-1])
+            text = load_tool("settings").instead(cls, ".".join(place))
     elif not (missing or isinstance(error["input"], dict | Section)):
         text = "\n".join(f"{line} (got {str(error['input'])[:60]!r})" for line in text.splitlines())
     return [f"{where}: {line}".removeprefix(": ") for line in text.splitlines()]
@@ -341,9 +342,9 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
         for name in sorted(name for name in names if not name.startswith(".")):
-            stem, _, ending = name.rpartition(".")
-            if f".{ending.lower()}" in IMAGE_SUFFIXES:
-                found.setdefault(prefix.removeprefix("./") + stem, []).append(Path(place, name))
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                stem = prefix.removeprefix("./") + name.rpartition(".")[0]
+                found.setdefault(unicodedata.normalize("NFC", stem), []).append(Path(place, name))
     return found
 
 
@@ -388,8 +389,7 @@ class FileIndex:
             found = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
         rows = [(str(p), s, f) for (p, s), f in zip(new, found, strict=True) if isinstance(f, dict)]
         self._facts |= {path: (stamp, facts) for path, stamp, facts in rows}
-        if self._file and rows:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+        if self._file and rows and not check_writable("index", self._file.parent):
             with self._file.open("a", encoding="utf-8") as file:
                 file.write("\n".join(["", *map(json.dumps, rows), ""]))
         return [problem for problem in found if isinstance(problem, str)]
@@ -771,10 +771,9 @@ class RunLog:
         accelerator.init_trackers(output_dir.name, about, {"wandb": {"dir": str(output_dir)}})
         self.file = output_dir / "metrics.jsonl"
         if accelerator.is_main_process:  # a run that goes on keeps the lines up to this step
-            old = self.file.read_text(encoding="utf-8") if step and self.file.exists() else ""
-            lines = old.splitlines(True)
-            kept = itertools.takewhile(lambda line: json.loads(line)["step"] <= step, lines)
-            save_text(self.file, "".join(kept))
+            text = self.file.read_text(encoding="utf-8") if step and self.file.exists() else ""
+            lines = re.finditer(r'\{"step": (\d+).*\}\n', text)  # not what a kill cut off
+            save_text(self.file, "".join(line[0] for line in lines if int(line[1]) <= step))
 
     def values(self, step: int, values: Mapping[str, float]) -> None:
         """Write figures to metrics.jsonl, at once, and to the trackers."""
@@ -785,12 +784,12 @@ class RunLog:
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
         """Write samples/<name>.png; trackers that take pictures get it, too."""
-        path = self.output_dir / f"samples/{name}.png"
-        save_atomic(path, lambda file: image.save(file, format="PNG"))
+        save_atomic(self.output_dir / f"samples/{name}.png", lambda f: image.save(f, format="PNG"))
+        shown = {re.sub("step.*", "validation", name): np.asarray(image)[None]}
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": np.asarray(image)[None]}, step=step, **layout)
+                tracker.log_images(shown, step=step, **layout)
 
     def report(self) -> None:
         """Draw report.html with tools/page.py; say the command where that was not copied along."""

@@ -17,6 +17,7 @@ import io
 import logging
 import math
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,11 +29,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import demo
-import generate
-import train_dreambooth_pairs as script
 from utils import load_config, load_script
 
 rebuild = load_script(ROOT / "demo/rebuild.py")
+FORK = tempfile.TemporaryDirectory()  # the trainer with the objective `copier`
+files = [f"{FORK.name}/fork.py", "train_dreambooth_pairs.py", "experiments/dreambooth_copier.patch"]
+subprocess.run(["patch", "-s", "-o", *files], cwd=ROOT, check=True)
+script = load_script(Path(FORK.name) / "fork.py")
 
 OBJECTIVES = ("slider", "difference", "copier", "joint", "after-only")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#7f7f7f")
@@ -46,16 +49,16 @@ MEASURES = {  # figure: (head of its column, title in the picture, most shown)
 SHOWN = ("gain", "content", "photo_error")
 
 
-class Recorder(script.DreamBoothPairsTrainer):
+class Recorder(script.SDTrainer):
     """Keeps the LoRA, as it would be saved at the end, of every checkpoint that is wanted."""
 
     steps = ()
 
     def save_checkpoint(self):
-        if self.step in self.steps:
-            self.save_result(calibrated=True)
+        if self.global_step in self.steps:
+            script.save_result(self, calibrated=True)
             folder = self.config.output_dir
-            shutil.copy(folder / script.LORA_FILE, folder / f"{self.step}.safetensors")
+            shutil.copy(folder / script.LORA_FILE, folder / f"{self.global_step}.safetensors")
 
 
 def train(objective, pairs, steps, folder):
@@ -81,13 +84,11 @@ def train(objective, pairs, steps, folder):
 
 def draw(**settings):
     """generate.py's pictures."""
-    base = str(ROOT / demo.SD_BASE_DIR)
-    generate.draw_sd_strips(
-        generate.SDConfig(
-            pretrained_model_name_or_path=base, resolution=rebuild.PHOTO_PX, batch_size=8,
-            num_inference_steps=25, guidance_scale=1.0, **settings,
-        )
-    )  # fmt: skip
+    settings |= {"pretrained_model_name_or_path": ROOT / demo.SD_BASE_DIR}
+    settings |= {"resolution": rebuild.PHOTO_PX, "num_inference_steps": 25, "guidance_scale": 1}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, str(ROOT / "generate.py"), *flags]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def measure_strip(strip):
@@ -112,9 +113,10 @@ def measure(lora, held_out, folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     scales, seeds = demo.HAIR_SCALES, range(demo.HAIR_COUNT)
-    settings = {"lora": [str(lora)], "prompt": [demo.HAIR_PROMPT]}
-    draw(**settings, scales=[*scales], seed=[*seeds], output=folder / "s.png")
-    draw(**settings, scales=[0.0, 1.0], input_dir=held_out / "before", output_dir=folder)
+    settings = {"lora": lora, "prompt": demo.HAIR_PROMPT}
+    both = {"scales": demo.joined(scales), "seed": demo.joined(seeds)}
+    draw(**settings, **both, output=folder / "s.png")
+    draw(**settings, scales="0,1", input_dir=held_out / "before", output_dir=folder)
 
     def read(path):
         return np.asarray(Image.open(path).convert("RGB"), float) / 255

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import train_dreambooth_pairs as script
-from utils import MetricLog, StopSignal, load_config, run_script
+from utils import RunLog, StopSignal, load_config, memory_gb, run_script
 
 BLOCKS, STEPS = 5, 100
 SCHEDULER = {
@@ -32,29 +32,23 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def quiet(trainer):
-    """The loop without saves and pictures: they are not what a step costs."""
-    trainer.save_checkpoint = trainer.validate = lambda: None
-    return trainer
-
-
 def bare_steps(trainer, count):
     """`count` steps of one fixed fused batch, with nothing around them."""
     config, unet = trainer.config, trainer.models["unet"]
-    turns = script.draw_turns(config, 0, trainer.scenes, trainer.batches)
-    t = torch.tensor([script.draw_timestep(config, turn.visit) for turn in turns])
-    noised, _ = trainer.noised(turns, t)
-    terms = script.OBJECTIVES[config.objective](noised)
-    noisy, target = (torch.cat([term[k] for term in terms]) for k in (1, 2))
-    times, lanes = t.to(trainer.device).repeat(len(terms)), [term.lane for term in terms]
-    embeds = trainer.entry(config.instance_prompt)["embed"].to(trainer.device)[None]
-    fused = trainer.device.type == "cuda"
-    optimizer = torch.optim.AdamW(trainer.trained, lr=1e-9, fused=fused)
+    draws = script.draw_batch(trainer, 0)
+    t = torch.tensor([script.draw_timestep(config, draw.visit) for draw in draws])
+    noised, _ = script.noised_batch(trainer, draws, t)
+    passes = script.OBJECTIVES[config.objective](noised)
+    noisy, target = (torch.cat([x[k] for x in passes]) for k in (1, 2))
+    times, parts = t.to(trainer.device).repeat(len(passes)), [x.active for x in passes]
+    embeds = trainer.embeds([config.instance_prompt] * len(noisy), parts)
+    optimizer = torch.optim.AdamW(trainer.trained, lr=1e-9, fused=trainer.device.type == "cuda")
     sides = torch.cat([noised.high, noised.low])
     for _ in range(count):
         if config.objective == "difference":
             noised.base(sides)  # its target is a pass of the base model
-        F.mse_loss(trainer.predict(unet, noisy, times, embeds, lanes), target).backward()
+        trainer.switch.parts = parts
+        F.mse_loss(script.predict_noise(unet, noisy, times, embeds), target).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -63,16 +57,20 @@ def compare(argv):
     """The ratio of the loop to bare steps."""
     folder = Path(tempfile.mkdtemp())
     argv = [*argv, "--output_dir", str(folder), "--max_train_steps", str(STEPS)]
-    config = load_config(script.Config, script.repeat_flags(argv), script.audit)
-    trainer = quiet(script.DreamBoothPairsTrainer(config))
+    config = load_config(script.Config, argv, script.audit)
+    script.validate = lambda trainer: None  # saves and pictures are not what a step costs
+    trainer = script.SDTrainer(config)
+    trainer.save_checkpoint = lambda: None
+    trainer.setup_accelerator()
+    trainer.find_data()
     trainer.cache_embeddings()
     trainer.load_models()
-    metrics = MetricLog(folder / "metrics.jsonl", 0)
+    trainer.run_log = RunLog(trainer.accelerator, folder, config, 0)
 
     def loop_block():
-        trainer.step = 0
+        trainer.global_step = 0
         with StopSignal() as stop:
-            trainer._loop(stop, metrics)
+            script.train_loop(trainer, stop)
 
     blocks = {"bare": lambda: bare_steps(trainer, STEPS), "loop": loop_block}
     seconds = {name: [] for name in blocks}
@@ -105,45 +103,49 @@ def write_checkpoint(folder):
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
 
 
-class RandomData(script.DreamBoothPairsTrainer):
-    """Latents and text of the true shapes, without pictures and encoders."""
+def random_batch(trainer, draws, t):
+    """Latents of the true shapes, without pictures."""
+    low, high, noise = torch.randn(3, len(draws), 4, 64, 64, device=trainer.device)
+    alphas, ones = trainer.put(trainer.alphas[t]), torch.ones(len(draws), device=trainer.device)
+    sides = (script.mix_noise(x, noise, alphas) for x in (low, high))
+    return script.Noised(*sides, -ones, ones, noise, lambda x: x), None
 
-    def noised(self, turns, t):
-        low, high, noise = torch.randn(3, len(turns), 4, 64, 64, device=self.device)
-        alphas = self.alphas[t].to(self.device)
-        ones = torch.ones(len(turns), device=self.device)
-        sides = (script.add_noise_sd(x, noise, alphas) for x in (low, high))
-        return script.Noised(*sides, -ones, ones, noise, lambda x: x), None
 
-    def embeds(self, prompts, lanes, models):
-        return torch.randn(len(prompts), 77, 768, device=self.device, dtype=self.dtype)
+def random_text(folder, prompts, dtype, device):
+    """Text of the true shapes, without an encoder."""
+    embeds = torch.randn(1, 77, 768, device=device, dtype=dtype)
+    return {prompt: (torch.zeros(1, 77), embeds) for prompt in prompts}
 
 
 def full_size(argv):
     """Seconds a step and peak memory at batch 1 and 4, of single pictures and of pairs."""
     with tempfile.TemporaryDirectory() as place:
         write_checkpoint(Path(place))
+        script.noised_batch, script.encode_prompts = random_batch, random_text
         print("objective  batch   s/step  peak GB", flush=True)
         for objective in ("instance", "slider"):
             for batch in (1, 4):
                 given = ["--pretrained_model_name_or_path", place, "--train_batch_size", str(batch)]
-                given += ["--use_image_pairs"] if objective == "slider" else []
+                sides = ["--use_image_pairs", "--before_data_dir", "a", "--after_data_dir", "b"]
+                single = ["--instance_data_dir", "a", "--instance_prompt", "a photo"]
+                given += sides if objective == "slider" else single
                 given += ["--max_train_steps", "20", *argv]
-                trainer = RandomData(load_config(script.Config, given))
+                trainer = script.SDTrainer(load_config(script.Config, given))
                 trainer.setup_accelerator()
+                trainer.folder = Path(place)
                 trainer.load_models()
-                turns = [script.Turn(n, 0, 0, 1, False) for n in range(batch)]
+                draws = [script.Draw(n, None, 0, 1) for n in range(batch)]
                 seconds = []
                 for step in range(20):
                     started = time.perf_counter()
-                    losses = trainer.training_loss(turns)
+                    losses = script.compute_losses(trainer, draws)
                     trainer.accelerator.backward(torch.stack(list(losses.values())).sum())
                     trainer.optimizer.step()
                     trainer.optimizer.zero_grad(set_to_none=True)
                     if trainer.device.type == "cuda":
                         torch.cuda.synchronize(trainer.device)
                     seconds += [time.perf_counter() - started] if step > 4 else []
-                gb = script.memory_gb(trainer.device)
+                gb = memory_gb(trainer.device)
                 print(
                     f"{objective:10} {batch:5} {statistics.median(seconds):8.4f} {gb:8.2f}",
                     flush=True,

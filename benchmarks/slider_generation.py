@@ -1,53 +1,62 @@
 """What a strip costs against its pictures drawn one by one.
 
-    python benchmarks/slider_generation.py --pretrained_model_name_or_path DIR --lora FILE \\
-        [--scales 0,0.2,0.4,0.6,0.8,1 --skip 14 --num_inference_steps 28 ...]
+    python benchmarks/slider_generation.py --config configs/demo_pairedit.yaml [--a value overrides]
 
-All flags of generate.py's strips. Draws the strip, then every picture alone, in turn, in one
-process (loading counts for neither), and prints the ratio of the medians and of the samples that
+Takes scales, skips and num_inference_steps of a config of train_pairedit.py, and an adapter as it
+starts (its values cost nothing). Draws the strip, then every picture alone, in turn, in one process
+(loading and the VAE count for neither), and prints the ratio of the medians and of the samples that
 the transformer saw.
 """
 
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-import generate
+import train_pairedit as script
 from utils import load_config, run_script
 
 ROUNDS = 7
-SCALES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
-def seconds(draw):
+def seconds(draw, device):
     start = time.perf_counter()
     draw()
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def main():
-    argv = ["--output", "strip.png", *sys.argv[1:]]  # nothing is written
-    config = load_config(generate.StripConfig, argv, generate.check_sliders)
-    strip = generate.plan_strips(config)[0][0]
-    positions = config.scales or SCALES
-    painter = generate.Painter(config, [strip.prompt])
-    samples = []
-    painter.transformer.register_forward_pre_hook(
+    argv = [*sys.argv[1:], "--output_folder", tempfile.mkdtemp()]
+    config = load_config(script.Config, argv, script.audit)
+    trainer = script.PairEditTrainer(config)
+    trainer.setup_accelerator()
+    trainer.find_data()
+    trainer.cache_embeddings()
+    trainer.start_run(script.all_runs(config)[0])
+    size, skip, positions = (config.resolution, config.resolution), config.skips[0], config.scales
+    predict = trainer.predictor(trainer.texts[trainer.prompts[0]], size)
+    channels = trainer.bare.config.in_channels // 4
+    noise = script.first_noise(0, channels, trainer.grid(size), trainer.dtype, trainer.device)
+    slider = script.Slider(script.adapters_of(config.python_name)[-1], start=skip + 1)
+    sigmas, samples = trainer.sigmas(size).tolist(), []
+    trainer.bare.register_forward_pre_hook(
         lambda module, args, kwargs: samples.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
 
+    @torch.no_grad()
     def together():
-        painter.draw(strip, positions)
+        script.draw_strip(predict, noise, sigmas, positions, [slider])
 
+    @torch.no_grad()
     def alone():
         for position in positions:
-            painter.draw(strip, [position])
+            script.draw_strip(predict, noise, sigmas, [position], [slider])
 
     counts, times = [], {together: [], alone: []}
     for draw in (together, alone):  # warm up, and count
@@ -56,9 +65,9 @@ def main():
         counts.append(sum(samples))
     for _ in range(ROUNDS):
         for draw, taken in times.items():
-            taken.append(seconds(draw))
+            taken.append(seconds(draw, trainer.device))
     one, many = (statistics.median(taken) for taken in times.values())
-    print(f"{len(positions)} scales, skip {config.skip} of {config.num_inference_steps}")
+    print(f"{len(positions)} scales, skip {skip} of {config.num_inference_steps}")
     print(f"strip {one:.3f} s, {counts[0]} samples; alone {many:.3f} s, {counts[1]} samples")
     print(f"ratio {one / many:.3f} (samples {counts[0] / counts[1]:.3f})")
 

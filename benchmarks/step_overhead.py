@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import train_qwen_edit as script
-from utils import MetricLog, StopSignal, load_config, run_script
+from utils import RunLog, StopSignal, load_config, run_script
 
 BLOCKS, STEPS = 8, 60  # long blocks: a run opens its progress bar once, not every 20 steps
 SQUARE = ("astronaut3", "chelsea0", "coffee0", "hubble0")
@@ -56,9 +56,10 @@ def main():
         trainer.transformer, trainer.optimizer
     )
     loader = iter(trainer.train_dataloader())
-    [batch] = script.to_device(next(loader), trainer.device)
+    [batch] = next(loader)
+    batch = trainer.to_device(batch)
     bare_optimizer = torch.optim.AdamW(trainer.trainable(), **trainer.config.optimizer.init_args)
-    metrics = MetricLog(folder / "metrics.jsonl", 0)
+    run_log = RunLog(accelerator, folder, trainer.config, 0)
 
     def bare_block():
         for _ in range(STEPS):
@@ -69,7 +70,7 @@ def main():
     def loop_block():
         part = itertools.islice(loader, STEPS)
         with StopSignal() as stop:
-            trainer._loop(part, 99999, stop, metrics)
+            script.train_loop(trainer, part, run_log, stop)
 
     seconds = {bare_block: [], loop_block: []}
     for number in range(BLOCKS + 1):

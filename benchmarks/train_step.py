@@ -5,8 +5,8 @@
 
 The real trainer (loading, LoRA, loss, backward, clipping, optimizer), fed with random latents: a
 target, one reference and 300 text tokens, batch 1. --full is the true 20-billion-parameter model
-(41 GB of disk, and as much as the quantised copy takes); without it two narrow blocks. Every
-precision is a process of its own. Reach: TFLOP a step over the time; --plan counts the same.
+(41 GB of disk); without it two narrow blocks. Every precision is a process of its own. Reach: TFLOP
+a step over the time; --plan counts the same.
 """
 
 import argparse
@@ -23,7 +23,9 @@ import torch
 from load_quantized import FULL, PRECISIONS, write_random_transformer
 
 import train_qwen_edit as script
-from utils import load_config
+from utils import load_config, load_tool, memory_gb
+
+plan = load_tool("plan")
 
 SMALL = {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64}
 SCHEDULER = {
@@ -53,6 +55,7 @@ def random_batch(resolution, reference, width):
         "prompt_embed": torch.randn(1, TEXT, width, dtype=torch.bfloat16),
         "noise": torch.randn(1, 16, 1, side, side),
         "sigma": torch.tensor([0.5]),
+        "names": ["random"],
     }
 
 
@@ -74,16 +77,16 @@ def measure(folder, precision, resolution, reference, overrides):
     for number in range(WARM_UP + STEPS):
         batch = random_batch(resolution, reference, width)
         started = time.perf_counter()
-        _, loss, _ = trainer._step([batch])
-        assert torch.isfinite(loss)  # waits for the GPU
+        _, losses = script.train_step(trainer, [batch])
+        assert torch.isfinite(losses["loss"])  # waits for the GPU
         seconds += [time.perf_counter() - started] if number >= WARM_UP else []
     shape = ((resolution, resolution), (reference, reference))
-    tokens = script.Load(shape, TEXT, 1).tokens
-    tflop = script.step_tflop(trainer.config, trainer.bare_transformer(), tokens)
+    tokens = plan.Load(shape, TEXT, 1).tokens
+    tflop = plan.qwen_step_tflop(trainer.config, trainer.bare_transformer(), tokens)
     return {
         "load_s": load_s,
         "s": statistics.median(seconds),
-        "gb": script.memory_gb(trainer.device),
+        "gb": memory_gb(trainer.device),
         "tflop": tflop,
         "tokens": tokens,
     }

@@ -363,7 +363,8 @@ def test_simpletuner_values(tmp_path):
     assert output["model"] == {"base_model_precision": "nf4-bnb", "lora": {"r": 32}}
     assert output["train"]["use_ema"]
     loss = output["loss"]
-    assert loss.get("timestep_density", "logit_normal") == "logit_normal" and "timestep_shift" not in loss  # the model's
+    assert loss.get("timestep_density", "logit_normal") == "logit_normal"
+    assert "timestep_shift" not in loss  # the model's
     assert loss["mask"] == "file" and loss["background_weight"] == 0
     assert output["validation"] == {
         **{"steps": 100, "eval_dataset_id": ["val", "held"], "resolution": 724},
@@ -417,7 +418,8 @@ predict: {{devices: {{vae: "cuda:5", text_encoder: "cuda:6", transformer: "cuda:
             **{"on_missing": "skip", "caption_lines": False, **folders},
         }
     ]
-    assert output["model"]["lora"] == {"r": 32} and output["model"]["base_model_precision"] == "fp8-quanto"
+    assert output["model"]["lora"] == {"r": 32}
+    assert output["model"]["base_model_precision"] == "fp8-quanto"
     assert output["optimizer"]["init_args"] == {"lr": 2e-4, "betas": [0.9, 0.99]}
     assert output["train"] == {
         **{"max_train_steps": 3000, "num_epochs": 3, "gradient_accumulation_steps": 4},

@@ -9,15 +9,7 @@ import pytest
 from conftest import run
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_dreambooth import (  # noqa: F401 (fixtures)
-    NO_PAIRS,
-    flags,
-    loaded,
-    make,
-    pictures,
-    straight,
-    subject,
-)
+from test_dreambooth import NO_PAIRS, flags, loaded, make, pictures, straight, subject  # noqa: F401
 
 import train_dreambooth_pairs as script
 from utils import Checkpoints, UserError, load_config

@@ -48,7 +48,7 @@ def save(path, array, name=None, **about):
 
 
 def unit(array):
-    return evaluate.to_pixels(Image.fromarray(array), CPU)
+    return evaluate.to_tensor(Image.fromarray(array), CPU)
 
 
 def measure(*flags):

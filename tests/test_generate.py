@@ -1,229 +1,259 @@
-"""generate.py as a command, and equal to the trainer's own sampling."""
+"""generate.py: what is drawn where, settings in pictures, forks; edits equal the trainer's own."""
 
 import json
+import sys
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, read_page, run, with_lora_noise
+from conftest import PAIRS, ROOT, read_page, run, small_config, with_lora_noise, write_config
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import generate
+import train_qwen_edit as script
+from utils import UserError, load_config
 
 QUICK = ["--num_inference_steps", 2, "--true_cfg_scale", 1]
+SMALL = ["--width", 64, "--height", 64, "--reference_area", "target"]
 REFERENCE = PAIRS / "chelsea1_R.png"
 
 
-@pytest.fixture
-def lora(make_trainer, tmp_path):
-    """(trainer, file): a LoRA trained at 64 px with references at target size."""
-    trainer = make_trainer(**{"model.lora.lora_alpha": 8.0})
+def trained(checkpoints, folder, **changes):
+    """(trainer, file): a LoRA at 64 px, by default with references at target size."""
+    settings = small_config(checkpoints["2511"], folder, **changes)
+    argv = ["--config", str(write_config(folder, settings))]
+    trainer = script.QwenImageEditTrainer(load_config(script.Config, argv))
     trainer.setup_accelerator()
     trainer.find_data()
     trainer.set_lora()
     with_lora_noise(trainer.transformer)
-    return trainer, trainer.save_lora(tmp_path / "lora.safetensors")
+    return trainer, trainer.save_lora(folder / "lora.safetensors")
 
 
-def make(checkpoint, *args, check=True):
-    command = ["generate.py", "--pretrained_model_name_or_path", checkpoint, *args]
-    return run(*command, check=check)
+@pytest.fixture(scope="session")
+def lora(checkpoints, tmp_path_factory):
+    settings = {"model.lora.lora_alpha": 8.0}
+    return trained(checkpoints, tmp_path_factory.mktemp("lora"), **settings)
 
 
-def test_one_picture_carries_its_settings_and_is_not_made_twice(lora, checkpoints, tmp_path):
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """call(model, *arguments) -> what generate.py prints, or its UserError's text."""
+
+    def command(model, *args, check=True):
+        given = ["--pretrained_model_name_or_path", model, *args]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, given)])
+        try:
+            generate.main()
+        except UserError as error:
+            assert not check, error
+            return str(error)
+        assert check, "it should have failed"
+        return capsys.readouterr().out
+
+    return command
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# --- one picture, many pictures -------------------------------------------------------------------
+
+
+def test_one_picture_says_what_it_is_and_is_not_made_twice(lora, checkpoints, tmp_path):
+    """As a command; the settings are the whole config, so one that changes makes a new picture."""
     output = tmp_path / "out" / "a.png"
-    command = [checkpoints["2511"], "--lora", f"{lora[1]}:0.5", "--image", REFERENCE]
-    command += ["--prompt", "make it: blue", "--seed", 7, "--output", output, *QUICK]
-    done = make(*command)
-    assert "references: target, as the LoRA was trained" in done.stdout
+    model = ["generate.py", "--pretrained_model_name_or_path", checkpoints["2511"]]
+    command = [*model, "--lora", f"{lora[1]}:0.5", "--image", REFERENCE, "--seed", 7]
+    command += ["--prompt", "make it: blue", "--output", output, *QUICK]
+    run(*command)
     picture = Image.open(output)
-    assert picture.size == generate.nearest_bucket(320, 224, 64)  # the LoRA's training size
-    settings = json.loads(picture.info["image_edit"])
-    assert settings["prompt"] == "make it: blue" and settings["seed"] == 7
-    assert settings["loras"][0]["scale"] == 0.5 and settings["reference_area"] == "target"
+    assert picture.size == script.nearest_bucket(320, 224, 64)  # the LoRA's training size
+    about = json.loads(picture.info["image_edit"])
+    assert (about["name"], about["run"], about["scale"], about["seed"]) == ("a", "", 1, 7)
+    assert about["prompt"] == "make it: blue" and about["images"][0]["file"] == str(REFERENCE)
+    assert about["settings"]["loras"][0]["scale"] == 0.5
+    assert about["settings"]["reference_area"] == "target"
     written = output.stat().st_mtime_ns
-    assert "1 already there" in make(*command).stdout and output.stat().st_mtime_ns == written
+    assert "1 already there" in run(*command).stdout and output.stat().st_mtime_ns == written
     command[command.index(7)] = 8
-    assert "0 already there" in make(*command).stdout and output.stat().st_mtime_ns != written
+    run(*command)
+    assert output.stat().st_mtime_ns != written
 
 
-def test_generated_pixels_are_the_trainers(lora, checkpoints, tmp_path):
-    """generate.py on the stock pipeline = the validation path on cached latents."""
-    trainer, file = lora
-    output = tmp_path / "a.png"
-    make(
-        checkpoints["2511"], "--lora", file, "--image", PAIRS / "hubble0_R.png",
-        "--prompt", "give it a sunset duotone", "--seed", 42, "--output", output, *QUICK,
-    )  # fmt: skip
-    number = next(i for i, s in enumerate(trainer.samples) if s.name == "hubble0")
-    trainer.samples[number] = trainer.samples[number]._replace(held_out=True)
-    trainer.cache_embeddings()
-    _, batch = trainer._validation_batch(number)
-    height, width = (8 * side for side in batch["pixel_latent"].shape[-2:])
-    references, embeds = batch["control_latent"], batch["prompt_embed"]
-    trainer.transformer.eval()
-    latents = trainer._sample(height, width, references, embeds, None, 2, 1.0, 42)
-    ours = trainer.decode_vae_latent(latents)[0].astype(int)
-    theirs = np.asarray(Image.open(output)).astype(int)
-    assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1  # 2-D against 3-D VAE
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (generate.EditPainter, {"negative_prompt": "x", "true_cfg_scale": 2.0, "dtype": "bf16"}),
+        (generate.SliderPainter, {"guidance_scale": 1.0, "base_model_precision": "int8-quanto"}),
+        (generate.ChangePainter, {"inversion": "ddim", "skip": 0.5, "restore_detail": True}),
+    ],
+)
+def test_no_setting_can_reuse_a_stale_picture(kind, changes, tmp_path):
+    """Every setting that is no path and no place is in the picture's settings."""
+    settings = {"pretrained_model_name_or_path": "x", "output": "o.png", "lora": ["l.safetensors"]}
+    settings |= {"image": ["photo.png"], "device": "cpu"}
+    module = generate.load_script(ROOT / kind.script_name)
+    strip = generate.Strip("o", "a", 0, (64, 64), (1.0,), ())
+
+    def of(**given):
+        config = kind.config_class.model_validate(settings | given)
+        return generate.picture_settings(kind(config, module), strip, 1.0)["settings"]
+
+    usual = of()
+    fields = kind.config_class.model_fields.keys() - generate.JobsConfig.model_fields.keys()
+    assert fields - {"mask", "inversion_lora"} <= usual.keys()
+    for name, value in changes.items():
+        assert of(**{name: value}) != usual, name
+    assert of(html=True, output="p.png") == usual
 
 
-def test_a_strip_over_scales_starts_at_the_base(lora, checkpoints, tmp_path):
-    command = ["--image", REFERENCE, "--prompt", "blue", *QUICK]
-    make(
-        checkpoints["2511"],
-        "--lora",
-        lora[1],
-        "--scales",
-        "0,0.5,1",
-        "--output",
-        tmp_path / "s.png",
-        *command,
-    )
-    strip = Image.open(tmp_path / "s.png")
-    pictures = [Image.open(tmp_path / f"s_scale{s}.png") for s in ("0", "0.5", "1")]
-    rows = [np.asarray(p).astype(float) for p in pictures]
-    assert strip.width == 4 * 264 + 8
+def test_generated_pixels_are_the_trainers(lora, make_trainer, checkpoints, call, tmp_path):
+    """generate.py on the stock pipeline = the trainer's own sampling, 2-D VAE and all."""
+    file = lora[1]
+    trainer = make_trainer(**{"model.lora.pretrained_weight": str(file)})
+    trainer.setup_accelerator()
+    trainer.find_data()
+    image = PAIRS / "hubble0_R.png"
+    command = ["--lora", file, "--image", image, "--prompt", "a duotone", "--seed", 42, *QUICK]
+    call(checkpoints["2511"], *command, "--output", tmp_path / "a.png")
+    trainer.setup_predict()
+    with Image.open(image) as picture:
+        ours = trainer.predict(picture.convert("RGB"), "a duotone", None, 2, 1.0, seed=42)
+    theirs = pixels(tmp_path / "a.png")
+    assert ours.shape == theirs.shape and np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_a_strip_over_scales_starts_at_the_base(lora, checkpoints, call, tmp_path):
+    command = ["--lora", lora[1], "--scales", "0,0.5,1", "--output", tmp_path / "s.png"]
+    command += ["--image", REFERENCE, "--prompt", "blue", *QUICK]
+    call(checkpoints["2511"], *command)
+    rows = [pixels(tmp_path / f"s_scale{scale}.png") for scale in ("0", "0.5", "1")]
     change = [np.abs(row - rows[0]).mean() for row in rows]
+    assert Image.open(tmp_path / "s.png").width == 4 * 264 + 8
     assert 0 == change[0] < change[1] < change[2]
 
 
-def test_several_loras_add_up_and_several_references_count(lora, checkpoints, tmp_path):
-    command = ["--prompt", "blue", *QUICK, "--width", 64, "--height", 64]
-    one = ["--image", REFERENCE, *command]
-    make(checkpoints["2511"], "--lora", lora[1], *one, "--output", tmp_path / "1.png")
-    twice = ["--lora", f"{lora[1]}:0.25", "--lora", f"{lora[1]}:0.75"]
-    make(checkpoints["2511"], *twice, *one, "--output", tmp_path / "2.png")
+def test_several_loras_add_up_and_several_references_count(lora, checkpoints, call, tmp_path):
+    one = ["--image", REFERENCE, "--prompt", "blue", *QUICK, *SMALL]
     two = ["--image", PAIRS / "coffee0_R.png", *one]
-    make(checkpoints["2511"], "--lora", lora[1], *two, "--output", tmp_path / "3.png")
-    one, both, refs = (np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int) for i in (1, 2, 3))
-    assert np.abs(one - both).max() <= 1 and np.abs(one - refs).max() > 1
+    twice = ["--lora", f"{lora[1]}:0.25", f"{lora[1]}:0.75"]
+    for name, case in {"1": [*one, "--lora", lora[1]], "2": [*twice, *one]}.items():
+        call(checkpoints["2511"], *case, "--output", tmp_path / f"{name}.png")
+    call(checkpoints["2511"], "--lora", lora[1], *two, "--output", tmp_path / "3.png")
+    one, both, more = (pixels(tmp_path / f"{i}.png") for i in (1, 2, 3))
+    assert np.abs(one - both).max() <= 1 and np.abs(one - more).max() > 1
+
+
+def test_lokr_files_act_alone_and_beside_a_lora(lora, checkpoints, tmp_path):
+    trainer, _ = trained(checkpoints, tmp_path, **{"model.lora.method": "lokr"})
+    for parameter in trainer.trainable():
+        parameter.data += 0.1
+    file = trainer.save_lora(tmp_path / "lokr.safetensors")
+    settings = {"pretrained_model_name_or_path": str(checkpoints["2511"]), "device": "cpu"}
+    settings |= {"image": [REFERENCE], "output": tmp_path / "o.png"}
+    config = generate.EditConfig(**settings, lora=[str(lora[1]), str(file)])
+    painter = generate.EditPainter(config, script)
+    painter.load(["x"])
+    layer = painter.pipeline.transformer.get_submodule("transformer_blocks.0.attn.to_q")
+    x = torch.randn(1, 3, layer.in_features)
+
+    @torch.no_grad()
+    def output(*scales, times=1.0):
+        painter.set_scales([generate.Lora(file, scale) for scale in scales], times)
+        return layer(x)
+
+    base = output(1, 1, times=0.0)
+    one, other = output(1, 0) - base, output(0, 1) - base
+    assert one.norm() > 0.1 and other.norm() > 0.1
+    torch.testing.assert_close(output(1, 1) - base, one + other, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output(1, 1, times=0.5) - base, (one + other) / 2, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "folder"])
-def test_many_rows_skip_what_is_done_and_end_in_a_contact_sheet(kind, checkpoints, tmp_path):
-    photos = tmp_path / "photos"
+def test_many_rows_skip_what_is_done_and_end_in_a_contact_sheet(kind, checkpoints, call, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     for name in ("coffee0", "hubble0"):
         Image.open(PAIRS / f"{name}_R.png").resize((64, 64)).save(photos / f"{name}.png")
-    rows = [
-        {"images": [f"photos/{n}.png"], "prompt": f"{n}, blue", "name": n}
-        for n in ("coffee0", "hubble0")
-    ]
-    source = ["--table", tmp_path / f"t.{kind}"]
-    if kind == "jsonl":
-        source[1].write_text("\n".join(json.dumps(row) for row in rows))
-    elif kind == "csv":
-        lines = [f'{r["images"][0]},"{r["prompt"]}",{r["name"]},3' for r in rows]
-        source[1].write_text("\n".join(["images,prompt,name,seed", *lines]))
-    else:
-        source = ["--input_dir", photos, "--prompt", "blue"]
-    command = [*source, "--output_dir", tmp_path / "out", "--width", 64, "--height", 64]
-    command += ["--reference_area", "target", *QUICK]
-    done = make(checkpoints["2509"], *command)
-    out = tmp_path / "out"
+        (photos / f"{name}.txt").write_text("blue")
+    source = ["--input_dir", photos]
+    if kind != "folder":
+        source = ["--table", tmp_path / f"t.{kind}"]
+        rows = [{"images": [f"photos/{n}.png"], "name": n} for n in ("coffee0", "hubble0")]
+        lines = [json.dumps(row | {"prompt": "blue"}) for row in rows]
+        if kind == "csv":
+            named = [f"{r['images'][0]},blue,{r['name']},3" for r in rows]
+            lines = ["images,prompt,name,seed", *named]
+        source[1].write_text("\n".join(lines))
+    command = [checkpoints["2509"], *source, "--output_dir", out, *SMALL, *QUICK]
+    call(*command)
     assert {p.name for p in out.iterdir()} == {"coffee0.png", "hubble0.png", "contact_sheet.png"}
-    assert "2 picture(s), 0 already there" in done.stdout
-    make(checkpoints["2509"], *command, "--html")
-    rows = read_page(out / "page.html")
-    assert [name for name, _ in rows] == ["coffee0", "hubble0"]
-    for name, files in rows:
-        assert files == {"reference 1": photos / f"{name}.png", "scale 1": out / f"{name}.png"}
+    about = generate.read_settings(out / "coffee0.png")
+    assert about["prompt"] == "blue" and about["seed"] == (3 if kind == "csv" else 0)
     kept = (out / "hubble0.png").stat().st_mtime_ns
     (out / "coffee0.png").unlink()
-    assert "2 picture(s), 1 already there" in make(checkpoints["2509"], *command).stdout
+    assert "2 picture(s), 1 already there" in call(*command, "--html")
     assert (out / "hubble0.png").stat().st_mtime_ns == kept and (out / "coffee0.png").exists()
+    for name, files in read_page(out / "page.html"):
+        assert files == {"photo": photos / f"{name}.png", "scale 0": out / f"{name}.png"}
 
 
-def test_everything_wrong_is_named_at_once(tmp_path):
-    (tmp_path / "t.jsonl").write_text(
-        '{"imges": ["x.png"]}\n{"images": ["none.png"], "prompt": "a"}\n'
-    )
-    (tmp_path / "l.bin").write_bytes(b"")
-    done = make(
-        tmp_path, "--table", tmp_path / "t.jsonl", "--lora", tmp_path / "l.bin", "--sed", 3,
-        "--num_inference_steps", 1, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    for words in (
-        "sed: unknown setting, did you mean 'seed'?",
-        "num_inference_steps",
-        "unknown column 'imges', did you mean 'images'?",
-        "no picture",
-        "--input_dir and --table need --output_dir",
-        "only .safetensors files are loaded",
-        "no diffusers checkpoint",
-    ):
-        assert words in done.stderr, words
+def test_rows_may_have_different_numbers_of_references(checkpoints, call, tmp_path):
+    images = [[str(REFERENCE)], [str(REFERENCE), str(PAIRS / "coffee0_R.png")]]
+    rows = [json.dumps({"images": its, "prompt": "x", "name": f"n{len(its)}"}) for its in images]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    command = ["--table", tmp_path / "t.jsonl", "--output_dir", tmp_path / "out", *SMALL, *QUICK]
+    call(checkpoints["2511"], *command, "--html")
+    columns = [list(files) for _, files in read_page(tmp_path / "out/page.html")]
+    assert columns == [["reference 1", "scale 0"], ["reference 1", "reference 2", "scale 0"]]
+    assert Image.open(tmp_path / "out/contact_sheet.png").width == 3 * 264 + 8
 
 
-def test_results_never_overwrite_references_or_leave_their_folder(checkpoints, tmp_path):
-    photo = tmp_path / "a b é.png"
-    Image.open(REFERENCE).save(photo)
-    before = photo.read_bytes()
-    cases = [
-        ["--input_dir", tmp_path, "--output_dir", tmp_path],
-        ["--image", photo, "--output", photo],
-    ]
-    for case in cases:
-        done = make(checkpoints["2511"], *case, "--prompt", "x", *QUICK, check=False)
-        assert done.returncode == 2 and "would be overwritten" in done.stderr
-        assert photo.read_bytes() == before
-    table = tmp_path / "t.jsonl"
-    rows = [
-        {"images": [photo.name], "prompt": "x", "name": "../escape"},
-        {"images": [photo.name], "prompt": "x", "name": "contact_sheet"},
-        {"images": [photo.name], "prompt": "x", "seed": "abc"},
-        ["a list"],
-        {"images": ["junk.png"], "prompt": "x"},
-    ]
-    (tmp_path / "junk.png").write_bytes(b"junk")
-    table.write_text("\n".join(json.dumps(row) for row in rows))
-    place = ["--output_dir", tmp_path / "out"]
-    done = make(checkpoints["2511"] / "typo", "--table", table, *place, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    for words in (
-        "'../escape': a name must stay inside",
-        "contact_sheet.png",
-        "row 3: seed 'abc' is no whole number",
-        "row 4: wanted",
-        "junk.png cannot be read",
-        "--pretrained_model_name_or_path: no folder",
-    ):
-        assert words in done.stderr, f"{words}\n{done.stderr}"
+def test_no_torch_generator_but_the_seed_decides(checkpoints, call, tmp_path):
+    command = ["--image", REFERENCE, "--prompt", "blue", *SMALL, *QUICK, "--seed", "1,2"]
+    command += ["--output", tmp_path / "a.png"]
+    call(checkpoints["2511"], *command)
+    first, second = (pixels(tmp_path / f"a_seed{seed}.png") for seed in (1, 2))
+    assert (first != second).any() and Image.open(tmp_path / "a.png").height > 2 * 256
+    torch.manual_seed(99)
+    (tmp_path / "a_seed1.png").unlink()
+    call(checkpoints["2511"], *command)
+    assert (pixels(tmp_path / "a_seed1.png") == first).all()
 
 
-def test_a_lora_of_another_model_is_refused_before_loading(checkpoints, tmp_path):
-    file = tmp_path / "unet.safetensors"
-    command = ["--image", REFERENCE, "--prompt", "x", "--output", tmp_path / "o.png"]
-    down, attention = "unet.down_blocks.0.", "attentions.0.transformer_blocks.0.attn1.to_q."
-    for layer, words in ((down, "no LoRA for this transformer"), (down + attention, "has no UNet")):
-        save_file({f"{layer}lora_A.weight": torch.zeros(1)}, file)
-        done = make(checkpoints["2511"], "--lora", file, *command, check=False)
-        assert done.returncode == 2 and words in done.stderr
+def test_2508_runs_with_one_reference(checkpoints, call, tmp_path):
+    command = ["--image", REFERENCE, "--prompt", "blue", "--width", 96, "--height", 64, *QUICK]
+    command += ["--reference_area", 64 * 64, "--output", tmp_path / "a.png"]
+    call(checkpoints["2508"], *command)
+    assert Image.open(tmp_path / "a.png").size == (96, 64)
+    two = call(checkpoints["2508"], "--image", PAIRS / "coffee0_R.png", *command, check=False)
+    assert "2508 takes one reference" in two
 
 
-def test_loras_of_different_reference_sizes_need_a_decision(lora, make_trainer, tmp_path):
-    other = make_trainer(**{"data.reference_area": "1mp"})
-    other.set_lora()
-    file = other.save_lora(tmp_path / "other.safetensors")
-    settings = {"pretrained_model_name_or_path": "x", "lora": [str(lora[1]), str(file)]}
-    with pytest.raises(generate.UserError, match="different reference_area"):
-        generate.reference_rule(generate.Config(**settings))
-    rule = generate.reference_rule(generate.Config(**settings, reference_area="1mp"))
-    assert rule.reference_area == "1mp" and "--reference_area" in rule.why
+# --- sizes of references --------------------------------------------------------------------------
+
+
+def test_loras_of_different_reference_sizes_need_a_decision():
+    abouts = {"a": {"reference_area": "target", "resolution": 64}, "b": {"reference_area": "1mp"}}
+    with pytest.raises(UserError, match=r"reference_area[\s\S]*a: target[\s\S]*b: 1mp"):
+        generate.reference_rule("lora", abouts)
+    rule = generate.reference_rule("1mp", abouts)
+    assert rule[:3] == ("1mp", None, 64)
+    assert generate.reference_rule("4096", {"a": {}})[:2] == (4096, None)
+    assert generate.reference_rule("lora", {"a": {}})[:3] == ("1mp", None, None)
 
 
 def test_without_a_rule_it_is_the_stock_pipeline(checkpoints):
     """The sizes are put back, and 1mp means the pipeline's own constants."""
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 
-    config = generate.Config(pretrained_model_name_or_path="x")
-    assert generate.reference_rule(config)[:2] == ("1mp", None)
     folder = checkpoints["2511"]
-    processor = generate.load_processor(folder / "processor")
+    processor = script.load_processor(folder / "processor")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, processor=processor)
     with generate.reference_sizes(pipeline, generate.AREA_1MP, None):
         inside = plus.VAE_IMAGE_SIZE, plus.CONDITION_IMAGE_SIZE
@@ -233,29 +263,158 @@ def test_without_a_rule_it_is_the_stock_pipeline(checkpoints):
     assert plus.VAE_IMAGE_SIZE == 1024 * 1024
 
 
+# --- forks, families, help ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("flux", "train_pairedit.py"), ("sd", "train_dreambooth_pairs.py")]
+)
+def test_a_forks_own_sampling_is_used(kind, name, checkpoints, tmp_path):
+    """The fork turns the sign of the latents that it draws."""
+    text, drawn = (ROOT / name).read_text(), "return torch.stack([drawn["
+    assert text.count(drawn) == 1
+    fork = text.replace(drawn, drawn.replace("return ", "return -"))
+    (tmp_path / "my_fork.py").write_text(fork)
+    (tmp_path / "utils.py").write_text((ROOT / "utils.py").read_text())
+    command = ["generate.py", "--pretrained_model_name_or_path", checkpoints[kind]]
+    command += ["--prompt", "a person", "--num_inference_steps", 3, "--resolution", 64]
+    command += ["--max_sequence_length", 16] if kind == "flux" else []
+    output = ["--output", tmp_path / "o.png"]
+    run(*command, *output)
+    usual = pixels(tmp_path / "o.png")
+    done = run(*command, *output, "--script", tmp_path / "my_fork.py")
+    assert "0 already there" in done.stdout and (pixels(tmp_path / "o.png") != usual).any()
+    done = run(*command, *output, "--script", tmp_path / "none.py", check=False)
+    assert done.returncode == 2 and "none.py" in done.stderr
+
+
+def test_the_checkpoint_or_a_setting_picks_the_family(checkpoints):
+    def family(**given):
+        return generate.pick_painter(given).config_class
+
+    name = "pretrained_model_name_or_path"
+    assert family(**{name: str(checkpoints["sd"])}, seed="0") is generate.ChangeConfig
+    assert family(**{name: str(checkpoints["flux"])}, prompt="a") is generate.SliderConfig
+    assert family(**{name: str(checkpoints["2511"])}) is generate.EditConfig
+    assert family(**{name: "./nowhere"}, inversion="ddim") is generate.ChangeConfig
+    assert family(gamma=3) is generate.SliderConfig
+    assert family(python_name="train_image") is generate.SliderConfig
+    assert family(**{name: "./nowhere"}, true_cfg_scale=3) is generate.EditConfig
+
+
+def test_help_shows_each_family(call, capsys, monkeypatch):
+    text = run("generate.py", "--help").stdout
+    shown = {"edit": "--true_cfg_scale", "slider": "--inversion_lora", "runs": "--noise_scales"}
+    for name, setting in (shown | {"change": "--restore_detail"}).items():
+        assert name in text
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--help", name])
+        generate.main()
+        assert setting in capsys.readouterr().out
+    assert run("generate.py", "--help", "sliders", check=False).returncode == 2
+
+
 @pytest.mark.parametrize(
     ("text", "parsed"),
-    [("a.safetensors", ("a.safetensors", 1.0)), ("a.safetensors:0.5", ("a.safetensors", 0.5))],
+    [
+        ("a.safetensors", ("a.safetensors", [])),
+        ("a.safetensors:0.5", ("a.safetensors", [0.5])),
+        ("a:b.safetensors:1:-1", ("a:b.safetensors", [1.0, -1.0])),
+        ("a.safetensors:strong", None),
+        ("a.safetensors:nan", None),
+        ("a.safetensors:1:1.5", None),
+    ],
 )
-def test_lora_with_a_scale(text, parsed):
-    path, scale = generate.parse_lora(text)
-    assert (str(path), scale) == parsed
+def test_a_lora_with_its_numbers(text, parsed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:b.safetensors").touch()
+    if parsed:
+        path, numbers = generate.parse_lora(text)
+        assert (str(path), numbers) == parsed
+    else:
+        with pytest.raises(UserError, match=text):
+            generate.parse_lora(text)
 
 
-def test_2508_runs_with_one_reference(checkpoints, tmp_path):
-    command = ["--image", REFERENCE, "--prompt", "blue", "--width", 96, "--height", 64]
-    command += ["--reference_area", 64 * 64, "--output", tmp_path / "a.png", *QUICK]
-    make(checkpoints["2508"], *command)
-    assert Image.open(tmp_path / "a.png").size == (96, 64)
+# --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_no_torch_generator_but_the_seed_decides(checkpoints, tmp_path):
-    command = ["--image", REFERENCE, "--prompt", "blue", "--width", 64, "--height", 64, *QUICK]
-    command += ["--reference_area", "target", "--seed", "1,2", "--output", tmp_path / "a.png"]
-    make(checkpoints["2511"], *command)
-    first, second = (np.asarray(Image.open(tmp_path / f"a_seed{i}.png")) for i in (1, 2))
-    assert (first != second).any() and Image.open(tmp_path / "a.png").height > 2 * 256
-    torch.manual_seed(99)
-    (tmp_path / "a_seed1.png").unlink()
-    make(checkpoints["2511"], *command)
-    assert (np.asarray(Image.open(tmp_path / "a_seed1.png")) == first).all()
+def test_all_wrong_settings_then_all_wrong_files_are_named_at_once(checkpoints, call, tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        '{"imges": ["x.png"]}\n{"images": ["none.png"], "prompt": "a"}\n'
+    )
+    (tmp_path / "l.bin").write_bytes(b"")
+    wrong = ["--table", tmp_path / "t.jsonl", "--lora", tmp_path / "l.bin"]
+    text = call("./no", *wrong, "--sed", 3, "--num_inference_steps", 1, "--skip", 3, check=False)
+    for words in ("sed", "'seed'", "num_inference_steps", "skip is a setting of FLUX.1"):
+        assert words in text, words
+    wrong += ["--output_dir", tmp_path / "out", "--device", "cuda:7"]
+    text = call("./no", *wrong, check=False)
+    for words in ("'imges'", "'images'", "none.png", "l.bin", "no folder ./no", "cuda:7"):
+        assert words in text, words
+    text = call(checkpoints["2511"], *QUICK, "--height", 64, check=False)
+    for words in ("output", "height", "image"):
+        assert words in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_never_overwrite_references_or_leave_their_folder(checkpoints, call, tmp_path):
+    photo = tmp_path / "a b é.png"
+    Image.open(REFERENCE).save(photo)
+    before = photo.read_bytes()
+    for case in (["--input_dir", tmp_path, "--output_dir", tmp_path],
+                 ["--image", photo, "--output", photo]):  # fmt: skip
+        text = call(checkpoints["2511"], *case, "--prompt", "x", *QUICK, check=False)
+        assert "would be overwritten" in text and photo.read_bytes() == before
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    rows = [
+        {"images": [photo.name], "prompt": "x", "name": "../escape"},
+        {"images": [photo.name], "prompt": "x", "name": "contact_sheet"},
+        {"images": [photo.name], "prompt": "x", "seed": "abc"},
+        ["a list"],
+        {"images": ["junk.png"], "prompt": "x"},
+        {"images": [photo.name]},
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    place = ["--output_dir", tmp_path / "out"]
+    text = call("./typo", "--table", tmp_path / "t.jsonl", *place, check=False)
+    for words in ("../escape", "contact_sheet.png", "row 3", "row 4", "junk.png", "./typo"):
+        assert words in text, words
+    assert "no prompt" in text
+
+
+@pytest.mark.parametrize("place", ["file/o.png", "folder.png", "x" * 240 + ".png"])
+def test_where_nothing_can_be_written_is_named_before_a_model_loads(
+    place, checkpoints, call, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    edit = ["--image", REFERENCE, "--prompt", "x", "--output", place]
+    text = call(checkpoints["2511"], *edit, check=False)
+    assert "nothing was loaded" in text and place.partition("/")[0] in text
+
+
+def test_a_lora_of_another_model_is_refused_before_loading(lora, checkpoints, call, tmp_path):
+    file = tmp_path / "l.safetensors"
+    command = [
+        "--lora",
+        file,
+        "--image",
+        REFERENCE,
+        "--prompt",
+        "x",
+        "--output",
+        tmp_path / "o.png",
+    ]
+    tensors = load_file(lora[1])
+    name = next(name for name in tensors if ".lora_A." in name)
+    cases = [
+        {"unet.down_blocks.0.attentions.0.attn1.to_q.lora_A.weight": torch.zeros(4, 4)},
+        tensors | {name: torch.zeros(4, 7)},
+        tensors | {name.replace("blocks.0", "blocks.9"): torch.zeros(4, 4)},
+    ]
+    for case in cases:
+        save_file(case, file)
+        text = call(checkpoints["2511"], *command, check=False)
+        assert "1 problem" in text and str(file) in text
+    file.write_bytes(b"cut")
+    assert str(file) in call(checkpoints["2511"], *command, check=False)

@@ -1,7 +1,5 @@
 """generate.py with Stable Diffusion: parity with diffusers and the trainer, inversion, mistakes."""
 
-import copy
-import itertools
 import json
 import math
 import shutil
@@ -16,8 +14,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import generate
-import train_dreambooth_pairs as trainer_script
-from utils import UserError, load_config
+import train_dreambooth_pairs as script
+from utils import RunLog, UserError, load_config
 
 PHOTOS = ("chelsea0", "coffee0")
 STEPS = 4
@@ -57,16 +55,19 @@ def trained(sd, photos, tmp_path_factory):
         *("--validation_prompt", "a person", "--num_validation_images", "2"),
         *("--validation_inference_steps", str(STEPS), "--validation_scales=-1,0,1"),
     ]
-    trainer = trainer_script.DreamBoothPairsTrainer(load_config(trainer_script.Config, argv))
+    trainer = script.SDTrainer(load_config(script.Config, argv))
+    trainer.setup_accelerator()
+    trainer.find_data()
     trainer.cache_embeddings()
     trainer.load_models()
     draw = torch.Generator().manual_seed(0)
     for parameter in trainer.trained:
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.1
-    trainer.save_result(calibrated=False)
-    trainer.validate()
+    script.save_result(trainer, calibrated=False)
+    trainer.run_log = RunLog(trainer.accelerator, trainer.config.output_dir, trainer.config, 0)
+    script.validate(trainer)
     old = {}  # diffusers' older names
-    tensors = load_file(trainer.config.output_dir / trainer_script.LORA_FILE)
+    tensors = load_file(trainer.config.output_dir / script.LORA_FILE)
     for name, tensor in tensors.items():
         text = name.startswith("text_encoder.")
         down, up = (".lora_linear_layer.down", ".lora_linear_layer.up") if text else (
@@ -80,7 +81,7 @@ def trained(sd, photos, tmp_path_factory):
 @pytest.fixture(scope="session")
 def loras(trained):
     """{"peft" | "kohya" | "old": file}: the same LoRA in three formats."""
-    names = {"peft": trainer_script.LORA_FILE, "kohya": trainer_script.KOHYA_FILE}
+    names = {"peft": script.LORA_FILE, "kohya": script.KOHYA_FILE}
     return {
         k: trained.config.output_dir / v for k, v in (names | {"old": "old.safetensors"}).items()
     }
@@ -105,17 +106,21 @@ def call(sd, tmp_path, monkeypatch, capsys):
     return build
 
 
-def configured(sd, **changes):
-    """A config with its LoRA's wishes."""
+def planned(sd, *prompts, load=True, **changes):
+    """(painter, strips) of settings, on the CPU."""
     settings = {"pretrained_model_name_or_path": str(sd), "num_inference_steps": STEPS}
-    settings |= {"prompt": ["a person"], "device": "cpu", "resolution": 64}
-    return generate.with_lora_wishes(generate.SDConfig(**settings | changes))
-
-
-def strips_of(config):
-    strips, problems = generate.plan_sd(config)
+    settings |= {"prompt": [*prompts], "device": "cpu", "resolution": 64, "output": "o.png"}
+    painter = generate.ChangePainter(generate.ChangeConfig(**settings | changes), script)
+    strips, problems = generate.plan_jobs(painter)
     assert not problems
-    return strips
+    if load:
+        painter.load(list({strip.prompt for strip in strips}))
+    return painter, strips
+
+
+def drawn(painter, strip, *scales):
+    """The pictures of a strip at some scales."""
+    return [image for _, image, _ in painter.draw(strip, scales)]
 
 
 def levels_between(a, b):
@@ -126,69 +131,71 @@ def levels_between(a, b):
 # --- pictures of prompts --------------------------------------------------------------------------
 
 
-def stock(sd, seeds, **options):
+def stock(sd, seeds, lora=None, **options):
     """diffusers' own pipeline, DDIM."""
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(sd)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(
         pipeline.scheduler.config, clip_sample=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=draw) for draw in draws])
-    return pipeline(
-        ["a person"] * len(seeds),
-        num_inference_steps=STEPS,
-        latents=noise,
-        **{"guidance_scale": 7.5, "output_type": "pil", **options},
-    ).images
+    if lora:
+        pipeline.load_lora_weights(str(lora))
+    images = []
+    for seed in seeds:
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        settings = {"num_inference_steps": STEPS, "latents": noise, "guidance_scale": 7.5}
+        images += pipeline("a person", **settings | options).images
+    return images
 
 
-def test_scale_0_is_the_stock_pipeline_bit_for_bit(sd, loras, tmp_path):
-    settings = {"seed": [0, 1], "output": tmp_path / "o.png"}
-    config = configured(sd, lora=[str(loras["peft"])], scales=[-1, 0, 1], **settings)
-    painter = generate.SDPainter(config)
-    draw, _ = painter.open(strips_of(config))
-    moved, zero = draw(1.0), draw(0.0)
-    bare_config = configured(sd, **settings)
-    bare, _ = generate.SDPainter(bare_config).open(strips_of(bare_config))
-    latents = stock(sd, [0, 1], output_type="latent")
-    theirs = [generate.decode_sd(painter.vae, x[None])[0] for x in latents]
-    for a, b, c, d in zip(zero, bare(0.0), theirs, moved, strict=True):
-        assert a.tobytes() == b.tobytes() == generate.to_image(c).tobytes()
-        assert levels_between(a, d) > 10
-    for a, b in zip(zero, stock(sd, [0, 1]), strict=True):  # which decodes both at once
-        assert levels_between(a, b) <= 1
+def test_scale_0_is_the_base_bit_for_bit_and_the_stock_pipelines_picture(sd, loras):
+    painter, strips = planned(sd, "a person", lora=[str(loras["peft"])], seed=[0, 1])
+    bare, plain = planned(sd, "a person", seed=[0, 1])
+    for strip, other, theirs in zip(strips, plain, stock(sd, [0, 1]), strict=True):
+        zero, moved = drawn(painter, strip, 0.0, 1.0)
+        [base] = drawn(bare, other, 0.0)
+        assert zero.tobytes() == base.tobytes()
+        assert (
+            levels_between(zero, theirs) <= 1
+        )  # the pipeline draws both sides of guidance at once
+        assert levels_between(zero, moved) > 10
 
 
-def test_the_trainers_validation_pictures_are_these(sd, trained, loras, tmp_path):
-    config = configured(
-        sd, lora=[str(loras["peft"])], scales=[-1, 0, 1], seed=[0, 1], output=tmp_path / "o.png"
-    )
-    draw, _ = generate.SDPainter(config).open(strips_of(config))
+def test_the_pipeline_draws_the_same_with_the_lora(sd, loras):
+    """The strength of a file is that of diffusers, text encoder and guidance included."""
+    painter, [strip] = planned(sd, "a person", lora=[str(loras["peft"])], negative_prompt="eyes")
+    [ours] = drawn(painter, strip, 1.0)
+    [theirs] = stock(sd, [0], lora=loras["peft"], negative_prompt="eyes")
+    assert levels_between(ours, theirs) <= 1
+    assert levels_between(ours, stock(sd, [0], negative_prompt="eyes")[0]) > 3
+
+
+def test_the_trainers_validation_pictures_are_these(sd, trained, loras):
+    painter, strips = planned(sd, "a person", lora=[str(loras["peft"])], seed=[0, 1])
     sheet = Image.open(trained.config.output_dir / "samples/step-000000.png")
-    for column, scale in enumerate([-1.0, 0.0, 1.0]):
-        for row, image in enumerate(draw(scale)):
+    for row, strip in enumerate(strips):
+        for column, image in enumerate(drawn(painter, strip, -1.0, 0.0, 1.0)):
             x, y = 8 + column * 264, 24 + row * (256 + 32)
             cell = ImageOps.contain(image, (256, 256))  # as the sheet shows it
             assert levels_between(cell, sheet.crop((x, y, x + 256, y + 256))) <= 1
 
 
-def test_every_format_draws_the_same(sd, loras, tmp_path):
-    drawn = {}
-    for name, file in loras.items():
-        config = configured(sd, lora=[f"{file}:0.5"], scales=[1], output=tmp_path / "o.png")
-        drawn[name] = generate.SDPainter(config).open(strips_of(config))[0](1.0)[0]
-    assert levels_between(drawn["peft"], drawn["kohya"]) <= 1
-    assert levels_between(drawn["peft"], drawn["old"]) <= 1
-    config = configured(sd, lora=[str(loras["peft"])], scales=[0.5], output=tmp_path / "o.png")
-    half = generate.SDPainter(config).open(strips_of(config))[0](0.5)[0]
-    assert levels_between(drawn["peft"], half) <= 1
+def test_every_format_draws_the_same_and_several_add_up(sd, loras):
+    def at(*texts, scale=1.0):
+        painter, [strip] = planned(sd, "a person", lora=[str(text) for text in texts])
+        return drawn(painter, strip, scale)[0]
+
+    half = at(loras["peft"], scale=0.5)
+    for texts in ([f"{loras['kohya']}:0.5"], [f"{loras['old']}:0.5"],
+                  [f"{loras['peft']}:0.25", f"{loras['kohya']}:0.25"]):  # fmt: skip
+        assert levels_between(half, at(*texts)) <= 1
+    assert levels_between(half, at(loras["peft"])) > 3
 
 
 def test_a_strip_is_made_once_and_a_new_scale_adds_its_pictures(call, loras, tmp_path):
     output = tmp_path / "out/strip.png"
-    command = ["--lora", loras["peft"], "--prompt", "a person", "--prompt", "eyes"]
-    command += ["--seed", "0,1", "--batch_size", 3, "--output", output]
+    command = ["--lora", loras["peft"], "--prompt", "a person", "eyes", "--seed", "0,1"]
+    command += ["--output", output]
     assert "8 picture(s), 0 already there" in call(*command, "--scales=-1,0")
     names = {
         f"strip_prompt{p}_seed{s}_scale{x}.png" for p in (0, 1) for s in (0, 1) for x in (-1, 0)
@@ -197,22 +204,22 @@ def test_a_strip_is_made_once_and_a_new_scale_adds_its_pictures(call, loras, tmp
     assert "8 picture(s), 8 already there" in call(*command, "--scales=-1,0")
     assert "12 picture(s), 8 already there" in call(*command, "--scales=-1,0,1")
     assert Image.open(output).size == (3 * 264 + 8, 24 + 4 * (256 + 32))
-    settings = generate.read_settings(output.parent / "strip_prompt1_seed1_scale1.png")
-    assert settings["prompt"] == "eyes" and settings["loras"][0]["scale"] == 1
-    assert settings["guidance_scale"] == 7.5 and (settings["width"], settings["height"]) == (64, 64)
+    about = generate.read_settings(output.parent / "strip_prompt1_seed1_scale1.png")
+    assert (about["name"], about["prompt"], about["scale"]) == ("strip", "eyes", 1)
+    assert about["settings"]["guidance_scale"] == 7.5 and about["settings"]["size"] == [64, 64]
 
 
-def test_what_is_not_given_is_what_the_lora_was_trained_with(sd, loras, tmp_path):
-    base = {"pretrained_model_name_or_path": str(sd), "output": tmp_path / "o.png"}
-    config = generate.SDConfig(**base, lora=[str(loras["peft"])])
-    [drawn] = strips_of(generate.with_lora_wishes(config))
-    assert (drawn.prompt, drawn.size, drawn.positions) == ("a photo of a person", (64, 64), (1.0,))
-    own = config.model_copy(update={"prompt": ["eyes"], "resolution": 128})
-    [drawn] = strips_of(generate.with_lora_wishes(own))
-    assert (drawn.prompt, drawn.size) == ("eyes", (128, 128))
-    kohya = generate.with_lora_wishes(generate.SDConfig(**base, lora=[str(loras["kohya"])]))
-    assert kohya.resolution == 64 and not kohya.prompt  # the base's own size
-    assert any("no prompt" in text for text in generate.check_sd_ways(kohya, set()))
+def test_what_is_not_given_is_what_the_lora_was_trained_with(sd, loras):
+    def strip(name="peft", *prompts, **changes):
+        settings = {"lora": [str(loras[name])], "load": False, "resolution": None}
+        return planned(sd, *prompts, **settings | changes)[1][0]
+
+    usual, own = strip(), strip("peft", "eyes", resolution=128)
+    assert (usual.prompt, usual.size, usual.scales) == ("a photo of a person", (64, 64), (1.0,))
+    assert (own.prompt, own.size) == ("eyes", (128, 128))
+    assert strip("kohya", "eyes").size == (64, 64)  # the base's own size
+    with pytest.raises(AssertionError, match="no prompt"):
+        strip("kohya")
 
 
 # --- photos ---------------------------------------------------------------------------------------
@@ -222,31 +229,29 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 def test_levels_are_those_of_ddim_and_end_at_the_lowest_noise():
-    levels = generate.sd_levels(SCHEDULE | {"steps_offset": 1}, 50)
-    assert levels.timesteps[:2] == [981, 961] and levels.timesteps[-1] == 1
-    assert len(levels.alphas) == 51
-    assert levels.alphas[-2:] == pytest.approx([0.998296, 0.999150], abs=2e-6)
-    assert levels.alphas == sorted(levels.alphas)
-    half = generate.sd_levels(SCHEDULE | {"steps_offset": 1}, 50, 0.5)
-    assert half == generate.Levels(levels.timesteps[25:], levels.alphas[25:])
+    levels = script.sd_levels(SCHEDULE | {"steps_offset": 1}, 50)
+    timesteps, alphas, following = (list(column) for column in zip(*levels, strict=True))
+    assert timesteps[:2] == [981, 961] and timesteps[-1] == 1 and len(levels) == 50
+    assert [alphas[-1], following[-1]] == pytest.approx([0.998296, 0.999150], abs=2e-6)
+    assert alphas == sorted(alphas) and alphas[1:] == following[:-1]
+    assert script.sd_levels(SCHEDULE | {"steps_offset": 1}, 50, 0.5) == levels[25:]
 
 
 def test_a_step_is_that_of_the_scheduler():
     scheduler = diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(10)
     x, noise = torch.randn(2, 1, 4, 8, 8).double()
-    levels = generate.sd_levels(scheduler.config, 10)
+    levels = {t: alphas for t, *alphas in script.sd_levels(scheduler.config, 10)}
     for eta in (0.0, 1.0):
         none = torch.zeros_like(x)
         theirs = scheduler.step(noise, 600, x, eta=eta, variance_noise=none).prev_sample
-        k = levels.timesteps.index(600)
-        ours = generate.step_mean(x, noise, levels.alphas[k], levels.alphas[k + 1], eta)
+        ours = script.step_mean(x, noise, *levels[600], eta)
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 def gaussian(levels, change=0.0):
     """The exact denoiser of the prior N(change, I): e = s (x - a change)."""
-    table = dict(zip(levels.timesteps, levels.alphas, strict=False))
+    table = {t: alpha for t, alpha, _ in levels}
 
     def predict(x, t):
         return math.sqrt(1 - table[t]) * (x - math.sqrt(table[t]) * change)
@@ -256,29 +261,25 @@ def gaussian(levels, change=0.0):
 
 def edited(photo, change, levels, eta, strength=1.0, mask=1.0):
     """A photo moved by a denoiser whose prior is translated by `change`."""
-    predict = gaussian(levels)
-    noises = torch.randn(
-        len(levels.timesteps), *photo.shape, generator=torch.Generator().manual_seed(5)
-    ).to(photo)
-    path = (
-        generate.ddpm_path(photo, levels, noises)
-        if eta
-        else generate.ddim_path(photo, levels, predict)
-    )
-    means = generate.path_means(path, levels, predict, eta)
+    predict, draw = gaussian(levels), torch.Generator().manual_seed(5)
+    noises = torch.randn(len(levels), *photo.shape, generator=draw).to(photo)
+    path = script.ddim_path(photo, levels, predict)
+    if eta:
+        path = script.ddpm_path(photo, levels, noises)
+    means = script.path_means(path, levels, predict, eta)
     moved = gaussian(levels, strength * change)
-    return generate.follow_path(path, means, levels, moved, eta, mask)
+    return script.follow_path(path, means, levels, moved, eta, mask)
 
 
 @pytest.mark.parametrize(("eta", "gain"), [(0.0, lambda a: 1 - a**0.5), (1.0, lambda a: 1 - a)])
 @pytest.mark.parametrize("start", [980, 780, 620, 480, 280, 80])
 def test_the_share_of_a_change_by_depth(eta, gain, start):
     """DDIM from noise level t gets 1 - sqrt(alphas_cumprod), DDPM 1 - alphas_cumprod."""
-    levels = generate.sd_levels(SCHEDULE | {"steps_offset": 1}, 250, 1 - (start - 1) / 1000)
+    levels = script.sd_levels(SCHEDULE | {"steps_offset": 1}, 250, 1 - (start - 1) / 1000)
     photo, change = torch.randn(2, 1, 4, 4, 4).double()
     result = edited(photo, change, levels, eta)
     share = ((result - photo) * change).sum() / change.square().sum()
-    assert share.item() == pytest.approx(gain(levels.alphas[0]), abs=0.012)
+    assert share.item() == pytest.approx(gain(levels[0][1]), abs=0.012)
     torch.testing.assert_close(result - photo, share * change, atol=1e-9, rtol=0)
     half = edited(photo, change, levels, eta, 0.5)
     torch.testing.assert_close(half - photo, 0.5 * share * change, atol=1e-9, rtol=0)
@@ -286,19 +287,19 @@ def test_the_share_of_a_change_by_depth(eta, gain, start):
 
 def test_ddim_alone_nearly_comes_back_and_its_residuals_are_the_rest():
     """On the Gaussian denoiser 50 steps there and back miss by 8e-4."""
-    levels = generate.sd_levels(SCHEDULE | {"steps_offset": 1}, 50)
+    levels = script.sd_levels(SCHEDULE | {"steps_offset": 1}, 50)
     photo, predict = torch.randn(1, 4, 8, 8).double(), gaussian(levels)
-    path = generate.ddim_path(photo, levels, predict)
+    path = script.ddim_path(photo, levels, predict)
     x = path[0]
-    for k, t in enumerate(levels.timesteps):
-        x = generate.step_mean(x, predict(x, t), levels.alphas[k], levels.alphas[k + 1], 0.0)
+    for t, alpha, following in levels:
+        x = script.step_mean(x, predict(x, t), alpha, following, 0.0)
     assert ((x - photo).norm() / photo.norm()).item() == pytest.approx(8.08e-4, rel=0.01)
     assert x.norm() != photo.norm() and path[-1] is photo
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_without_a_change_the_photo_comes_back_and_outside_a_mask_always(eta):
-    levels = generate.sd_levels(SCHEDULE, 20)
+    levels = script.sd_levels(SCHEDULE, 20)
     photo, change = torch.randn(2, 1, 4, 8, 8).double()
     assert (edited(photo, change, levels, eta, 0.0) - photo).abs().max() < 1e-12
     mask = torch.zeros(1, 1, 8, 8).double()
@@ -310,47 +311,40 @@ def test_without_a_change_the_photo_comes_back_and_outside_a_mask_always(eta):
     )
 
 
-def photo_config(sd, loras, photos, **changes):
-    settings = {"lora": [str(loras["peft"])], "output": photos / "none.png", "scales": [0, 1]}
-    return configured(sd, **settings | {"image": [photos / "coffee0.png"]} | changes)
+def of_photo(sd, loras, photos, **changes):
+    """(painter, strip) of a photo."""
+    settings = {"lora": [str(loras["peft"])], "image": [photos / "coffee0.png"]}
+    painter, [strip] = planned(sd, "a person", **settings | changes)
+    return painter, strip
 
 
 @pytest.mark.parametrize("inversion", ["ddpm", "ddim"])
 @pytest.mark.parametrize("guidance", [1, 3])
 def test_scale_0_is_the_photo_as_the_vae_gives_it_back(sd, loras, photos, inversion, guidance):
-    config = photo_config(sd, loras, photos, inversion=inversion, guidance_scale=guidance)
-    painter = generate.SDPainter(config)
-    [strip] = strips_of(config)
-    draw, [about] = painter.open([strip])
-    pixels = generate.to_pixels(generate.fit_photo(strip.photo, strip.size))
-    kept = generate.decode_sd(painter.vae, generate.encode_sd(painter.vae, pixels))
-    assert about["scale0_db"] > 60
-    assert about["vae_db"] == pytest.approx(generate.psnr(pixels, kept), abs=0.06)
-    assert levels_between(draw(0.0)[0], generate.to_image(kept[0])) <= 1
-    assert levels_between(draw(1.0)[0], draw(0.0)[0]) > 10
-    assert levels_between(draw(-1.0)[0], draw(1.0)[0]) > 10
+    painter, strip = of_photo(sd, loras, photos, inversion=inversion, guidance_scale=guidance)
+    (_, zero, facts), (_, one, _), (_, minus, _) = painter.draw(strip, [0.0, 1.0, -1.0])
+    pixels = script.to_pixels(generate.fit_photo(strip.images[0], strip.size))
+    kept = script.decode_sd(painter.vae, script.encode_sd(painter.vae, pixels))
+    assert facts["scale0_db"] > 60
+    assert facts["vae_db"] == pytest.approx(generate.decibels(pixels, kept), abs=0.06)
+    assert levels_between(zero, script.to_image(kept[0])) <= 1
+    assert levels_between(one, zero) > 10 and levels_between(minus, one) > 10
 
 
 def test_detail_is_restored_and_skipping_keeps_more(sd, loras, photos):
     results = []
     for skip in (0.0, 0.75):
-        config = photo_config(sd, loras, photos, restore_detail=True, skip=skip)
-        [strip] = strips_of(config)
-        draw, _ = generate.SDPainter(config).open([strip])
-        zero, one = draw(0.0)[0], draw(1.0)[0]
-        assert levels_between(zero, generate.fit_photo(strip.photo, strip.size)) <= 1
+        painter, strip = of_photo(sd, loras, photos, restore_detail=True, skip=skip)
+        zero, one = drawn(painter, strip, 0.0, 1.0)
+        assert levels_between(zero, generate.fit_photo(strip.images[0], strip.size)) <= 1
         results.append(np.abs(np.asarray(one).astype(int) - np.asarray(zero)).mean())
     assert results[1] < 0.7 * results[0]
 
 
-def test_photos_of_a_batch_are_each_alone(sd, loras, photos, tmp_path):
-    config = photo_config(
-        sd, loras, photos, image=[], input_dir=photos, output=None, output_dir=tmp_path
-    )
-    strips = strips_of(config)[:2]
-    painter = generate.SDPainter(config)
-    together = painter.open(strips)[0](1.0)
-    alone = [painter.open([strip])[0](1.0)[0] for strip in strips]
+def test_scales_of_a_batch_are_each_alone(sd, loras, photos):
+    painter, strip = of_photo(sd, loras, photos)
+    together = drawn(painter, strip, 0.5, -1.0, 1.0)
+    alone = [drawn(painter, strip, scale)[0] for scale in (0.5, -1.0, 1.0)]
     assert all(levels_between(a, b) <= 1 for a, b in zip(together, alone, strict=True))
 
 
@@ -373,27 +367,25 @@ def test_photos_of_a_folder(call, loras, photos, tmp_path):
     out = tmp_path / "out"
     command = ["--lora", loras["peft"], "--input_dir", photos, "--output_dir", out]
     command += ["--resolution", 128]
-    text = call(*command, "--scales", "0,1", "--inversion", "ddim", "--skip", 0.25)
-    assert "6 picture(s), 0 already there" in text
-    assert text.count("scale 0 is decode(encode(photo)) at") == 3
+    ddim = [*command, "--scales", "0,1", "--inversion", "ddim", "--skip", 0.25]
+    assert "6 picture(s), 0 already there" in call(*ddim)
     sizes = {p.name: Image.open(p).size for p in out.glob("*_scale1.png")}
     square = {f"{name}_scale1.png": (128, 128) for name in PHOTOS}
     assert sizes == square | {"wide_scale1.png": (192, 64)}
     assert Image.open(out / "contact_sheet.png").width == 3 * 264 + 8  # photo, 0, 1
-    settings = generate.read_settings(out / "wide_scale1.png")
-    assert settings["scale0_db"] > 60 and settings["prompt"] == "a photo of a person"
-    again = call(*command, "--scales", "0,1", "--inversion", "ddim", "--skip", 0.25, "--html")
-    pages = dict(read_page(out / "page.html"))
-    assert list(pages["wide, seed 0"]) == ["photo", "scale 0", "scale 1"]
-    assert pages["wide, seed 0"]["scale 1"] == out / "wide_scale1.png"
-    assert "6 picture(s), 6 already there" in again and "scale 0 is" not in again
+    about = generate.read_settings(out / "wide_scale1.png")
+    assert about["scale0_db"] > 60 and about["prompt"] == "a photo of a person"
+    assert "6 picture(s), 6 already there" in call(*ddim, "--html")
+    page = dict(read_page(out / "page.html"))
+    assert list(page["wide"]) == ["photo", "scale 0", "scale 1"]
+    assert page["wide"]["scale 1"] == out / "wide_scale1.png"
     assert "6 picture(s), 0 already there" in call(*command, "--scales", "0,1")
 
 
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_one_report_of_everything_wrong(call, loras, photos, checkpoints, tmp_path):
+def test_one_report_of_everything_wrong(call, loras, photos, tmp_path):
     tensors = load_file(loras["peft"])
     wide = {k: x.repeat(1, 2) if "lora_A" in k else x for k, x in tensors.items()}
     save_file(wide, tmp_path / "wide.safetensors")
@@ -403,243 +395,55 @@ def test_one_report_of_everything_wrong(call, loras, photos, checkpoints, tmp_pa
     torch.save({"a": 1}, tmp_path / "old.pt")
     Image.new("L", (7, 7)).save(tmp_path / "mask.png")
     (tmp_path / "cut.png").write_bytes((photos / "coffee0.png").read_bytes()[:2000])
-    done = call(
-        "--lora", tmp_path / "nowhere.safetensors", "--lora", f"{loras['peft']}:strong",
-        "--lora", tmp_path / "wide.safetensors", "--lora", tmp_path / "cut.safetensors",
-        "--lora", tmp_path / "old.pt", "--lora", tmp_path / "other.safetensors", "--skipp", 1,
-        "--image", tmp_path / "cut.png", "--offload", "model", "--gamma", 1, "--device", "cuda:7",
-        "--mask", tmp_path / "mask.png", "--output", tmp_path / "o.jpg", "--height", 64,
-        "--prompt", "a", "--prompt", "b", "--negative_prompt", "c", check=False,
+    text = call(
+        "--skipp", 1, "--offload", "model", "--gamma", 1, "--image", tmp_path / "cut.png",
+        "--output", tmp_path / "o.jpg", "--height", 64, "--negative_prompt", "c", check=False,
     )  # fmt: skip
-    for words in (
-        "skipp: unknown setting, did you mean 'skip'?",
-        "offload: a setting of Qwen-Image-Edit, not of Stable Diffusion",
-        "gamma: a setting of FLUX.1, not of Stable Diffusion",
-        "no LoRA file",
-        "after the colon a number is wanted",
-        "wide.safetensors: ",
-        "do not fit this UNet",
-        "cut.safetensors",
-        "only .safetensors files are loaded",
-        "up_blocks.7",
-        "no such layer",
-        "cut.png cannot be read",
-        "or the photo, cannot be read",
-        "cuda:7",
-        "wanted a .png",
-        "give both --height and --width",
-        "--prompt: one for photos",
-        "--negative_prompt needs guidance",
-    ):
-        assert words in done, f"{words}\n{done}"
-    done = call(
-        "--input_dir", tmp_path / "none", "--skip", 0.99, "--seed", "0,1", "--inversion", "ddim",
-        "--scales", "1,1", "--mask", "no.png", "--output", tmp_path / "o.png", check=False,
+    for words in ("skipp", "'skip'", "offload is a setting of Qwen", "gamma is a setting of FLUX"):
+        assert words in text, words
+    names = ("nowhere", "wide", "cut", "other")
+    files = [tmp_path / f"{name}.safetensors" for name in names] + [tmp_path / "old.pt"]
+    text = call(
+        "--lora", *files, f"{loras['peft']}:strong", f"{loras['peft']}:1:3",
+        "--image", tmp_path / "cut.png", "--device", "cuda:7", "--output", tmp_path / "o.png",
+        "--mask", tmp_path / "mask.png", "--scales", "1,1", "--prompt", "a", check=False,
     )  # fmt: skip
-    for words in (
-        "a photo needs a --lora",
-        "--input_dir needs --output_dir",
-        "--output goes with --image",
-        "no folder",
-        "leaves none of 4 steps",
-        "ddim inversion draws nothing",
-        "--mask goes with --image",
-        "no file no.png",
-    ):
-        assert words in done, f"{words}\n{done}"
-    (tmp_path / "file").write_text("")
-    done = call(
-        "--prompt", "x", "--skip", 0.5, "--scales", "1,1", "--lora", loras["peft"],
-        "--output", tmp_path / "file/o.png", check=False,
+    for file in [*files, tmp_path / "cut.png"]:
+        assert str(file) in text, file
+    for words in (":strong", ":1:3", "cuda:7", "up_blocks.7", "two results are called", "mask:"):
+        assert words.replace(".", "_") in text.replace(".", "_"), words
+    text = call(
+        "--lora", loras["peft"], "--image", photos / "coffee0.png", "--mask",
+        tmp_path / "mask.png", "--output", tmp_path / "o.png", check=False,
     )  # fmt: skip
-    for words in ("only photos are inverted", "two results are called", "cannot be written to"):
-        assert words in done, f"{words}\n{done}"
-    done = call("--prompt", "x", "--output", "x" * 240 + ".png", check=False)
-    assert "at most 230 bytes" in done
-    done = call("--prompt", "x", "--output", "o.png", "--seed", f"-1,{2**63}", check=False)
-    assert "greater than or equal to 0" in done and "less than 9223372036854775808" in done
+    assert "7 x 7" in text and "1 problem" in text
 
 
-def test_the_checkpoint_or_a_setting_picks_the_family(sd, checkpoints, tmp_path):
-    def family(**given):
-        return generate.pick_family(given).__name__
-
-    name = "pretrained_model_name_or_path"
-    assert family(**{name: str(sd)}) == "SDConfig"
-    assert family(**{name: str(sd)}, batch_size=2, prompt=["x"], seed="0") == "SDConfig"
-    assert family(**{name: str(checkpoints["flux"])}) == "StripConfig"
-    assert family(**{name: str(checkpoints["2511"])}) == "Config"
-    assert family(**{name: "nowhere"}, inversion="ddim") == "SDConfig"
-    assert family(skip=3) == "StripConfig" and family(python_name="train_image") == "SliderConfig"
-    settings = json.loads((sd / "scheduler/scheduler_config.json").read_text())
-    copy = tmp_path / "v"
-    shutil.copytree(sd, copy)
-    settings["prediction_type"] = "v_prediction"
-    (copy / "scheduler/scheduler_config.json").write_text(json.dumps(settings))
-    argv = [f"--{name}={copy}", "--prompt=x", f"--output={tmp_path / 'o.png'}"]
-    with pytest.raises(UserError, match="predicts v_prediction; wanted epsilon"):
-        load_config(generate.SDConfig, argv, generate.check_sd)
-
-
-# --- between two pictures -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--prompt", "x", "--skip", 0.5],
+        ["--image", "a.png", "--skip", 0.99, "--lora", "x.safetensors"],
+        ["--image", "a.png"],
+        ["--image", "a.png", "b.png", "--lora", "x.safetensors"],
+        ["--prompt", "x", "--mask", __file__],
+        ["--image", "a.png", "--mask", "no.png", "--lora", "x.safetensors"],
+        ["--image", "a.png", "--inversion", "ddim", "--seed", "0,1", "--lora", "x.safetensors"],
+        ["--image", "a.png", "--negative_prompt", "c", "--lora", "x.safetensors"],
+        ["--prompt", "x", "--seed", "-1"],
+        ["--prompt", "x", "--seed", 2**63],
+        ["--prompt", "x", "--height", 64],
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(call, wrong):
+    text = call(*wrong, "--output", "o.png", check=False)
+    assert "1 problem(s), nothing was loaded" in text and "x.safetensors" not in text
 
 
-def test_slerp_and_adain_are_their_formulas():
-    def mix(a, b, share):
-        return generate.slerp(torch.tensor(a), torch.tensor(b), share).tolist()
-
-    assert mix([1.0, 0.0], [0.0, 1.0], 0.25) == pytest.approx([0.92387953, 0.38268343])
-    assert mix([2.0, 0, 0], [0, 3.0, 0], 0.5) == pytest.approx([1.41421356, 2.12132034, 0])
-    assert mix([1.0, 2.0], [1.0, 2.0], 0.3) == pytest.approx([1, 2], abs=1e-3)
-    first, last = torch.randn(1, 4, 8, 8), 3 * torch.randn(1, 4, 8, 8) + 2
-    x = generate.adain(generate.slerp(first, last, 0.3), first, last, 0.3)
-    for of in (torch.mean, torch.std):
-        wanted = 0.7 * of(first, (2, 3)) + 0.3 * of(last, (2, 3))
-        torch.testing.assert_close(of(x, (2, 3)), wanted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(generate.adain(first, first, last, 0.0), first, atol=1e-5, rtol=1e-5)
-
-
-def test_frames_become_evenly_spaced():
-    shares = np.linspace(0, 1, 9)
-
-    def way(share):  # a picture that changes late
-        return np.asarray(share) ** 4
-
-    before = np.diff(way(shares))
-    after = np.diff(way(generate.even_shares(shares, before)))
-    assert before.max() / before.mean() > 3 and after.max() / after.mean() < 1.4
-    again = generate.even_shares(shares, np.diff(shares))
-    assert again == pytest.approx(shares) and generate.even_shares([0, 0.5, 1], [0, 0]) == [
-        0,
-        0.5,
-        1,
-    ]
-
-
-@pytest.fixture(scope="session")
-def morph(sd, photos, tmp_path_factory):
-    """(morph, its config): a quiet UNet, LoRAs of a few steps."""
-    output = tmp_path_factory.mktemp("morph") / "o.png"
-    images = [photos / f"{name}.png" for name in PHOTOS]
-    settings = {"frames": 5, "fit_steps": 40, "fit_learning_rate": 5e-3, "fit_rank": 4}
-    config = configured(
-        sd, image=images, output=output, num_inference_steps=10, seed=[3], **settings
-    )
-    painter = generate.SDPainter(config)
-    painter.unet.conv_out.weight.data *= 0.1  # random weights make any path chaotic
-    [strip], problems = generate.plan_between(config)
-    assert not problems
-    return generate.Morph(painter, strip), config
-
-
-def test_a_fitted_lora_learns_its_picture(morph):
-    made, _ = morph
-    alphas = made.painter.pipeline.scheduler.alphas_cumprod
-    [latents] = made.paths[0][-1:]
-
-    @torch.no_grad()
-    def loss(weights):
-        made.unet.set_adapters(["first", "last"], weights)
-        draw, errors = torch.Generator().manual_seed(0), []
-        for t in range(25, 1000, 25):
-            noise = torch.randn(latents.shape, generator=draw)
-            noisy = alphas[t].sqrt() * latents + (1 - alphas[t]).sqrt() * noise
-            predicted = made.unet(noisy, t, encoder_hidden_states=made.embeds[0]).sample
-            errors.append((predicted - noise).square().mean().item())
-        return np.mean(errors)
-
-    assert loss([1.0, 0.0]) < 0.995 * loss([0.0, 0.0])
-
-
-def test_the_products_of_the_loras_are_interpolated(morph):
-    """Not their factors: those differ by a (1 - a) (B0 - B1)(A0 - A1)."""
-    made, _ = morph
-    share = 0.3
-    made.unet.set_adapters(["first", "last"], [1 - share, share])
-    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    layer = copy.deepcopy(made.unet.get_submodule(name))
-    factors = [
-        part[end].weight for end in ("first", "last") for part in (layer.lora_A, layer.lora_B)
-    ]
-    a0, b0, a1, b1 = (x.data.normal_() for x in factors)
-    x = torch.randn(7, layer.in_features)
-    with torch.no_grad():
-        ours = layer(x) - layer.base_layer(x)
-        product = torch.lerp(b0 @ a0, b1 @ a1, share)
-        factors = torch.lerp(b0, b1, share) @ torch.lerp(a0, a1, share)
-        torch.testing.assert_close(ours, x @ product.T, atol=1e-3, rtol=1e-4)
-        gap = share * (1 - share) * (b0 - b1) @ (a0 - a1)
-        torch.testing.assert_close(product - factors, gap, atol=1e-4, rtol=1e-4)
-        assert gap.norm() > 0.05 * product.norm()
-
-
-def test_the_ends_are_the_pictures_and_the_rest_lies_between(morph):
-    made, _ = morph
-    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
-    frames = made.draw(shares)
-    assert generate.psnr(frames[0], made.kept[0]) > 80
-    assert generate.psnr(frames[-1], made.kept[1]) > 80
-    span = (frames[0] - frames[-1]).square().mean().sqrt()
-    for end, order in ((0, 1), (-1, -1)):
-        away = [(x - frames[end]).square().mean().sqrt().item() for x in frames]
-        assert away[::order] == sorted(away) and max(away) <= span
-    steps = [(b - a).square().mean().sqrt().item() for a, b in itertools.pairwise(frames)]
-    moved = made.draw(generate.even_shares(shares, steps))
-    even = [(b - a).square().mean().sqrt().item() for a, b in itertools.pairwise(moved)]
-    assert np.std(even) / np.mean(even) < np.std(steps) / np.mean(steps)
-
-
-def test_frames_look_at_both_ends_in_the_first_steps_only(morph):
-    made, _ = morph
-    seen = []
-    layer = next(iter(made.attention.values()))
-    plain = layer.plain
-
-    def look(attn, hidden_states, encoder_hidden_states=None, **rest):
-        seen.append((layer.role, encoder_hidden_states is not None))
-        return plain(attn, hidden_states, encoder_hidden_states, **rest)
-
-    layer.plain = look
-    made.draw([0.0, 0.5, 1.0])
-    layer.plain = plain
-    steps = [seen[k : k + 3] for k in range(0, len(seen), 3)]
-    assert steps == [[(0, False), (1, False), (0.5, True)]] * 6 + [[(None, False)] * 3] * 4
-    assert all("up_blocks" in name and ".attn1." in name for name in made.attention)
-
-
-def test_a_morph_is_made_once_and_its_loras_are_kept(call, photos, tmp_path):
-    output = tmp_path / "out/m.gif"
-    command = ["--image", photos / "coffee0.png", "--image", photos / "chelsea0.png"]
-    command += ["--prompt", "a cup", "--prompt", "a cat", "--resolution", 64, "--restore_detail"]
-    command += ["--frames", 4, "--fit_steps", 2, "--output", output]
-    text = call(*command)
-    assert "not all already there" in text and "the ends are the pictures at" in text
-    names = {p.name for p in output.parent.iterdir()}
-    fitted = {name for name in names if "fitted" in name}
-    assert len(fitted) == 2
-    assert names - fitted == {"m.gif", "m.png", *(f"m_frame0{n}.png" for n in range(4))}
-    for number, name in ((0, "coffee0"), (3, "chelsea0")):
-        photo = generate.fit_photo(photos / f"{name}.png", (64, 64))
-        assert levels_between(Image.open(output.with_name(f"m_frame0{number}.png")), photo) <= 1
-    assert Image.open(output).n_frames == 6
-    times = {name: (output.parent / name).stat().st_mtime_ns for name in fitted}
-    assert "4 frame(s), all already there" in call(*command)
-    assert "not all already there" in call(*command, "--even_frames", "false")
-    assert times == {name: (output.parent / name).stat().st_mtime_ns for name in times}
-    assert len([p for p in output.parent.iterdir() if "fitted" in p.name]) == 2
-
-
-def test_mistakes_of_frames(call, loras, photos, tmp_path):
-    one = ["--image", photos / "coffee0.png", "--frames", 3, "--prompt", "a"]
-    text = call(*one, "--output", tmp_path / "o.png", "--lora", loras["peft"], check=False)
-    assert "takes two --image (given: 1)" in text and "does not read lora" in text
-    two = [*one, "--image", tmp_path / "no.png", "--seed", "0,1"]
-    text = call(*two, "--output", tmp_path / "o.jpg", check=False)
-    assert f"no picture {tmp_path / 'no.png'}" in text and "one --seed" in text
-    assert "wanted a .png" in text
-    frame = tmp_path / "o_frame01.png"
-    shutil.copy(photos / "coffee0.png", frame)
-    text = call(*one, "--image", frame, "--output", tmp_path / "o.png", check=False)
-    assert f"{frame} would be overwritten" in text
-    text = call("--prompt", "a", "--fit_rank", 4, "--output", tmp_path / "o.png", check=False)
-    assert "fit_rank: read with --frames" in text
+def test_a_base_that_predicts_something_else_is_refused(sd, call, tmp_path):
+    shutil.copytree(sd, tmp_path / "v")
+    file = tmp_path / "v/scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    command = ["--prompt", "x", "--output", tmp_path / "o.png"]
+    text = call(*command, "--pretrained_model_name_or_path", tmp_path / "v", check=False)
+    assert "v_prediction" in text and "epsilon" in text

@@ -1,33 +1,30 @@
-"""utils.py: config, randomness, files, cache entries, run record."""
+"""utils.py: config, signals, randomness, pictures, the file index, cache entries, a run's files."""
 
 import json
 import os
-import subprocess
+import signal
 import sys
+from types import SimpleNamespace
 from typing import Literal
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from pydantic import Field, field_validator
+from PIL import Image
+from pydantic import Field
 
 import utils
-from utils import Section, UserError, load_config
+from train_qwen_edit import Argument
+from utils import Checkpoints, FileIndex, Section, UserError, load_config
 
 
 class Inner(Section):
     """Inner."""
 
     rank: int = Field(16, ge=1)
-    """Rank."""
+    """Rank of it."""
     name: str = "a"
-    """Name."""
-
-
-class Need(Section):
-    """Need."""
-
-    name: str
 
 
 class Outer(Section):
@@ -36,187 +33,216 @@ class Outer(Section):
     inner: Inner = Inner()
     rows: list[Inner] = []
     table: dict[str, Inner] = {}
+    need: Inner | None = None
+    side: Literal["a", "b"] | int = 1
     rate: float = 0.1
-    """Rate."""
     flip: bool = False
-    args: dict = {}
-    text: str = ""
+    args: dict[str, Argument] = {}
+    text: str | None = ""
     files: list[str] = []
+
+    def rules(self):
+        return {"rate: too much": self.rate > 1, "flip: needs text": self.flip and not self.text}
 
 
 def problems_of(argv, check=None):
     with pytest.raises(UserError) as error:
         load_config(Outer, argv, check)
-    return str(error.value)
+    return str(error.value).splitlines()
+
+
+def given(folder, text):
+    (folder / "c.yaml").write_text(text)
+    return ["--config", str(folder / "c.yaml")]
 
 
 def test_overrides_win_whatever_their_order(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text("inner: {rank: 32}\nrate: 1e-4\nargs: {lr: 1e-4, word: no}\n")
-    config = load_config(Outer, ["--inner.rank=8", "--config", str(file), "--flip", "--text", "no"])
+    yaml = "inner: {rank: 32}\nrate: 1e-4\nargs: {lr: 1e-4, word: no}\n"
+    argv = ["--inner.rank=8", *given(tmp_path, yaml), "--flip", "--text", "no"]
+    config = load_config(Outer, argv)
     assert (config.inner.rank, config.rate, config.flip, config.text) == (8, 1e-4, True, "no")
-    assert config.args == {"lr": 1e-4, "word": "no"}  # YAML 1.1 reads "1e-4" and False
-
-
-def test_lists_grow_by_dotted_overrides_and_repeated_flags():
-    config = load_config(
-        Outer, ["--rows.0.rank", "2", "--rows.1.name", "b", "--files", "x", "--files", "y"]
-    )
-    assert [row.rank for row in config.rows] == [2, 16] and config.rows[1].name == "b"
-    assert config.files == ["x", "y"]
-    assert load_config(Outer, ["--files", "x"]).files == ["x"]
-    assert load_config(Outer, ["--rate", "1", "--rate", "2"]).rate == 2  # else the last one counts
+    assert config.args["lr"] == 1e-4
+    assert load_config(Outer, [*argv, "--rate", "1", "--rate", "0.2"]).rate == 0.2
+    merged = given(tmp_path, "table:\n  a: &a {rank: 3, name: x}\n  b: {<<: *a, name: y}\n")
+    assert load_config(Outer, merged).table["b"] == Inner(rank=3, name="y")
+    assert load_config(Outer, given(tmp_path, '{"rate": 0.5, "flip": false}')).rate == 0.5
 
 
 @pytest.mark.parametrize(
-    "text", ["make it: red", "red # now", "010", "12:30", "2026-11-21", "a\nb", "- x", "no", ""]
+    "argv",
+    ["--files x --files y", "--files x y", "--files=[x,y]", "--files.0 x --files.1=y", "--files x"],
 )
+def test_lists_are_given_as_one_likes(argv):
+    assert load_config(Outer, argv.split()).files == ["x", "y"][: 1 + ("y" in argv)]
+    rows = load_config(Outer, ["--rows.0.rank", "2", "--rows.1.name", "b"]).rows
+    assert [(row.rank, row.name) for row in rows] == [(2, "a"), (16, "b")]
+
+
+@pytest.mark.parametrize("text", ["010", "12:30", "2026-11-21", "1e-4", "no", "~x", "a #b: c", ""])
 def test_text_stays_as_typed(text, tmp_path):
     assert load_config(Outer, ["--text", text]).text == text
-    file = tmp_path / "c.yaml"
-    file.write_text(f"text: {text}\n" if text in ("010", "12:30", "2026-11-21", "no") else "")
-    assert load_config(Outer, ["--config", str(file)]).text in (text, "")
-
-
-def test_merge_keys_work(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text("table:\n  a: &a {rank: 3, name: x}\n  b: {<<: *a, name: y}\n")
-    table = load_config(Outer, ["--config", str(file)]).table
-    assert (table["b"].rank, table["b"].name) == (3, "y")
-
-
-def test_the_rest_is_checked_whatever_is_wrong(tmp_path):
-    class Choice(Section):
-        area: int | str = 1
-        side: Literal["a", "b"] | int = 1
-        need: Inner | None = None
-        rows: list[Need] = []
-
-    seen = []
-    with pytest.raises(UserError) as error:
-        load_config(
-            Choice,
-            ["--side", "foo", "--rows.0.nam", "x", "--need.rank", "0"],
-            lambda config: seen.append(config) or ["no folder z"],
-        )
-    text = str(error.value)
-    assert seen and "no folder z" in text and "side: Input should be 'a' or 'b'" in text
-    assert "rows.0.name: Field required" in text and "need.rank: Input should be" in text
-    assert "5 problem(s)" in text  # nam, name, side, need.rank, folder
-
-
-def test_an_index_in_use_by_one_process_is_open_to_another(tmp_path):
-    """A fill of hours must not lock the others out between its commits."""
-    first, second = utils.FileIndex(tmp_path), utils.FileIndex(tmp_path)
-    file = tmp_path / "a"
-    file.write_text("x")
-    first.put(file, file.stat(), {"content": "1"})
-    second._db.execute("PRAGMA busy_timeout = 100")
-    second.put(tmp_path, tmp_path.stat(), {"content": "2"})
-    second.commit()  # the first has not committed yet
-    first.commit()
-    third = utils.FileIndex(tmp_path)
-    assert third.known(file) == {"content": "1"} and third.known(tmp_path) == {"content": "2"}
-
-
-def test_a_damaged_index_is_made_anew(tmp_path):
-    (tmp_path / "index.sqlite").write_bytes(b"no database" * 100)
-    index = utils.FileIndex(tmp_path)
-    file = tmp_path / "a"
-    file.write_text("x")
-    index.put(file, file.stat(), {"content": "y"})
-    index.commit()
-    assert utils.FileIndex(tmp_path).get(file, file.stat()) == {"content": "y"}
-
-
-def test_every_problem_is_named_at_once_with_its_path(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text("inner: {rnk: 3}\nrows: [{rank: four}]\ntable: {x: {nam: y}}\n")
-    text = problems_of(["--config", str(file), "--ratt", "1"], lambda config: ["no folder z"])
-    assert "inner.rnk: unknown setting, did you mean 'rank'?" in text
-    assert "rows.0.rank" in text and "table.x.nam: unknown setting, did you mean 'name'?" in text
-    assert "ratt: unknown setting, did you mean 'rate'?" in text
-    assert "no folder z" in text  # the data is checked although the config is wrong
-
-
-def test_a_wrong_value_in_a_list_that_a_validator_cuts_is_named():
-    class Strip(Section):
-        """Strip."""
-
-        scales: list[float] = []
-
-        @field_validator("scales", mode="before")
-        @classmethod
-        def _split(cls, value):
-            return value[0].split(",")
-
-    with pytest.raises(UserError, match=r"scales: Input should be a valid number.*got 'x'"):
-        load_config(Strip, ["--scales", "0,x"])
-
-
-@pytest.mark.parametrize("value", [".nan", ".inf", "nan", "-inf"])
-def test_a_setting_is_a_finite_number(value):
-    assert "rate: Input should be a finite number" in problems_of(["--rate", value])
+    quoted = f"'{text}'" if text in ("", "a #b: c") else text  # YAML 1.1 sees other types
+    assert load_config(Outer, given(tmp_path, f"text: {quoted}\n")).text == text
+    assert load_config(Outer, ["--text", "null"]).text is None
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 1\na: 2\n", "- 1\n", "a: [\n", "inner:\n  rank: 1\n  rank: 2\n"]
+    "text", ["a: 1\na: 2\n", "- 1\n", "a: [\n", "inner:\n  rank: 1\n  rank: 2\n", "\x00"]
 )
-def test_bad_yaml_is_a_message(tmp_path, text):
-    file = tmp_path / "c.yaml"
-    file.write_text(text)
-    assert str(file) in problems_of(["--config", str(file)])
+def test_a_file_that_is_no_config_is_named(text, tmp_path):
+    assert str(tmp_path / "c.yaml") in "".join(problems_of(given(tmp_path, text)))
+    assert "gone.yaml" in "".join(problems_of(["--config", "gone.yaml"]))
 
 
-def test_print_config_can_be_loaded_again(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        load_config(Outer, ["--rows.0.rank", "2", "--print_config", "--text", "no"])
-    file = tmp_path / "c.yaml"
-    file.write_text(capsys.readouterr().out)
-    again = load_config(Outer, ["--config", str(file)])
-    assert again == load_config(Outer, ["--rows.0.rank", "2", "--text", "no"])
+def test_every_wrong_setting_is_named_at_once_with_its_path(tmp_path):
+    file = given(tmp_path, "inner: {rnk: 3}\nrows: [{rank: four}]\ntable: {x: {nam: y}}\n")
+    argv = [*file, "--ratt", "1", "--side", "foo", "--need.rank", "0", "--rate", ".nan"]
+    head, *lines = problems_of([*argv, "--flip", "1", "2"], lambda config: pytest.fail("checked"))
+    wanted = {  # path: what was meant
+        "inner.rnk": "'rank'",
+        "rows.0.rank": "four",
+        "table.x.nam": "'name'",
+        "ratt": "'rate'",
+        "need.rank": "0",
+        "rate": "nan",
+        "--flip": "1 2",
+    }
+    for path, meant in wanted.items():
+        assert any(f"- {path}: " in line and meant in line for line in lines), path
+    assert sum("side" in line for line in lines) == 2  # a or b, or a number
+    assert len(lines) == 9 and head.startswith("9 ")
+    assert len(problems_of(["--rate", "2", "--flip"])) == 3  # two rules
+    assert "no folder z" in problems_of(["--rate", "1"], lambda config: ["no folder z"])[1]
 
 
-def test_help_shows_every_setting_with_its_meaning(capsys):
-    with pytest.raises(SystemExit):
-        load_config(Outer, ["--help"])
+def test_what_is_printed_can_be_loaded_again(tmp_path, capsys):
+    argv = ["--rows.0.rank", "2", "--text", "no", "--args", "{a: 010, b: true}"]
+    with pytest.raises(SystemExit) as ended:
+        load_config(Outer, [*argv, "--print_config"], lambda config: pytest.fail("checked"))
+    again = load_config(Outer, given(tmp_path, capsys.readouterr().out))
+    assert ended.value.code == 0 and again == load_config(Outer, argv)
+
+
+@pytest.mark.parametrize("wanted", [[], ["all"], ["inner"]])
+def test_help_shows_settings_with_type_default_and_meaning(wanted, capsys):
+    with pytest.raises(SystemExit) as ended:
+        load_config(Outer, ["--help", *wanted])
     text = capsys.readouterr().out
-    assert "--inner.rank  int  = 16\n        Rank." in text and "--rows.*.rank" in text
+    place = text.index("--inner.rank  (whole number; 16)")
+    assert "Rank of it." in text[place:] and ended.value.code == 0
+    assert ("--rate  (number; 0.1)" in text) == (wanted != ["inner"])
+    assert ("--rows.*.name" in text) == (wanted != ["inner"])
+    with pytest.raises(UserError, match="'inner'"):
+        load_config(Outer, ["--help", "innr"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("x latest"), 2), (KeyboardInterrupt, 130)])
+def test_a_script_ends_with_its_exit_code_and_words(error, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_x.py"])
+    with pytest.raises(SystemExit) as ended:
+        utils.run_script(Mock(side_effect=error))
+    assert ended.value.code == code and "latest" in capsys.readouterr().err
+
+
+def test_the_first_signal_is_noted_the_second_stops():
+    before = signal.getsignal(signal.SIGTERM)
+    alone, trigger = SimpleNamespace(num_processes=1), []
+    with utils.StopSignal() as stop:
+        assert not stop.agreed(alone, ask=False)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(alone, ask=False)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+    two = SimpleNamespace(num_processes=2, check_trigger=lambda: bool(trigger))
+    two.set_trigger = lambda: trigger.append(1)
+    assert not stop.agreed(two, ask=False) and not trigger  # the others are not waited for
+    assert stop.agreed(two, ask=True)
 
 
 def test_draws_belong_to_their_parts_and_not_to_the_order_of_calls():
-    first = [utils.uniform(1, "a", i) for i in range(5)]
-    assert first == [utils.uniform(1, "a", i) for i in reversed(range(5))][::-1]
+    many = [utils.uniform(1, "u", i) for i in range(4000)]
+    assert many[:9] == [utils.uniform(1, "u", i) for i in reversed(range(9))][::-1]
+    assert min(many) >= 0 and max(many) < 1 and abs(sum(many) / 4000 - 0.5) < 0.02
     assert utils.uniform(1, "a", 0) != utils.uniform(1, "b", 0) != utils.uniform(2, "b", 0)
     state = torch.random.get_rng_state()
     noise = utils.normal((1000,), 1, "noise", 3)
     assert torch.equal(noise, utils.normal((1000,), 1, "noise", 3))
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-    assert torch.equal(state, torch.random.get_rng_state())  # no global generator is touched
-    many = [utils.uniform("u", i) for i in range(4000)]
-    assert min(many) >= 0 and max(many) < 1 and abs(sum(many) / 4000 - 0.5) < 0.02
     assert sorted(utils.shuffled(9, 1)) == list(range(9)) != utils.shuffled(9, 1)
+    assert torch.equal(state, torch.random.get_rng_state())  # no global generator is touched
 
 
-def test_draws_are_the_same_in_another_process():
-    code = "import utils; print(utils.draw_key(1, 'x'), utils.normal((2,), 1).tolist())"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert out.stdout.split()[0] == str(utils.draw_key(1, "x"))
-    assert str(utils.normal((2,), 1).tolist()) in out.stdout
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "PA", "CMYK", "I;16", "exif"])
+def test_every_kind_of_picture_opens_as_upright_rgb(mode, tmp_path):
+    ramp = np.linspace(0, 255, 64 * 32).reshape(32, 64).astype(np.uint8)
+    image, options, file = Image.fromarray(ramp), {}, tmp_path / "a.png"
+    wanted = np.where(ramp == 0, 255, ramp) if mode == "PA" else ramp
+    if mode == "I;16":
+        image = Image.fromarray(ramp.astype(np.uint16) * 257)
+    elif mode == "exif":
+        options["exif"], wanted = Image.Exif(), np.rot90(ramp, -1)
+        options["exif"][0x0112] = 6  # turn by 90 degrees
+    elif mode == "PA":  # a palette of which black is transparent
+        image, options["transparency"] = image.convert("P"), 0
+    else:
+        image, file = image.convert(mode), file.with_suffix(".jpg" if mode == "CMYK" else ".png")
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.new("L", image.size, 0))  # invisible: white
+        wanted = np.full_like(ramp, 255)
+    image.save(file, **options)
+    pixels, facts = np.asarray(utils.open_rgb(file)).astype(int), utils.look_at_picture(file)
+    assert pixels.shape == (facts["height"], facts["width"], 3)
+    assert np.abs(pixels - wanted[..., None]).max() <= 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_entries_keep_every_bit(tmp_path, dtype):
-    tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.zeros(0, 2).to(dtype)}
-    path = utils.write_entry(tmp_path, "ab" * 16, tensors)
-    assert path == tmp_path / "ab" / "ab" / f"{'ab' * 16}.safetensors"
-    again = utils.read_entry(path)
-    assert all(torch.equal(again[k], v) and again[k].dtype == dtype for k, v in tensors.items())
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "a.txt"
+    utils.save_text(file, "old")
+    with pytest.raises(ValueError, match="no number"):
+        utils.save_atomic(file, lambda half: half.write_text("half") and int("no number"))
+    assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_index_looks_at_new_and_changed_files_only(tmp_path):
+    files = [tmp_path / name for name in "abc"]
+    for file in files:
+        file.write_text(file.name)
+
+    def update(files=files, damaged="", place=tmp_path / "cache"):
+        index, seen = FileIndex(place), []
+
+        def look(path):
+            seen.append(path.name)
+            if path.name == damaged:
+                raise UserError(f"{path} is damaged")
+            return {"text": path.read_text()}
+
+        return index.update(files, look), sorted(seen), index[files[0]]["text"]
+
+    assert update(damaged="c") == ([f"{files[2]} is damaged"], ["a", "b", "c"], "a")
+    assert update() == ([], ["c"], "a")
+    files[0].write_text("x")
+    os.utime(files[0], ns=(1, 1))
+    with (tmp_path / "cache/index.jsonl").open("a") as file:
+        file.write('["cut of')  # by a kill
+    assert update() == ([], ["a"], "x")
+    first, second = FileIndex(tmp_path / "cache"), tmp_path / "d"
+    second.write_text("d")
+    update([second])  # another process appends
+    first.update([tmp_path], lambda path: {})
+    assert update([*files, second]) == ([], [], "x")
+    # a place that cannot be written costs only time
+    assert update(place=second / "cache") == ([], ["a", "b", "c"], "x")
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_entry_is_noticed_and_named(tmp_path, harm):
-    path = utils.write_entry(tmp_path, "ab" * 16, {"a": torch.arange(100.0)})
+def test_entries_keep_every_bit_and_damage_is_noticed_and_named(harm, tmp_path):
+    kinds = (torch.float32, torch.bfloat16, torch.int64)
+    tensors = {str(kind): torch.randn(3, 5).to(kind) for kind in kinds}
+    path = utils.write_entry(tmp_path, "ab" * 16, tensors | {"none": torch.zeros(0, 2)})
+    again = utils.read_entry(path)
+    assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in tensors.items())
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
     if harm == "gone":
@@ -227,77 +253,71 @@ def test_a_damaged_entry_is_noticed_and_named(tmp_path, harm):
         utils.read_entry(path)
 
 
-def test_every_input_changes_a_cache_key():
-    keys = {
-        utils.cache_key("latent", a=1),
-        utils.cache_key("latent", a=2),
-        utils.cache_key("prompt", a=1),
-        utils.cache_key("latent", b=1),
-        utils.cache_key("latent", a=[1]),
-    }
-    assert len(keys) == 5
+def test_every_input_changes_a_cache_key(monkeypatch):
+    inputs = [{"a": 1}, {"a": 2}, {"b": 1}, {"a": [1]}, {"a": "1"}]
+    keys = {utils.cache_key(kind, **each) for kind in ("x", "y") for each in inputs}
+    assert len(keys) == 10
     assert utils.cache_key("x", a=1, b=2) == utils.cache_key("x", b=2, a=1)
+    monkeypatch.setattr(utils, "CACHE_FORMAT", utils.CACHE_FORMAT + 1)
+    assert utils.cache_key("x", a=1) not in keys
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    file = tmp_path / "a.txt"
-    utils.save_atomic(file, lambda f: f.write_text("old"))
-
-    def fail(f):
-        f.write_text("half")
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError):
-        utils.save_atomic(file, fail)
-    assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
-    with pytest.raises(RuntimeError):
-        utils.save_folder_atomic(tmp_path / "c", lambda f: fail(f / "x"))
-    assert not (tmp_path / "c").exists()
-    utils.save_folder_atomic(tmp_path / "c", lambda f: (f / "x").write_text("new"))
-    assert (tmp_path / "c" / "x").read_text() == "new"
+def saved(checkpoints, *steps):
+    for step in steps:
+        write = lambda folder: (folder / "weights").write_text(folder.name)  # noqa: E731
+        checkpoints.save(step, {"lr": 1}, {"step": step}, write)
+    return checkpoints
 
 
-def test_the_index_forgets_a_file_that_changed(tmp_path):
-    file = tmp_path / "a.png"
-    file.write_bytes(b"one")
-    index = utils.FileIndex(tmp_path / "cache")
-    index.put(file, file.stat(), {"content": "x"})
-    index.commit()
-    again = utils.FileIndex(tmp_path / "cache")
-    assert again.get(file, file.stat()) == {"content": "x"}
-    os.utime(file, ns=(1, 1))
-    assert again.get(file, file.stat()) is None
+def test_checkpoints_are_found_pruned_and_refused(tmp_path):
+    checkpoints = saved(Checkpoints(tmp_path, limit=2), 1, 9, 10)
+    names = ["checkpoint-9", "checkpoint-10"]  # in the order of numbers
+    assert [folder.name for folder in checkpoints.folders()] == names
+    assert checkpoints.find("latest", {"lr": 1}) == (tmp_path / "checkpoint-10", 10)
+    assert torch.load(tmp_path / "checkpoint-10/training_state.pt") == {"step": 10}
+    assert checkpoints.find(None, {}) is None
+    for wanted, trained_as, named in (
+        ("checkpoint-9", {"lr": 1}, "checkpoint-10"),  # is not mixed with newer ones
+        ("latest", {"lr": 3, "batch": 2}, r"batch: was None, is 2\n.*lr: was 1, is 3"),
+        ("checkpoint-8", {"lr": 1}, "checkpoint-8.*checkpoint-9"),
+    ):
+        with pytest.raises(UserError, match=named):
+            checkpoints.find(wanted, trained_as)
+    with checkpoints.only_run(), pytest.raises(UserError, match=str(tmp_path)):
+        Checkpoints(tmp_path).only_run().__enter__()
+    with pytest.raises(UserError, match=r"checkpoint-11.*disk full"):  # complete or absent
+        checkpoints.save(11, {}, {}, Mock(side_effect=OSError("disk full")))
+    assert {path.name for path in tmp_path.iterdir()} == {*names, ".lock"}
+    checkpoints.set_aside()
+    assert not checkpoints.folders() and (tmp_path / "earlier-1/checkpoint-9").is_dir()
 
 
-def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    log = utils.MetricLog(file, 0)
-    for step in (1, 2, 3):
-        log.write(step, loss=step)
-    log.close()
-    file.write_text(file.read_text() + '{"step": 4, "lo')  # cut off by a kill
-    log = utils.MetricLog(file, 2)
-    log.write(3, loss=30)
-    log.close()
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert rows == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 30}]
+@pytest.mark.parametrize("harm", [b"\xff\xfe\x00", b"[]", b'{"files": 3}', b"", "altered", "gone"])
+def test_a_damaged_checkpoint_is_passed_over(harm, tmp_path):
+    checkpoints, damaged = saved(Checkpoints(tmp_path), 1, 2), tmp_path / "checkpoint-2"
+    if harm == "gone":
+        (damaged / "weights").unlink()
+    else:
+        file, data = ("weights", b"3") if harm == "altered" else ("state.json", harm)
+        (damaged / file).write_bytes(data)
+    assert checkpoints.find("latest", {"lr": 1}) == (tmp_path / "checkpoint-1", 1)
+    with pytest.raises(UserError, match="checkpoint-2"):
+        checkpoints.find("checkpoint-2", {"lr": 1})
+    checkpoints.limit = 1
+    saved(checkpoints, 2)  # written again, and 1 may go
+    assert checkpoints.find("latest", {"lr": 1}) == (damaged, 2) and len(checkpoints.folders()) == 1
 
 
-def test_utils_needs_no_model_library():
-    heavy = ("diffusers", "transformers", "peft", "accelerate")
-    code = f"import sys, utils; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert out.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("script", "words"), [("train_x.py", "resume_from_checkpoint"), ("generate.py", "run it again")]
-)
-def test_ctrl_c_says_how_to_go_on(script, words, monkeypatch, capsys):
-    def stop():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", [script])
-    with pytest.raises(SystemExit) as stopped:
-        utils.run_script(stop)
-    assert stopped.value.code == 130 and words in capsys.readouterr().err
+@pytest.mark.parametrize("step", [0, 2, 3, 4])
+def test_metrics_go_on_from_the_step_of_the_checkpoint(step, tmp_path):
+    accelerator = SimpleNamespace(is_main_process=True, trackers=[])
+    accelerator.init_trackers = accelerator.log = lambda *args, **options: None
+    lines = [json.dumps({"step": n, "loss": n}) + "\n" for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')  # cut off by a kill
+    utils.RunLog(accelerator, tmp_path, Outer(), step).values(step + 1, {"loss": 30})
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kept = [{"step": n, "loss": n} for n in range(1, min(step, 3) + 1)]
+    assert rows == [*kept, {"step": step + 1, "loss": 30}]
+    (tmp_path / "metrics.jsonl").unlink()
+    utils.RunLog(accelerator, tmp_path, Outer(), step)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

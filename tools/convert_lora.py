@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from generate import PUBLISHED_MODEL, Switchboard, add_slider, flux_layers, read_slider
-from utils import UserError, run_script, save_atomic
+from generate import PUBLISHED_FLUX, flux_layers, read_slider
+from utils import UserError, load_script, run_script, save_atomic
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (down (r, in), up (out, r))}
 
@@ -52,10 +52,11 @@ def convert(source: Path, target: Path, original: bool, model: str) -> int:
     """Read, check against the model's layers, write; returns how many layers. Raises UserError."""
     if target.suffix not in (".pt", ".safetensors"):
         raise UserError(f"{target}: wanted a name that ends in .pt or .safetensors")
-    transformer = flux_layers(model)
-    # KEEP allow_pickle: converting is how a pickle is got rid of; only tensors are read
-    factors = read_slider(source, transformer, allow_pickle=True)
-    add_slider(transformer, Switchboard(), "checked", factors, 1.0)  # names layers that do not fit
+    script = load_script(Path(__file__).resolve().parent.parent / "train_pairedit.py")
+    transformer = flux_layers(script, model)
+    factors = read_slider(source, transformer)  # of a pickle only tensors are read
+    # names layers that do not fit
+    script.add_slider(transformer, script.AdapterSwitch(), "checked", factors, 1.0)
     pickled = target.suffix == ".pt"
     tensors = to_original(factors) if original or pickled else to_diffusers(factors)
     write = torch.save if pickled else save_file
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help=".pt: the original format; .safetensors")
     parser.add_argument("--original", action="store_true", help="original names in a .safetensors")
-    parser.add_argument("--model", default=PUBLISHED_MODEL, help="FLUX checkpoint (its config)")
+    parser.add_argument("--model", default=PUBLISHED_FLUX, help="FLUX checkpoint (its config)")
     given = parser.parse_args()
     layers = convert(given.source, given.target, given.original, given.model)
     print(f"{given.target}: {layers} layers")

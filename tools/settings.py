@@ -6,6 +6,7 @@ python tools/settings.py table train_qwen_edit.py       # a Markdown table, for 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 from pathlib import Path
@@ -102,15 +103,25 @@ def default_of(field: Any) -> str:
     )
 
 
-def instead(cls: type[Section], name: str) -> str:
-    """Return what to do about a setting that is not there."""
+def instead(cls: type[Section], path: str) -> str:
+    """Return what to do about a setting that is not there; what stands beside it is meant first."""
+    *place, name = path.split(".")
     paths = [path for path, _ in settings(cls)]
     if name in GONE:
         return f"no such setting: {GONE[name]}"
     if elsewhere := [path for path in paths if path.endswith(f".{name}")]:
         return f"not a setting here, but there is {elsewhere[0]}"
-    names = {part for path in paths for part in path.split(".")}
-    return f"unknown setting{nearest(name, sorted(names))}"
+    split = [path.split(".") for path in paths]
+    here = [
+        parts for parts in split if all(a in ("*", b) for a, b in zip(parts, place, strict=False))
+    ]
+    beside = sorted({parts[len(place)] for parts in here if len(parts) > len(place)})
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, name, other).ratio() + 0.1 * (other in beside)
+
+    best = max(sorted({part for parts in split for part in parts}), key=likeness)
+    return f"unknown setting{nearest(name, [best] if likeness(best) >= 0.5 else beside)}"
 
 
 def help_text(cls: type[Section], wanted: str) -> str:
