@@ -5,13 +5,12 @@ import itertools
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import accelerate.utils
 import diffusers
 import pytest
 import torch
-from conftest import ROOT, run, with_lora_noise, write_config
+from conftest import ROOT, run, with_lora_noise
 from peft.utils import get_peft_model_state_dict
 from qwen import a_batch, assert_same
 from safetensors import safe_open
@@ -20,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import train_qwen_edit as script
 from benchmarks import load_quantized
-from utils import UserError, load_config, load_script
+from utils import UserError, load_script
 
 CPU = torch.device("cpu")
 PRECISIONS = ["int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"]
@@ -253,32 +252,9 @@ def test_loading_int8_holds_the_quantised_model_and_at_most_two_blocks(tmp_path)
 # -- the adapter: its layers, its kinds, its file
 
 
-@pytest.fixture(scope="module")
-def full_size():
-    """Settings of Qwen-Image-Edit-2511; without weights it takes no memory."""
-    settings = {"num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24}
-    settings |= {"joint_attention_dim": 3584, "in_channels": 64, "out_channels": 16}
-    return {**settings, "zero_cond_t": True}
-
-
 def adapted(transformer):
     """Layers with an adapter."""
     return {n.split(".lo")[0] for n in get_peft_model_state_dict(transformer)}
-
-
-@pytest.mark.parametrize(
-    ("targets", "rank", "layers", "parameters"),
-    [
-        ("attn-image", 16, 240, 23_592_960),
-        (r"transformer_blocks\.(?!59\.).*(attn\..*|_mlp\.net\.2)", 32, 590, 150_798_336),
-    ],
-)
-def test_full_size_parameter_counts(targets, rank, layers, parameters, full_size):
-    model = script.empty_transformer(full_size)
-    assert sum(p.numel() for p in model.parameters()) == 20_430_401_088
-    script.add_lora(model, script.LoraConfig(r=rank, target_modules=targets), 0)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
-    assert len(adapted(model)) == layers
 
 
 @pytest.mark.parametrize(
@@ -404,15 +380,17 @@ def test_a_start_of_another_method_rank_or_layers_is_refused(method, make_traine
 # -- devices and swapped blocks
 
 
-def test_blocks_are_spread_evenly_over_devices_and_depth(full_size):
-    model = script.empty_transformer(full_size)
-    devices = [torch.device("cuda", n) for n in range(7)]
+def test_blocks_are_spread_evenly_over_devices_and_depth():
+    blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1)] * 60)
+    ends = {name: torch.nn.Linear(1, 1) for name in ("img_in", "proj_out")}
+    model = torch.nn.ModuleDict({**ends, "transformer_blocks": blocks})
+    model.transformer_blocks = blocks
+    devices = [torch.device("cuda", number) for number in range(7)]
     places = script.placement(model, devices, 0)
     names = [f"transformer_blocks.{number}" for number in range(60)]
-    computing = [places[name][1] for name in names]
-    assert computing == sorted(computing, key=lambda device: device.index)
-    sizes = [computing.count(device) for device in devices]
-    assert sum(sizes) == 60 and max(sizes) - min(sizes) <= 1
+    computing = [places[name][1].index for name in names]
+    sizes = [computing.count(number) for number in range(7)]
+    assert computing == sorted(computing) and max(sizes) - min(sizes) <= 1
     assert places["img_in"][1] == devices[0] and places["proj_out"][1] == devices[-1]
     for count in (0, 1, 7, 30, 59, 60):
         places = script.placement(model, devices[:1], count)
@@ -452,19 +430,15 @@ def test_devices_and_swapping_train_sample_merge_and_load_the_same(make_deep, tm
         trainer = make_deep(**changes, **{"logging.output_dir": str(out)})
         trainer.fit([a_batch(seed=0), a_batch(seed=1)])
         trainer.setup_predict()
-        picture = trainer.predict(photo, "sunset", num_inference_steps=2)
-        transformer = trainer.bare_transformer()
-        sampled = [velocity(transformer), velocity(transformer)]
+        picture = torch.from_numpy(trainer.predict(photo, "sunset", num_inference_steps=2))
         other = make_deep(**changes)
         other.load_lora(out)
-        sampled.append(velocity(other.transformer))
+        sampled = [velocity(model) for model in (trainer.bare_transformer(), other.transformer)]
         trainer.merge_lora()
-        sampled.append(velocity(transformer))
-        found.append((load_file(out / script.LORA_FILE), picture, sampled))
-    for file, picture, sampled in found[1:]:
-        assert_same(file, found[0][0])
-        assert (picture == found[0][1]).all()
-        assert all(map(torch.equal, sampled, found[0][2]))
+        sampled += [velocity(trainer.bare_transformer()), picture]
+        found.append(dict(enumerate(sampled)) | load_file(out / script.LORA_FILE))
+    for ours in found[1:]:
+        assert_same(ours, found[0])
 
 
 class Residents:
@@ -512,24 +486,19 @@ def test_swapping_changes_no_bit_and_keeps_few_blocks(precision, mixed, make_dee
 
 
 def test_a_pass_that_breaks_off_does_no_harm(make_deep, monkeypatch):
+    """As where a validation picture runs out of memory; training goes on."""
     expected = loss_and_gradients(make_deep(**SWAP))
     residents = Residents(monkeypatch)
     trainer = make_deep(**SWAP, **{"model.blocks_to_swap": 6})
     trainer.set_lora()
-
-    def fail(*args):
-        raise KeyboardInterrupt
-
-    for number in (0, 3, 5):
-        handle = trainer.transformer.transformer_blocks[number].attn.register_forward_hook(fail)
-        with pytest.raises(KeyboardInterrupt):
+    for number in (0, 5):
+        block = trainer.transformer.transformer_blocks[number]
+        handle = block.attn.register_forward_hook(lambda *_: exec("raise MemoryError"))
+        with pytest.raises(MemoryError):
             trainer.training_step(a_batch())
         handle.remove()
-        assert len(residents.now()) <= 2
-    with torch.no_grad():
-        trainer.training_step(a_batch())  # no backward pass follows
     assert_same_step(loss_and_gradients(trainer), expected)
-    assert residents.most <= 3
+    assert residents.most <= 3 and not residents.now()
 
 
 def test_streams_wait_for_each_other(make_deep, monkeypatch):
@@ -562,32 +531,21 @@ def test_streams_wait_for_each_other(make_deep, monkeypatch):
         assert ("computing waits for", event) in notes[event:]
 
 
-DORA, LOKR, NF4 = "lora.method=dora", "lora.method=lokr", "base_model_precision=nf4-bnb"
-
-
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("changes", "environment", "named"),
     [
-        ("devices.0=cpu devices.1=cuda:9", "model.devices.1: 'cuda:9'"),
-        ("devices.0=cpu devices.1=cpu blocks_to_swap=1", "model.blocks_to_swap: "),
-        ("devices.0=cpu WORLD_SIZE=2", "model.devices: "),
-        ("blocks_to_swap=7", "model.blocks_to_swap: "),
-        (f"blocks_to_swap=1 {NF4}", "model.blocks_to_swap: "),
-        (NF4, "pip install bitsandbytes"),
-        (f"{DORA} base_model_precision=int8-quanto", "model.lora.method: "),
-        (f"{DORA} {NF4} lora.target_modules=all-linear", "model.lora.method: "),  # int8 modulation
-        (f"{LOKR} {NF4}", "model.lora.method: "),
-        (f"{LOKR} base_model_precision=int4-quanto lora.target_modules=all-linear", None),
+        ({"devices": ["cpu", "cuda:9"]}, {}, "model.devices.1: 'cuda:9'"),
+        ({"devices": ["cpu", "cpu"], "blocks_to_swap": 1}, {}, "model.blocks_to_swap: "),
+        ({"devices": ["cpu", "cpu"]}, {"WORLD_SIZE": "2"}, "model.devices: "),
+        ({"base_model_precision": "nf4-bnb", "blocks_to_swap": 1}, {}, "model.blocks_to_swap: "),
+        ({"base_model_precision": "nf4-bnb", "lora.method": "lokr"}, {}, "model.lora.method: "),
+        ({"base_model_precision": "int8-quanto", "lora.method": "dora"}, {}, "model.lora.method: "),
     ],
 )
-def test_the_audit_names_what_does_not_go_together(settings, named, make_deep, monkeypatch):
-    changes = dict(setting.split("=") for setting in settings.split())
-    monkeypatch.setenv("WORLD_SIZE", changes.pop("WORLD_SIZE", "1"))
-    if settings == NF4:
-        monkeypatch.setattr(script.utils.importlib.util, "find_spec", lambda name: None)
-    config = make_deep(**AGAIN).config.model_dump(mode="json")
-    flags = [f"--model.{name}={value}" for name, value in changes.items()]
-    file = write_config(Path(config["logging"]["output_dir"]).parent, config)
-    config = load_config(script.Config, ["--config", str(file), *flags])
-    problems = script.audit(config)
-    assert any(named in problem for problem in problems) if named else not problems
+def test_the_audit_names_what_does_not_go_together(
+    changes, environment, named, make_deep, monkeypatch
+):
+    monkeypatch.setattr(script.os, "environ", {**script.os.environ, **environment})
+    trainer = make_deep(**AGAIN, **{f"model.{name}": value for name, value in changes.items()})
+    problems = script.audit(trainer.config)
+    assert len(problems) == 1 and named in problems[0]

@@ -145,45 +145,31 @@ def test_mistakes_are_told_before_any_model_loads(changes, named, short_run, mon
 
 # -- schedules
 
-WARM = {"warmup_steps": 4}
+SHAPES = {  # by the share of the run after the warm-up that is done
+    "constant": lambda x: 1.0,
+    "constant_with_warmup": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "cosine_with_restarts": lambda x: (1 + math.cos(math.pi * (2 * x % 1))) / 2 if x < 1 else 0.0,
+    "polynomial": lambda x: (1 - 1e-7) * (1 - x) ** 2 + 1e-7,
+}
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, lambda n: 1.0),
-        (WARM, lambda n: min(1, n / 4)),
-        ({"scheduler_type": "constant_with_warmup", **WARM}, lambda n: min(1, n / 4)),
-        ({"scheduler_type": "linear", **WARM}, lambda n: min(n / 4, (20 - n) / 16)),
-        (
-            {"scheduler_type": "cosine", **WARM},
-            lambda n: n / 4 if n < 4 else (1 + math.cos(math.pi * (n - 4) / 16)) / 2,
-        ),
-        (
-            {"scheduler_type": "cosine_with_restarts", "num_cycles": 2},
-            lambda n: (1 + math.cos(math.pi * (n % 10) / 10)) / 2 if n < 20 else 0.0,
-        ),
-        (
-            {"scheduler_type": "polynomial", "power": 2, **WARM},
-            lambda n: n / 4 if n < 4 else (1 - 1e-7) * ((20 - n) / 16) ** 2 + 1e-7,
-        ),
-    ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
-)
-def test_schedules_follow_their_closed_forms(settings, expected):
-    """And a run that is shorter than its warm-up only warms up."""
-    for steps in (20, 4):
-        sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule = script.make_schedule(script.LrSchedulerConfig(**settings), sgd, steps)
-        rates = []
-        for _ in range(steps + 1):
-            rates.append(schedule.get_last_lr()[0])
-            sgd.step()
-            schedule.step()
-        if steps == 20:
-            assert rates == pytest.approx([expected(n) for n in range(21)], abs=1e-12)
-        elif settings.get("warmup_steps"):
-            assert rates == pytest.approx([n / 4 for n in range(5)])
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 4), (20, 0), (4, 4)])
+def test_schedules_follow_their_closed_forms(kind, steps, warmup):
+    """A run that is no longer than its warm-up only warms up."""
+    settings = script.LrSchedulerConfig(
+        scheduler_type=kind, warmup_steps=warmup, num_cycles=2, power=2
+    )
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, rates = script.make_schedule(settings, sgd, steps), []
+    for _ in range(steps + 1):
+        rates.append(schedule.get_last_lr()[0])
+        sgd.step()
+        schedule.step()
+    after = [SHAPES[kind](n / max(1, steps - warmup)) for n in range(steps - warmup + 1)]
+    assert rates == pytest.approx([n / 4 for n in range(warmup)] + after, abs=1e-12)
 
 
 # -- moving average

@@ -208,15 +208,28 @@ def simpletuner_example(version, tmp_path, **changes):
 AS_LARGE = {"data.reference_area": 64 * 64}
 
 
-def test_edit_v1_trains(checkpoints, tmp_path):
-    ours = converted("simpletuner", tmp_path, *simpletuner_example("v1", tmp_path))
-    assert ours["model"]["pretrained_model_name_or_path"] == "Qwen/Qwen-Image-Edit"
-    assert ours["model"]["base_model_precision"] == "int8-quanto"
-    assert ours["loss"]["timestep_shift"] == 1.73 and ours["validation"]["resolution"] == 1024
-    file = written(tmp_path / "my.yaml", ours)
-    samples = trained(file, tmp_path, checkpoints["2508"], **AS_LARGE).data.samples
-    assert len(samples) == 3
-    for sample in samples:  # a caption in each line of the text file
+def test_edit_v1_trains_by_the_manual_command(checkpoints, tmp_path):
+    """`simpletuner train --config A --data B` -> convert_config.py simpletuner A B, then train."""
+    sources = simpletuner_example("v1", tmp_path)
+    words = shlex.split(text_of("002_train_config.sh").replace("\\\n", " "))
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert list(given) == ["--config", "--data"]
+    for name, content in zip(given.values(), sources, strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        written(tmp_path / name, content)
+    command = (ROOT / "tools" / "convert_config.py", "simpletuner", *given.values())
+    (tmp_path / "my.yaml").write_text(run(*command, cwd=tmp_path).stdout)
+    model = {"model.pretrained_model_name_or_path": checkpoints["2508"]}
+    flags = ["--config", "my.yaml", *overrides(QUICK | AS_LARGE | model)]
+    run(script.__file__, *flags, cwd=tmp_path)
+    assert (tmp_path / "outputs" / "qwen_edit" / script.LORA_FILE).exists()
+    config = load_config(script.Config, ["--config", str(tmp_path / "my.yaml")])
+    assert config.model.pretrained_model_name_or_path == "Qwen/Qwen-Image-Edit"
+    assert config.model.base_model_precision == "int8-quanto"
+    assert config.loss.timestep_shift == 1.73 and config.validation.resolution == 1024
+    data, problems = script.find_samples(config, script.detect_flavour("Qwen/Qwen-Image-Edit"))
+    assert len(data.samples) == 3 and not problems
+    for sample in data.samples:  # a caption in each line of the text file
         assert [v.caption for v in sample.variants] == ["make it snow", "let snow fall"]
         for variant in sample.variants:
             assert variant.target.parent.name == "images"
@@ -266,23 +279,6 @@ def test_the_examples_commands_have_a_recipe_that_trains(version, checkpoints, t
     trainer = trained(ROOT / recipe, tmp_path, kind, **changes)
     assert trainer.flavour.name == f"edit-{version}"
     assert sum(not s.held_out for s in trainer.data.samples) == 5
-
-
-def test_the_manual_command_is_two_of_ours(checkpoints, tmp_path):
-    """`simpletuner train --config A --data B` -> convert_config.py simpletuner A B, then train."""
-    sources = simpletuner_example("v1", tmp_path)
-    words = shlex.split(text_of("002_train_config.sh").replace("\\\n", " "))
-    given = dict(zip(words[2::2], words[3::2], strict=True))
-    assert list(given) == ["--config", "--data"]
-    for name, content in zip(given.values(), sources, strict=True):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        written(tmp_path / name, content)
-    converter = ROOT / "tools" / "convert_config.py"
-    done = run(converter, "simpletuner", *given.values(), cwd=tmp_path)
-    (tmp_path / "my.yaml").write_text(done.stdout)
-    quick = QUICK | AS_LARGE | {"model.pretrained_model_name_or_path": checkpoints["2508"]}
-    run(script.__file__, "--config", "my.yaml", *overrides(quick), cwd=tmp_path)
-    assert (tmp_path / "outputs" / "qwen_edit" / script.LORA_FILE).exists()
 
 
 # --- QwenImageEditTrainer -------------------------------------------------------------------------
