@@ -4,10 +4,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, suffix_dataset, with_lora_noise
+from conftest import PAIRS, copy_pairs, suffix_dataset, with_lora_noise
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
+from qwen import ready
 
 import train_qwen_edit as script
 
@@ -188,6 +189,29 @@ def test_a_batch_of_n_is_n_batches_of_1(kind, make_trainer):
         unmasked = backward([whole | {"prompt_embeds_mask": None}])
         assert (unmasked[0] - found[-1][0]).abs() > 1e-4
     assert all(map(torch.equal, *found))
+
+
+def test_a_step_of_mixed_shapes_is_the_mean_of_its_samples(make_trainer, tmp_path):
+    """Loss and gradient; shapes, text lengths and numbers of references differ."""
+    folder = copy_pairs(tmp_path / "data", ("coffee0", "hubble0", "chelsea0"))
+    for end, colour in (("T", "red"), ("R", "blue"), ("D", "green")):
+        Image.new("RGB", (120, 60), colour).save(folder / f"coffee0_{end}.png")
+    one, both = copy_pairs(tmp_path / "one", ("hubble1",)), suffix_dataset(folder)
+    both["image_configs"]["tones"] = {"suffix": "_D"}
+    both["reference_configs"]["before"].append({"image": "tones"})
+    changes = {"data.dataset_configs": [both, suffix_dataset(one)], "data.batch_size": 4}
+    trainer = ready(make_trainer(**changes))
+    step = next(iter(trainer.step_plan()))
+    assert len(step) >= 3 and sum(map(len, step)) == 4
+    found = []
+    for groups in (step, [[draw] for draws in step for draw in draws]):
+        batches = [trainer.data.batch(draws) for draws in groups]
+        losses = [trainer.training_step(b) * script.batch_size(b) / 4 for b in batches]
+        sum(losses).backward()
+        found.append([sum(losses).detach(), *(p.grad.clone() for p in trainer.trainable())])
+        trainer.transformer.zero_grad()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 def test_nothing_padded_is_no_mask(make_trainer, monkeypatch):

@@ -362,7 +362,7 @@ def test_every_method_of_the_document_exists_and_takes_its_arguments():
             if "..." not in names:  # else not all are named
                 signature.bind("self", *names)
             listed += 1
-    assert listed == 21
+    assert listed == 22
 
 
 def test_predict_has_the_documents_signature():

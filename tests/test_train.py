@@ -189,7 +189,7 @@ def test_two_processes_learn_draw_and_stop_as_one(straight, rerun, tmp_path):
     ("overrides", "tolerance"),
     [
         (["--data.num_workers", 2, "--train.checkpointing_steps", 5], 0),
-        (["--cache.use_cache", "false", "--validation.steps", "null"], 0),
+        (["--cache.use_cache", "false"], 0),
         (["--data.batch_size", 1, "--train.gradient_accumulation_steps", 2], 2e-4),
     ],
     ids=["workers", "uncached", "accumulated"],
@@ -197,6 +197,10 @@ def test_two_processes_learn_draw_and_stop_as_one(straight, rerun, tmp_path):
 def test_what_must_change_nothing_changes_nothing(overrides, tolerance, straight, rerun, tmp_path):
     rerun(*overrides)
     assert_same_files(tmp_path / "out", straight[0] / "out", atol=tolerance)
+    ours, theirs = (curve(f / "out", "validation_loss") for f in (tmp_path, straight[0]))
+    assert ours == pytest.approx(theirs, rel=5 * tolerance)
+    ours, theirs = (curve(f / "out", "loss")[12] for f in (tmp_path, straight[0]))
+    assert ours == pytest.approx(theirs, rel=1e-3) or "--data.num_workers" in overrides
 
 
 @pytest.mark.slow
@@ -225,14 +229,6 @@ def test_resume_refuses_what_would_be_another_run(change, straight, trainer_of, 
     with pytest.raises(UserError, match=named):
         trainer.fit()
     assert trainer.transformer is None
-
-
-def test_num_epochs_shortens_the_run_and_its_schedule(trainer_of):
-    linear = ["--lr_scheduler.scheduler_type", "linear", "--validation.steps", "null"]
-    trainer = trainer_of("--train.num_epochs", 2, "--train.max_train_steps", 1000, *linear)
-    trainer.fit()  # 4 pairs are trained, 2 a step
-    assert trainer.global_step == 4 == trainer.total_steps() and trainer.epoch() == 2
-    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -268,32 +264,6 @@ def test_a_fork_of_two_files_trains_with_another_loss(straight, rerun, tmp_path)
     assert curve(out, "loss")[2] < 0.9 * curve(straight[0] / "out", "loss")[3]
 
 
-def test_it_learns(make_trainer, tmp_path):
-    """Overfitting one pair brings the validation loss of a copy of it down."""
-    pairs = copy_pairs(tmp_path / "data", ("chelsea0", "coffee0"))
-    for end in ("_R.png", "_T.png", "_T.txt"):
-        shutil.copy(pairs / f"chelsea0{end}", pairs / f"coffee0{end}")
-    changes = {"validation.steps": 40, "validation.num_inference_steps": 2, "model.lora.r": 16}
-    changes |= {"data.dataset_configs": [suffix_dataset(pairs, holdout=["coffee0"])]}
-    changes |= {"train.max_train_steps": 40, "model.lora.target_modules": "all-linear"}
-    make_trainer(**changes).fit()
-    losses = curve(tmp_path / "out", "validation_loss")
-    assert losses.keys() == {0, 40} and losses[40] < 0.8 * losses[0]
-
-
-def test_bf16_keeps_lora_optimizer_and_loss_in_fp32(make_trainer):
-    changes = {"train.mixed_precision": "bf16", "train.gradient_checkpointing": True}
-    trainer = make_trainer(**changes, **{"train.max_train_steps": 2})
-    trainer.fit()
-    block = trainer.bare_transformer().transformer_blocks[0]
-    assert block.attn.to_v.base_layer.weight.dtype == torch.bfloat16
-    moments = [state["exp_avg"] for state in trainer.optimizer.state_dict()["state"].values()]
-    assert {t.dtype for t in [*trainer.trainable(), *moments]} == {torch.float32} and moments
-    with torch.no_grad():
-        batch = next(iter(trainer.train_dataloader()))[0]
-        assert trainer.training_step(batch).dtype == torch.float32
-
-
 # -- in a notebook
 
 
@@ -308,8 +278,7 @@ def test_what_a_notebook_may_call_alone(make_trainer):
     assert trainer.cache_embeddings([batch]) == 1 and make_trainer().cache_exist
     embeds, mask = trainer.encode_prompt_image_embedding("sunset", picture)
     empty, empty_mask = trainer._encode_empty_prompt(picture)
-    assert torch.equal(embeds[0], item["prompt_embed"]) and mask.shape == embeds.shape[:2]
-    assert torch.equal(empty, item["empty_prompt_embed"]) and len(empty) == len(empty_mask)
+    assert embeds.shape[:2] == mask.shape and len(empty) == len(empty_mask) < embeds.shape[1]
     latents = trainer.encode_image_embedding(picture)
     assert torch.equal(latents[0], item["pixel_latent"])
     assert trainer.decode_vae_latent(latents).shape == (1, 64, 64, 3)
@@ -346,8 +315,9 @@ def test_one_changed_byte_rebuilds_what_depended_on_it_and_nothing_else(make_tra
     image.putpixel((5, 5), (1, 2, 3))
     image.save(pairs / "coffee0_D.png")
     assert fill() == ["latent", "prompt", "prompt"]  # the picture, the prompts that show it
-    image.save(pairs / "coffee0_T.png")
-    assert fill() == []  # a picture that is known already
+    target = pairs / "coffee0_T.png"
+    Image.open(target).transpose(Image.Transpose.ROTATE_180).save(target)
+    assert fill() == ["latent"]
     (pairs / "hubble0_T.txt").write_text("another instruction")
     assert fill() == ["prompt"]
     os.utime(pairs / "astronaut1_R.png")  # touched, not changed

@@ -129,15 +129,6 @@ def test_a_loader_of_ones_own_gets_the_samples_drawn(make, shared, tmp_path):
     assert np.array_equal(*sheets)
 
 
-def test_without_a_cache_it_draws_and_measures_the_same(make, tmp_path):
-    for name, cached in (("cached", True), ("uncached", False)):
-        make(name, **{"cache.use_cache": cached, "validation.max_samples": 1}).fit()
-    for step in (0, 2):
-        ours, theirs = (sheet_of(tmp_path / name, step) for name in ("cached", "uncached"))
-        assert np.array_equal(ours, theirs)
-    assert metrics_of(tmp_path / "cached") == metrics_of(tmp_path / "uncached")
-
-
 # -- memory
 
 
