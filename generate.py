@@ -1208,6 +1208,11 @@ def flux_layers(script: ModuleType, name: str) -> Any:
 # --- 8. FLUX.1: sliders ---------------------------------------------------------------------------
 
 
+def batches(scales: Sequence[float], most: int = 8) -> list[list[float]]:
+    """Cut scales into lists of at most so many, which are drawn at once."""
+    return [list(scales[k : k + most]) for k in range(0, len(scales), most)]
+
+
 @torch.no_grad()
 def edit_photo(
     script: Any,
@@ -1218,7 +1223,6 @@ def edit_photo(
     sliders: Sequence[Any],
     seed: int,
     blend: bool = False,
-    batch_size: int = 8,
 ) -> torch.Tensor:
     """Latents x of a photo (1, S, 4C) at every scale of the sliders -> (scales, S, 4C).
 
@@ -1233,8 +1237,7 @@ def edit_photo(
     first = min(slider.start for slider in sliders)
     moved = sorted({scale for scale in scales if scale})
     drawn = {0.0: photo[0]}
-    for k in range(0, len(moved), batch_size):
-        group = moved[k : k + batch_size]
+    for group in batches(moved):
         turned = torch.tensor([0.0, *group], device=photo.device)
         tokens = photo.expand(len(group), -1, -1)
         for i in range(first, len(sigmas) - 1):
@@ -1462,7 +1465,7 @@ class ChangePainter(Painter):
             script.load_adapter(self.models, self.switch, f"lora{number}", file)
 
     def draw(self, strip: Strip, scales: Sequence[float]) -> Drawn:
-        """Draw a strip; all scales but 0 as one batch."""
+        """Draw a strip; scales other than 0 as batches."""
         facts: dict[str, Any] = {}
         if strip.images:
             pixels, facts = self.change_photo(strip, scales)
@@ -1481,7 +1484,8 @@ class ChangePainter(Painter):
         noise = torch.randn(shape, generator=draw, dtype=self.dtype).to(self.device)
         predict_at = functools.partial(self.predict_at, strip.prompt)
         steps = config.num_inference_steps
-        latents = self.script.draw_sd(predict_at, noise, self.schedule, steps, list(scales))
+        draw_sd = functools.partial(self.script.draw_sd, predict_at, noise, self.schedule, steps)
+        latents = torch.cat([draw_sd(group) for group in batches(scales)])
         return [self.script.decode_sd(self.vae, x[None]) for x in latents]
 
     def predict_at(self, prompt: str, scales: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -1550,8 +1554,8 @@ class ChangePainter(Painter):
         moved = sorted({scale for scale in scales if scale})
         drawn = dict(zip([0.0], self.edit(strip, photo, [0.0]), strict=True))
         same, back = decibels(drawn[0.0], photo.kept), decibels(photo.kept, photo.pixels)
-        if moved:
-            drawn |= zip(moved, self.edit(strip, photo, moved), strict=True)
+        for group in batches(moved):
+            drawn |= zip(group, self.edit(strip, photo, group), strict=True)
         if self.config.restore_detail:
             drawn = {scale: x + photo.pixels - photo.kept for scale, x in drawn.items()}
         facts = {"scale0_db": round(same, 1), "vae_db": round(back, 1)}
