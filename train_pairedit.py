@@ -803,11 +803,12 @@ def fill_parts(
         for name, device in utils.progress(parts.items(), "load transformer", leave=False):
             part, tensors = model.get_submodule(name), {}
             for key in [key for key in files if key.startswith(f"{name}.")]:
+                short = key.removeprefix(f"{name}.")
                 # KEEP: closed again; what was read of an open file counts as memory
                 with safe_open(files[key], framework="pt") as opened:
-                    tensor = opened.get_tensor(key).to(device, dtype, copy=True)
-                tensors[key.removeprefix(f"{name}.")] = tensor
+                    tensors[short] = opened.get_tensor(key).to(device, dtype, copy=True)
             part.load_state_dict(tensors, assign=True)
+            tensors.clear()  # KEEP: each weight goes as soon as it is quantised
             if name[-1].isdigit() and precision != "no_change":
                 quantize_block(part, precision)
             return_freed_memory()
