@@ -801,16 +801,15 @@ def fill_parts(
         if wrong := sorted(files.keys() ^ model.state_dict().keys()):
             raise UserError(f"{folder}: weights missing or not expected\n{listed(wrong, 3)}")
         for name, device in utils.progress(parts.items(), "load transformer", leave=False):
-            part, tensors = model.get_submodule(name), {}
+            tensors = {}
             for key in [key for key in files if key.startswith(f"{name}.")]:
-                short = key.removeprefix(f"{name}.")
                 # KEEP: closed again; what was read of an open file counts as memory
                 with safe_open(files[key], framework="pt") as opened:
-                    tensors[short] = opened.get_tensor(key).to(device, dtype, copy=True)
-            part.load_state_dict(tensors, assign=True)
+                    tensors[key] = opened.get_tensor(key).to(device, dtype, copy=True)
+            model.load_state_dict(tensors, strict=False, assign=True)
             tensors.clear()  # KEEP: each weight goes as soon as it is quantised
             if name[-1].isdigit() and precision != "no_change":
-                quantize_block(part, precision)
+                quantize_block(model.get_submodule(name), precision)
             return_freed_memory()
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
         raise UserError(f"{folder}: {error}") from error

@@ -430,7 +430,7 @@ def test_devices_and_swapping_train_sample_merge_and_load_the_same(make_deep, tm
         trainer = make_deep(**changes, **{"logging.output_dir": str(out)})
         trainer.fit([a_batch(seed=0), a_batch(seed=1)])
         trainer.setup_predict()
-        picture = torch.from_numpy(trainer.predict(photo, "sunset", num_inference_steps=2))
+        picture = torch.tensor(trainer.predict(photo, "sunset", num_inference_steps=2))
         other = make_deep(**changes)
         other.load_lora(out)
         sampled = [velocity(model) for model in (trainer.bare_transformer(), other.transformer)]
