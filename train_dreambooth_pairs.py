@@ -583,7 +583,7 @@ class PicturesConfig(Section):
         return sorted(zip(scales, folders, strict=True))
 
 
-# differs: what SD trains on
+# differs from the other scripts: what SD trains on
 class Sample(NamedTuple):
     """The same scene at two times or more; or one picture of DreamBooth."""
 
@@ -742,7 +742,7 @@ def check_samples(config: Config, samples: list[Sample], index: utils.FileIndex)
     return [fit_sample(config, sample, index) for sample in samples], notes, problems
 
 
-# differs: the UNet halves its 8 px latents three times
+# differs from the other scripts: the UNet halves its 8 px latents three times
 SIZE_MULTIPLE = 64
 
 
@@ -1216,7 +1216,7 @@ def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: f
         tqdm.write(f"step {step}/{trainer.total_steps()} {figures}")
 
 
-# differs: a pair of times
+# differs from the other scripts: a pair of times
 class Draw(NamedTuple):
     """Everything random about one visit of a sample but its noise."""
 

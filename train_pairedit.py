@@ -99,7 +99,7 @@ class PairBatch(NamedTuple):
     teacher: tuple[torch.Tensor, ...] = ()  # slider_text: the base's velocities of its 3 prompts
 
 
-# differs: its target is a velocity
+# differs from the other scripts: its target is a velocity
 class Pass(NamedTuple):
     """One slice of the fused batch: noisy input, target velocity, active adapters."""
 
@@ -663,7 +663,7 @@ class BaseConfig(Section):
 PUBLISHED_MODEL = "black-forest-labs/FLUX.1-dev"
 PUBLISHED_TRANSFORMER = {"guidance_embeds": True}  # the rest of its config are the class's defaults
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-# differs: FLUX packs 2 x 2 latents of 8 px
+# differs from the other scripts: FLUX packs 2 x 2 latents of 8 px
 SIZE_MULTIPLE = 16
 
 
@@ -1063,7 +1063,7 @@ def draw_pairs(trainer: PairEditTrainer, run_log: RunLog) -> None:
         run_log.picture("pairs", sheet, trainer.global_step)
 
 
-# differs: each trainer its own
+# differs from the other scripts: each trainer its own
 def trained_as(trainer: PairEditTrainer, run: Run) -> dict[str, Any]:
     """Return all that decides what a run learns: settings, pictures, noise scale."""
     free = {"device", "gradient_checkpointing", "noise_scales"}
@@ -1116,13 +1116,13 @@ def write_card(trainer: PairEditTrainer) -> str:
     """Write README.md, the model card; return the command in it, which draws with the LoRA."""
     config, run = trainer.config, trainer.run
     base = config.pretrained_model_name_or_path
-    lora = f"lora {lora_stem(config, run, trainer.global_step)}.safetensors"
+    lora = f"lora {trainer.output_dir / lora_stem(config, run, trainer.global_step)}.safetensors"
     lora = f"inversion_{lora} --lora slider.safetensors" if run.image_id else lora
     command = (
         f"python generate.py --pretrained_model_name_or_path {base} --{lora} --scales 0,0.5,1 "
         f'--prompt "{trainer.preview_prompts[run.dataset]}" --skip {config.skips[0]} '
         f"--num_inference_steps {config.num_inference_steps} --resolution {config.resolution} "
-        "--output strip.png"
+        f"--max_sequence_length {config.max_sequence_length} --output strip.png"
     )
     card = SLIDER_CARD.format(base, run.dataset, command)
     utils.save_text(trainer.output_dir / "README.md", card)
@@ -1333,7 +1333,7 @@ def train_run(trainer: PairEditTrainer, start: Any, stop: utils.StopSignal) -> b
         if main:
             command = write_card(trainer)
             run_log.report()
-            log.info("written: %s; there, to look: %s", folder, command)
+            log.info("written: %s; to look: %s", folder, command)
     return stopped
 
 

@@ -72,7 +72,7 @@ class LossConfig(Section):
     """What is minimised, and at which noise levels."""
 
     loss_type: str = "mse"
-    """Error of the velocity: a name of LOSSES (mse, huber)."""
+    """Error of the velocity: mse, huber, or another name of LOSSES."""
     huber_c: float = Field(0.1, gt=0)
     """Error above which huber counts linearly."""
     mask: Literal["none", "file"] = "none"
@@ -717,7 +717,7 @@ class Variant(NamedTuple):
         return [self.target, *shown, *filter(None, (self.start, self.mask))]
 
 
-# differs: a row of the data and the ways to show it
+# differs from the other scripts: a row of the data and the ways to show it
 class Sample(NamedTuple):
     """One row of the data: a name and its variants."""
 
@@ -1078,7 +1078,7 @@ def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
     return [f"{place}: {text}" for place in sorted(wrong)]
 
 
-# differs: each script audits its own config
+# differs from the other scripts: each script audits its own config
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads, one line each."""
     model, cache, tracker = config.model, config.cache, config.logging.report_to

@@ -15,9 +15,20 @@ from typing import Any, Literal, get_args, get_origin
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import Section, UserError, load_script, nearest, run_script, settings
 
+ROLLOUT = [f"rollout_{end}" for end in ("steps", "span", "probability", "warmup_steps", "target")]
+RECREATE = [f"recreate_cache_{kind}" for kind in ("target", "reference", "caption")]
+FRAMES = ("frames", "even_frames", "fit_steps", "fit_rank", "fit_learning_rate")
+
 GONE = {  # names that users may expect: what to do instead
     **dict.fromkeys(("hf_dataset", "hf_split"), "tools/pair_table.py writes a table"),
-    **dict.fromkeys(("rollout_steps", "rollout_span"), "experiments/rollout.patch"),
+    **dict.fromkeys(("count", "draws"), "tools/pair_table.py writes a row per choice"),
+    **dict.fromkeys(ROLLOUT, "experiments/rollout.patch"),
+    **dict.fromkeys(RECREATE, "entries are named by their content; recreate_cache encodes all"),
+    **dict.fromkeys(FRAMES, "python tools/interpolate_sd.py draws between two pictures"),
+    "instruction": "the system prompt is the model's own",
+    "buckets": "every size in steps of 32 px",
+    "memory_mb": "entries are read when they are needed",
+    "ema_update_interval": "the average is updated every step",
     "selected_control_indexes": "tools/pair_table.py chooses references",
     "conditioning_multidataset_sampling": "tools/pair_table.py writes a line per combination",
     "mask_loss": "loss.mask: file",
