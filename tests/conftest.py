@@ -223,9 +223,11 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Tests in one process may use different precisions."""
+def fresh_state():
+    """Tests in one process may use different precisions, and load scripts by their paths."""
+    scripts = {path.stem: sys.modules.get(path.stem) for path in ROOT.glob("*.py")}
     yield
+    sys.modules.update({name: module for name, module in scripts.items() if module})
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 
