@@ -285,7 +285,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
             return dict(json.loads(text))
-    except (OSError, SyntaxError, ValueError, TypeError):
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
         return {}
 
 

@@ -61,8 +61,9 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BeforeValidator, Field, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 
 from utils import (
     FileIndex,
@@ -110,29 +111,30 @@ def split_commas(value: Any) -> Any:
 
 
 def as_list(value: Any) -> Any:
-    """A text alone is a list of one."""
-    return [value] if isinstance(value, str) else value
+    """A text alone is a list of one, null an empty one."""
+    return [value] if isinstance(value, str) else value or []
 
 
 Numbers = Annotated[list[float], BeforeValidator(split_commas)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], BeforeValidator(split_commas)]
 Texts = Annotated[list[str], BeforeValidator(as_list)]
+Device = Annotated[str | None, AfterValidator(lambda d: f"cuda:{d}" if d and d.isdecimal() else d)]
 Dtype = Literal["bf16", "fp32"] | None
 
 
 class JobsConfig(Section):
-    """What to draw, and where it goes; every other setting decides the pixels."""
+    """What to draw, and where it goes; nearly all other settings decide the pixels."""
 
     lora: Texts = []
     """LoRA file, or FILE:scale (sliders also FILE:scale:skip); repeat it for several."""
-    scales: Numbers = []
+    scales: Annotated[Numbers, BeforeValidator(as_list)] = []
     """Strip: the scale of every LoRA times each of these, e.g. -1,0,0.5,1; 0 is the base model."""
     prompt: Texts = []
-    """Instruction, or what the picture shows; repeat it for several. []: the .txt beside an image,
-    of Stable Diffusion what the LoRA was trained with."""
+    """Instruction, or what the picture shows; repeat the flag for several. []: the .txt beside an
+    image, or what the LoRA was trained with (Stable Diffusion)."""
     seed: Seeds = [0]
     """Seed, or several: 0,1,2. Drawn on the CPU: the same noise on every device."""
-    image: list[Path] = []
+    image: Annotated[list[Path], BeforeValidator(as_list)] = []
     """Reference pictures, in order (Qwen-Image-Edit); one photo to change (the others)."""
     input_dir: Path | None = None
     """Folder of pictures to edit, each alone."""
@@ -148,8 +150,8 @@ class JobsConfig(Section):
     """Folder for the results of input_dir or table, and their contact_sheet.png."""
     html: bool = False
     """Also write page.html beside the sheet: a divider to drag, a slider over the scales."""
-    device: str | None = None
-    """Device, e.g. cuda, cuda:1, cpu, mps; null: the fastest there is."""
+    device: Device = None
+    """Number of a GPU, or cpu, cuda:0, mps; null: the fastest there is."""
     script: Path | None = None
     """Training script whose sampling is used, e.g. your fork; null: the family's own."""
 
@@ -188,7 +190,7 @@ class EditConfig(JobsConfig):
     """Euler steps (a single one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Guidance; 1 switches it off and halves the time."""
-    reference_area: Literal["lora", "1mp", "target"] | int = "lora"
+    reference_area: Literal["lora", "1mp", "target"] | Annotated[int, Field(ge=1024)] = "lora"
     """Size of the references: what the LoRA was trained with, 1 MP, the output's, or px."""
     dtype: Dtype = None
     """Precision; null: bf16, on a CPU fp32."""
@@ -246,7 +248,6 @@ class SliderConfig(JobsConfig):
             "a photo needs a lora to be edited with": self.photo and not self.lora and not alone,
             "gamma: is read by compose blend": "gamma" in self.model_fields_set and not self.blend,
             "inversion_lora: is of one photo; no input_dir, no table": alone and many,
-            "image: takes one photo": len(self.image) > 1,
         }
 
 
@@ -284,7 +285,6 @@ class ChangeConfig(JobsConfig):
         unguided = self.guidance_scale == 1 or (photo and not self.guidance_scale)
         return super().rules() | {
             "a photo needs a lora to be changed with": photo and not self.lora,
-            "image: takes one photo": len(self.image) > 1,
             f"{lone}: only photos are inverted": lone and not photo,
             "mask: goes with image": self.mask and not self.image,
             f"mask: no file {self.mask}": self.mask and not self.mask.is_file(),
@@ -332,9 +332,10 @@ class RunStripsConfig(Section):
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}; those of training do not matter here."""
         config: Any = self
+        named = {text: there for text, there in super().rules().items() if "datasets" in text}
         real, trained = config.python_name == "train_image_real", self.use_trained_lora_path
         no_slider = "semantic_lora_path: is missing; train_image_real needs the slider that edits"
-        return {
+        return named | {
             "image_ids: go with python_name train_image_real": real != bool(config.image_ids),
             no_slider: real and not self.semantic_lora_path,
             "trained_lora_path: is missing": trained and not self.trained_lora_path,
@@ -369,19 +370,20 @@ class Strip(NamedTuple):
     inversion: Path | None = None  # LoRA that draws the photo
 
 
-def parse_lora(text: str) -> tuple[Path, list[float]]:
-    """Return FILE, FILE:scale or FILE:scale:skip as (file, numbers). Raises UserError."""
+def parse_lora(text: str) -> tuple[Path, float, int | None]:
+    """Return FILE, FILE:scale or FILE:scale:skip as (file, scale, skip). Raises UserError."""
     head, ends = text, list[str]()
-    while ":" in head and not Path(head).exists() and len(ends) < 2:
-        head, _, end = head.rpartition(":")
-        ends.insert(0, end)
     try:
-        numbers = [float(end) for end in ends]
-    except ValueError:
-        numbers = [math.nan]
-    if not all(map(math.isfinite, numbers)) or not float(sum(numbers[1:])).is_integer():
-        raise UserError(f"lora {text}: wanted FILE, FILE:scale or FILE:scale:skip, in numbers")
-    return Path(head), numbers
+        while ":" in head and not Path(head).exists() and len(ends) < 2:
+            head, _, end = head.rpartition(":")
+            ends.insert(0, end)
+        scale, skip = float(ends[0]) if ends else 1.0, int(ends[1]) if ends[1:] else None
+        if not math.isfinite(scale):
+            raise ValueError("the scale is not finite")
+    except (OSError, ValueError) as error:  # OSError: the name is too long
+        wanted = "wanted FILE, FILE:scale or FILE:scale:skip"
+        raise UserError(f"lora {text}: {wanted} ({error})") from error
+    return Path(head), scale, skip
 
 
 def find_loras(config: JobsConfig) -> tuple[list[Lora], list[str]]:
@@ -389,48 +391,44 @@ def find_loras(config: JobsConfig) -> tuple[list[Lora], list[str]]:
     loras, problems = [], []
     for text in config.lora:
         try:
-            file, numbers = parse_lora(text)
+            file, scale, skip = parse_lora(text)
         except UserError as error:
             problems.append(str(error))
             continue
-        scale, skip = [*numbers, 1.0, None][0], [*numbers, None, None][1]
         start = 0
         if isinstance(config, SliderConfig):
-            start = int(config.skip if skip is None else skip) + (config.inversion_lora is None)
+            start = (config.skip if skip is None else skip) + (config.inversion_lora is None)
         elif skip is not None:
             problems.append(f"lora {text}: only sliders of FLUX.1 have a skip")
-        loras.append(Lora(file, scale or 0.0, start))
+        loras.append(Lora(file, scale, start))
     return loras, problems
 
 
-def find_lora(path: Path, allow_pickle: bool = False) -> Path:
+def find_lora(path: Path, allow_pickle: bool | None = None) -> Path:
     """Return the file to load: instead of a .pt that is not allowed the .safetensors beside it.
 
-    Raises:
-        UserError: no such file, or a pickle that was not allowed.
+    allow_pickle: None where the family takes none. Raises UserError: no file, or not allowed.
     """
     if allow_pickle and path.is_file():
         return path
-    pair = [path.with_suffix(".safetensors"), path.with_suffix(".pt")]
-    files = [f for f in (pair if path.suffix in (".safetensors", ".pt") else [path]) if f.is_file()]
+    ends = (".safetensors", ".pt")
+    pair = [path.with_suffix(end) for end in ends] if path.suffix in ends else [path]
+    files = [file for file in pair if file.is_file()]
     if not files:
-        there = sorted(
-            file.name for file in (path if path.is_dir() else path.parent).glob("*.safe*")
-        )
-        what = "is a folder; name one of its files" if path.is_dir() else "is no file"
-        raise UserError(f"LoRA {path} {what}{nearest(path.name, there)}")
+        folder, name = (path, "") if path.is_dir() else (path.parent, path.name)
+        there = sorted(file.name for file in folder.glob("*.safetensors"))
+        raise UserError(f"LoRA {path} is no file{nearest(name, there)}")
     if files[0].suffix != ".safetensors" and not allow_pickle:
-        raise UserError(
-            f"LoRA {files[0]} is no .safetensors but a pickle, which can hold a program; "
-            "tools/convert_lora.py makes a .safetensors of a slider (or --allow_pickle true)"
-        )
+        way = "; tools/convert_lora.py makes one of a slider (or --allow_pickle true)"
+        way = "" if allow_pickle is None else way
+        raise UserError(f"LoRA {files[0]}: a .pt can hold a program; wanted .safetensors{way}")
     return files[0]
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """Return what a trainer of ours wrote into a LoRA; {} if it cannot be read or is another's."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path.parent / f"{path.stem}.safetensors", framework="pt") as file:
             return dict(json.loads((file.metadata() or {}).get("image_edit_lora", "{}")))
     except (OSError, SafetensorError, ValueError, TypeError):  # check_lora() says what is wrong
         return {}
@@ -487,22 +485,36 @@ def check_row(row: Any) -> list[str]:
     problems = [f"unknown column '{key}'{nearest(key, COLUMNS)}" for key in strange]
     images = row.get("images") or row.get("image")
     names = images if isinstance(images, list) else [images]
-    if not images or not all(isinstance(name, str) for name in names):
-        problems.append("no image")
-    if not str(row.get("seed") or 0).strip().isdigit():
-        problems.append(f"seed '{row['seed']}' is no whole number")
+    names = [name for text in names for name in (text.split(";") if isinstance(text, str) else [0])]
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        problems.append("no image, or one without a name")
+    if not isinstance(row.get("prompt") or "", str):
+        problems.append(f"prompt {row['prompt']} is no text")
+    seed = str(row.get("seed") or 0).strip()
+    if not seed.isdecimal() or int(seed) >= 2**63:
+        problems.append(f"seed '{seed}' is no whole number below 2^63")
     return problems
 
 
 def prompts_of(painter: Painter, row: Row) -> list[str]:
-    """Return the prompts of a row: its own, --prompt, the .txt beside its image, the usual one."""
-    beside = row["images"][0].with_suffix(".txt") if row["images"] else None
-    if row.get("prompt"):
-        return [row["prompt"]]
-    if not painter.config.prompt and beside and beside.is_file():
-        return [beside.read_text(encoding="utf-8-sig").strip()]
-    usual = [] if painter.usual_prompt is None else [painter.usual_prompt]
-    return list(painter.config.prompt) or usual
+    """Return the prompts of a row: its own, --prompt, the .txt beside its image, the usual one.
+
+    Raises:
+        UserError: there is none, or the .txt is no text.
+    """
+    own, usual = row.get("prompt"), painter.usual_prompt
+    prompts = [own] if own else list(painter.config.prompt)
+    for image in row["images"][:1]:
+        beside = image.parent / f"{image.stem}.txt"
+        if not prompts and beside.is_file():
+            try:
+                prompts = [beside.read_text(encoding="utf-8-sig").strip()]
+            except ValueError as error:
+                raise UserError(f"{beside}: {error}") from error
+    if usual is None and not any(map(str.strip, prompts)):
+        text = "no prompt (--prompt, a prompt column, a .txt beside the image)"
+        raise UserError(f"{row['name']}: {text}")
+    return prompts or [usual or ""]
 
 
 def plan_jobs(painter: Painter) -> tuple[list[Strip], list[str]]:
@@ -512,18 +524,19 @@ def plan_jobs(painter: Painter) -> tuple[list[Strip], list[str]]:
     scales = tuple(config.scales or ([1.0] if config.lora else [0.0]))
     folder = config.output_dir or (config.output or Path()).parent
     index = FileIndex(None)
-    problems += index.update(
-        dict.fromkeys(file for row in rows for file in row["images"]), look_at_picture
-    )
+    read = dict.fromkeys(file for row in rows for file in row["images"])
+    problems += index.update(read, look_at_picture)
     for row in rows:
         name, images, size = row["name"], tuple(row["images"]), (config.width, config.height)
         if Path(name).is_absolute() or ".." in Path(name).parts:
             problems.append(f"'{name}': a name must stay inside the output folder")
         with contextlib.suppress(KeyError):  # a picture that could not be read
             size = size if all(size) else painter.size([index[file] for file in images])
-        prompts = prompts_of(painter, row)
-        if not prompts:
-            problems.append(f"{name}: no prompt (--prompt, a prompt column, a .txt beside it)")
+        try:
+            prompts = prompts_of(painter, row)
+        except UserError as error:
+            problems.append(str(error))
+            prompts = [""]
         seeds = config.seed if row.get("seed") in (None, "") else [int(row["seed"])]
         for k, prompt in enumerate(prompts):
             for seed in seeds:
@@ -672,9 +685,11 @@ def content(file: Path) -> str:
 def picture_settings(painter: Painter, strip: Strip, scale: float) -> dict[str, Any]:
     """Return what a picture says about itself; "settings" holds all that decides its pixels.
 
-    These are the whole config but for JobsConfig and paths, so a new setting cannot be forgotten.
+    These are the whole config but for JobsConfig, paths and how the weights are held, so a new
+    setting cannot be forgotten.
     """
-    dump = painter.config.model_dump(mode="json", exclude={*JobsConfig.model_fields})
+    other = {*JobsConfig.model_fields, "offload", "allow_pickle"}
+    dump = painter.config.model_dump(mode="json", exclude=other)
     chosen = {k: v for k, v in dump.items() if not isinstance(getattr(painter.config, k), Path)}
     images = [{"file": str(file), "blake2b": content(file)} for file in strip.images]
     about: dict[str, Any] = {"scale": scale, "seed": strip.seed, "prompt": strip.prompt}
@@ -702,7 +717,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
             return dict(json.loads(text))
-    except (OSError, SyntaxError, ValueError, TypeError):
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
         return {}
 
 
@@ -757,14 +772,18 @@ def columns_of(strip: Strip, several: bool) -> dict[str, Path]:
 
 
 def write_sheet(sheet: Path, strips: Sequence[Strip], decides: list[Any]) -> None:
-    """Write a row per strip, if one of its pictures has changed."""
-    about = {"pictures": f"{draw_key(json.dumps(decides)):016x}"}
-    if read_settings(sheet) == about:
-        return
+    """Write a row per strip, if one of its pictures or captions has changed."""
     rows = [columns_of(strip, any(len(s.images) > 1 for s in strips)) for strip in strips]
     heads = max((list(row) for row in rows), key=len)
-    pictures = [[open_rgb(row[head]) if head in row else None for head in heads] for row in rows]
     captions = [f"{strip.name}, seed {strip.seed}: {strip.prompt}" for strip in strips]
+    about = {"pictures": f"{draw_key(json.dumps([decides, heads, captions])):016x}"}
+    if read_settings(sheet) == about:
+        return
+
+    def cell(file: Path | None) -> Image.Image | None:
+        return ImageOps.contain(open_rgb(file), (256, 256)) if file else None  # never all whole
+
+    pictures = [[cell(row.get(head)) for head in heads] for row in rows]
     save_picture(sheet, contact_sheet(pictures, heads, captions), about)
 
 
@@ -787,13 +806,21 @@ Drawn = Iterator[tuple[float, Image.Image, dict[str, Any]]]  # scale, picture, f
 
 
 class Painter:
-    """Draws strips with one kind of base model; built in no time, load() takes it.
+    """Draws strips with one kind of base model.
 
     script: the training script of the family, or a fork of it.
     """
 
     family: ClassVar[str]
     script_name: ClassVar[str]
+    needs: ClassVar[str]  # a function of the script
+    most_images = 1  # that a result may start from
+    # what each family does its own way
+    check_base: Callable[..., list[str]]  # () -> problems of the base model
+    empty_model: Callable[..., Any]  # () -> what has the LoRAs, without weights
+    check_lora: Callable[..., None]  # (file, empty model or None); raises UserError: no fit
+    load: Callable[..., None]  # (prompts): load the weights
+    draw: Callable[..., Drawn]  # (strip, some of its scales)
     config_class: ClassVar[type[JobsConfig]]
     usual_prompt: str | None = None  # where none is given
 
@@ -805,9 +832,14 @@ class Painter:
     def problems(self, strips: Sequence[Strip]) -> list[str]:
         """Return what can be known to be wrong before a model loads."""
         problems = check_device("device", self.config.device) + self.wrong_loras
-        wrong = self.check_base()
-        problems += [f"pretrained_model_name_or_path: {problem}" for problem in wrong]
-        model = None if wrong else self.empty_model()
+        problems += (wrong := self.check_base())
+        model = None
+        try:
+            model = None if wrong else self.empty_model()
+        except UserError as error:
+            problems.append(str(error))
+        if any(len(strip.images) > self.most_images for strip in strips):
+            problems.append("image: this model takes one picture at a time")
         files = {lora.file for strip in strips for lora in strip.loras}
         for file in sorted(files | {strip.inversion for strip in strips if strip.inversion}):
             try:
@@ -818,9 +850,9 @@ class Painter:
         return problems
 
     @property
-    def allow_pickle(self) -> bool:
-        """Return whether LoRA files may be pickles."""
-        return bool(getattr(self.config, "allow_pickle", False))
+    def allow_pickle(self) -> bool | None:
+        """Return whether LoRA files may be pickles; None: this family takes none."""
+        return getattr(self.config, "allow_pickle", None)
 
     def lora_hash(self, file: Path) -> str:
         """Return the hash of the file that stands for this one."""
@@ -840,7 +872,8 @@ class Painter:
 
     def decides(self) -> dict[str, Any]:
         """Return what decides the pixels beside the config: precision, and the code that draws."""
-        return {"dtype": str(self.dtype), "script": content(Path(self.script.__file__))}
+        code = [content(Path(file)) for file in (__file__, self.script.__file__)]
+        return {"dtype": str(self.dtype), "code": code}
 
     def size(self, images: Sequence[dict[str, Any]]) -> tuple[int, int]:
         """Return (W, H) px of a result: the bucket of the photo, else a square."""
@@ -848,26 +881,6 @@ class Painter:
         if not images:
             return side, side
         return self.script.nearest_bucket(images[0]["width"], images[0]["height"], side)
-
-    def check_base(self) -> list[str]:
-        """Return problems of the base model."""
-        raise NotImplementedError
-
-    def empty_model(self) -> Any:
-        """Return the model that has the LoRAs, without weights."""
-        raise NotImplementedError
-
-    def check_lora(self, file: Path, model: Any) -> None:
-        """Compare a LoRA with the model (None: unknown). Raises UserError."""
-        raise NotImplementedError
-
-    def load(self, prompts: Sequence[str]) -> None:
-        """Load what draws these prompts."""
-        raise NotImplementedError
-
-    def draw(self, strip: Strip, scales: Sequence[float]) -> Drawn:
-        """Draw a strip at some of its scales."""
-        raise NotImplementedError
 
 
 # --- 6. Qwen-Image-Edit ---------------------------------------------------------------------------
@@ -929,8 +942,9 @@ def reference_sizes(pipeline: Any, area_px: int, vision_area: int | None) -> Ite
 class EditPainter(Painter):
     """Qwen-Image-Edit: the checkpoint's own diffusers pipeline, LoRAs by load_lora_weights."""
 
-    family, script_name = "Qwen-Image-Edit", "train_qwen_edit.py"
+    family, script_name, needs = "Qwen-Image-Edit", "train_qwen_edit.py", "detect_flavour"
     config_class = EditConfig
+    most_images = 10**6
 
     @functools.cached_property
     def rule(self) -> Rule:
@@ -947,9 +961,8 @@ class EditPainter(Painter):
         """Return what can be known to be wrong before a model loads."""
         problems = super().problems(strips)
         with contextlib.suppress(UserError):  # named already
-            several = max((len(strip.images) for strip in strips), default=0) > 1
-            if several and not self.flavour.vision_area:
-                problems.append("2508 takes one reference; 2509 and 2511 take more")
+            if any(strip.images[1:] for strip in strips) and not self.flavour.vision_area:
+                problems.append("image: 2508 takes one reference; 2509 and 2511 take more")
             for lora, about in zip(self.loras, self.about, strict=True):
                 if (trained := about.get("flavour", self.flavour.name)) != self.flavour.name:
                     text = f"was trained on {trained}, this model is {self.flavour.name}"
@@ -965,7 +978,7 @@ class EditPainter(Painter):
         try:
             self.script.detect_flavour(self.config.pretrained_model_name_or_path)
         except UserError as error:
-            return [str(error)]
+            return [f"pretrained_model_name_or_path: {error}"]
         return []
 
     def empty_model(self) -> Any:
@@ -1007,7 +1020,7 @@ class EditPainter(Painter):
     def decides(self) -> dict[str, Any]:
         """Return what decides the pixels beside the config."""
         area, vision, *_ = self.rule
-        return {"dtype": str(self.dtype), "reference_area": area, "vision_area": vision}
+        return super().decides() | {"reference_area": area, "vision_area": vision}
 
     def load(self, prompts: Sequence[str]) -> None:
         """Load the pipeline with all LoRAs (named lora0, lora1 ...)."""
@@ -1115,7 +1128,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds
-        raise UserError(f"LoRA {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"LoRA {path} cannot be read: {str(error)[:200]}") from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
         raise UserError(f"LoRA {path}: wanted a dict of tensors")
     return tensors, {}
@@ -1190,7 +1203,10 @@ def read_slider(path: Path, transformer: Any) -> dict[str, tuple[torch.Tensor, t
     if left or not found:
         text = f"LoRA {path}: {len(left)} of {len(tensors)} tensors are no part of a LoRA for this"
         raise UserError(f"{text} transformer\n{listed(left, 3)}")
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise UserError(f"LoRA {path}: its metadata cannot be read: {error}") from error
     settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
     return {
         layer: (parts["down"].float(), parts["up"].float() * lora_strength(layer, parts, settings))
@@ -1254,7 +1270,7 @@ def edit_photo(
 class SliderPainter(Painter):
     """FLUX.1. Prompts are encoded first, then the encoders leave the memory."""
 
-    family, script_name = "FLUX.1", "train_pairedit.py"
+    family, script_name, needs = "FLUX.1", "train_pairedit.py", "load_flux"
     config_class = SliderConfig
     usual_prompt = ""
 
@@ -1271,8 +1287,7 @@ class SliderPainter(Painter):
 
     def check_base(self) -> list[str]:
         """Return problems of the base model."""
-        found = self.script.check_checkpoint(self.config.pretrained_model_name_or_path)
-        return [text.removeprefix("pretrained_model_name_or_path: ") for text in found]
+        return self.script.check_checkpoint(self.config.pretrained_model_name_or_path)
 
     def empty_model(self) -> Any:
         """Return the transformer without weights."""
@@ -1383,7 +1398,7 @@ class Inverted(NamedTuple):
 class ChangePainter(Painter):
     """Stable Diffusion 1.x. What is not given is what the LoRAs were trained with."""
 
-    family, script_name = "Stable Diffusion", "train_dreambooth_pairs.py"
+    family, script_name, needs = "Stable Diffusion", "train_dreambooth_pairs.py", "draw_sd"
     config_class = ChangeConfig
 
     def __init__(self, config: ChangeConfig, script: Any) -> None:
@@ -1422,8 +1437,7 @@ class ChangePainter(Painter):
 
     def check_base(self) -> list[str]:
         """Return problems of the base model."""
-        found = self.script.check_base(self.config.pretrained_model_name_or_path)
-        return [text.removeprefix("pretrained_model_name_or_path: ") for text in found]
+        return self.script.check_base(self.config.pretrained_model_name_or_path)
 
     def empty_model(self) -> Any:
         """Return {"unet", "text_encoder"} without weights."""
@@ -1559,7 +1573,7 @@ class ChangePainter(Painter):
         if self.config.restore_detail:
             drawn = {scale: x + photo.pixels - photo.kept for scale, x in drawn.items()}
         facts = {"scale0_db": round(same, 1), "vae_db": round(back, 1)}
-        progress(None, "", disable=True).write(
+        tqdm.write(
             f"{strip.images[0]}: scale 0 is decode(encode(photo)) at {facts['scale0_db']} dB, "
             f"which is the photo at {facts['vae_db']} dB"
         )
@@ -1638,7 +1652,16 @@ def main() -> None:
 
     def script_of(kind: type[Painter], path: Any = None) -> Any:
         own = "".join(flags["script"][-1]) if "script" in flags else path
-        return load_script(Path(own or Path(__file__).parent / kind.script_name))
+        script = load_script(Path(own or Path(__file__).parent / kind.script_name))
+        if not hasattr(script, kind.needs):
+            text = f"no training script of {kind.family}; wanted {kind.script_name} or a fork of it"
+            raise UserError(f"--script {script.__file__}: {text}")
+        return script
+
+    if any(len(texts) > 1 for texts in flags.get("prompt", [])):
+        raise UserError(
+            '--prompt: put it in quotes, "make it snow"; several: --prompt A --prompt B'
+        )
 
     if "help" in flags:
         print(help_text("".join(flags["help"][-1]), script_of))

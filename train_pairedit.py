@@ -1027,7 +1027,7 @@ class PreviewConfig(Section):
 GENERATE_ONLY = (  # settings in the same file that only generate.py reads
     *("use_prompts_file", "prompts_file", "count_gen", "use_random_seed", "output_folder_gen"),
     *("use_trained_lora_path", "trained_lora_path", "semantic_lora_path", "semantic_cfg_scale"),
-    *("html", "image_format", "dtype", "allow_pickle"),
+    *("html", "image_format", "dtype", "allow_pickle", "script"),
 )
 
 

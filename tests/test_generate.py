@@ -106,7 +106,7 @@ def test_no_setting_can_reuse_a_stale_picture(kind, changes, tmp_path):
 
     usual = of()
     fields = kind.config_class.model_fields.keys() - generate.JobsConfig.model_fields.keys()
-    assert fields - {"mask", "inversion_lora"} <= usual.keys()
+    assert fields - {"mask", "inversion_lora", "offload", "allow_pickle"} <= usual.keys()
     for name, value in changes.items():
         assert of(**{name: value}) != usual, name
     assert of(html=True, output="p.png") == usual
@@ -284,8 +284,9 @@ def test_a_forks_own_sampling_is_used(kind, name, checkpoints, tmp_path):
     usual = pixels(tmp_path / "o.png")
     done = run(*command, *output, "--script", tmp_path / "my_fork.py")
     assert "0 already there" in done.stdout and (pixels(tmp_path / "o.png") != usual).any()
-    done = run(*command, *output, "--script", tmp_path / "none.py", check=False)
-    assert done.returncode == 2 and "none.py" in done.stderr
+    for other in (tmp_path / "none.py", ROOT / "train_qwen_edit.py"):
+        done = run(*command, *output, "--script", other, check=False)
+        assert done.returncode == 2 and other.name in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_checkpoint_or_a_setting_picks_the_family(checkpoints):
@@ -316,20 +317,21 @@ def test_help_shows_each_family(call, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "parsed"),
     [
-        ("a.safetensors", ("a.safetensors", [])),
-        ("a.safetensors:0.5", ("a.safetensors", [0.5])),
-        ("a:b.safetensors:1:-1", ("a:b.safetensors", [1.0, -1.0])),
+        ("a.safetensors", ("a.safetensors", 1.0, None)),
+        ("a.safetensors:0.5", ("a.safetensors", 0.5, None)),
+        ("a:b.safetensors:1:-1", ("a:b.safetensors", 1.0, -1)),
         ("a.safetensors:strong", None),
         ("a.safetensors:nan", None),
         ("a.safetensors:1:1.5", None),
+        ("a" * 300 + ":1", None),
     ],
 )
 def test_a_lora_with_its_numbers(text, parsed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a:b.safetensors").touch()
     if parsed:
-        path, numbers = generate.parse_lora(text)
-        assert (str(path), numbers) == parsed
+        path, *numbers = generate.parse_lora(text)
+        assert (str(path), *numbers) == parsed
     else:
         with pytest.raises(UserError, match=text):
             generate.parse_lora(text)
@@ -366,20 +368,47 @@ def test_results_never_overwrite_references_or_leave_their_folder(checkpoints, c
         text = call(checkpoints["2511"], *case, "--prompt", "x", *QUICK, check=False)
         assert "would be overwritten" in text and photo.read_bytes() == before
     (tmp_path / "junk.png").write_bytes(b"junk")
+    (tmp_path / "latin.png").write_bytes(photo.read_bytes())
+    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
     rows = [
         {"images": [photo.name], "prompt": "x", "name": "../escape"},
         {"images": [photo.name], "prompt": "x", "name": "contact_sheet"},
         {"images": [photo.name], "prompt": "x", "seed": "abc"},
         ["a list"],
         {"images": ["junk.png"], "prompt": "x"},
-        {"images": [photo.name]},
+        {"images": [photo.name], "name": "silent"},
+        {"images": f"{photo.name};", "prompt": "x"},
+        {"images": [photo.name], "prompt": ["x", "y"]},
+        {"images": [photo.name], "prompt": "x", "seed": 10**20},
+        {"images": [photo.name], "prompt": "x", "seed": "²"},
+        {"images": ["latin.png"]},
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    place = ["--output_dir", tmp_path / "out"]
-    text = call("./typo", "--table", tmp_path / "t.jsonl", *place, check=False)
-    for words in ("../escape", "contact_sheet.png", "row 3", "row 4", "junk.png", "./typo"):
+    command = ["--table", tmp_path / "t.jsonl", "--output_dir", tmp_path / "out"]
+    text = call("./typo", *command, check=False)
+    for words in ("../escape", "contact_sheet.png", "junk.png", "./typo", "silent: no prompt"):
         assert words in text, words
-    assert "no prompt" in text
+    assert all(f"row {number}:" in text for number in (3, 4, 7, 8, 9, 10)) and "latin.txt" in text
+    words = call(checkpoints["2511"], *command, "--prompt", "make", "it", "snow", check=False)
+    assert "quotes" in words
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd", "2508"])
+def test_a_row_of_two_pictures_is_too_much_for_some_models(kind, checkpoints, call, tmp_path):
+    row = {"images": [str(REFERENCE)] * 2, "prompt": "x"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    command = ["--table", tmp_path / "t.jsonl", "--output_dir", tmp_path / "out"]
+    text = call(checkpoints[kind], *command, "--lora", "none.safetensors", check=False)
+    assert "image: " in text and "2 problem(s)" in text
+
+
+@pytest.mark.parametrize("lora", ["", ".", "folder"])
+def test_a_lora_that_is_no_file_is_named(lora, checkpoints, call, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/l.safetensors").touch()
+    edit = ["--lora", lora, "--image", REFERENCE, "--prompt", "x", "--output", "o.png"]
+    text = call(checkpoints["2511"], *edit, check=False)
+    assert "1 problem(s)" in text and ("l.safetensors" in text) == (lora == "folder")
 
 
 @pytest.mark.parametrize("place", ["file/o.png", "folder.png", "x" * 240 + ".png"])

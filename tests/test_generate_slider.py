@@ -618,7 +618,6 @@ def test_one_report_of_everything_wrong_with_a_strip(make, loras, tmp_path):
         ["--compose", "merge", "--prompt", "a"],
         ["--image", PHOTO],
         ["--lora", "a.safetensors", "--gamma", 0.5],
-        ["--lora", "a.safetensors", "--image", PHOTO, "--image", PHOTO],
         ["--scales", "0,1"],
         ["--lora", "a.safetensors", "--output_dir", "out"],
     ],
