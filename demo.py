@@ -96,12 +96,12 @@ def run_command(shown: str, module: str = "") -> None:
 
 
 def joined(scales: Sequence[float]) -> str:
-    """[0.0, 0.5] -> "0,0.5"."""
+    """Join numbers with commas: [0.0, 0.5] -> "0,0.5"."""
     return ",".join(f"{scale:g}" for scale in scales)
 
 
 def measure_edits(results: Path, befores: Path, afters: Path, **suffixes: str) -> Any:
-    """(evaluate.py's report, its rows) over pictures whose true afters are known."""
+    """Return (evaluate.py's report, its rows) over pictures whose true afters are known."""
     evaluate = load_script(Path("evaluate.py"))
     config = evaluate.Config(
         results=[str(results)],
@@ -119,7 +119,7 @@ def measure_edits(results: Path, befores: Path, afters: Path, **suffixes: str) -
 def measure_faces(
     faces: Any, results: Path, ages: dict[str, float], series: Callable[[str], str]
 ) -> dict[str, Any]:
-    """evaluate.py's report over strips: hair and the rest, compared with scale 0.
+    """Return evaluate.py's report over strips: hair and the rest, compared with scale 0.
 
     faces: demo/rebuild.py.
     ages: of the two sides of a training pair; hair of 1 is one such change.
@@ -164,7 +164,7 @@ def write_figures(output_dir: Path, start: float, figures: dict[str, Any]) -> No
 
 
 def strips_of(report: dict[str, Any], series: str) -> list[list[Path]]:
-    """Files of evaluate.py's report, a list for each name and seed, by scale."""
+    """Return the files of evaluate.py's report, a list for each name and seed, by scale."""
     found: dict[Any, list[Path]] = {}
     for row in report["rows"]:
         if row["series"] == series:
@@ -173,7 +173,7 @@ def strips_of(report: dict[str, Any], series: str) -> list[list[Path]]:
 
 
 def draw_faces(path: Path, sections: Sequence[tuple[Sequence[str], Any]]) -> None:
-    """(heads, rows of files) below one another; pixels stay visible."""
+    """Draw each (heads, rows of files) below the one before; pixels stay visible."""
     side = 128
     sheets = []
     for heads, rows in sections:
@@ -228,7 +228,7 @@ def run_qwen_edit(settings: str, quick: bool) -> None:
 
 
 def draw_photos(path: Path, rows: list[Any]) -> None:
-    """before | base | LoRA | after, one row per photo."""
+    """Draw before | base | LoRA | after, one row per photo."""
     edited = {(row.name, row.scale): row for row in rows}
     images = []
     for name in HELD_OUT:
@@ -346,7 +346,7 @@ def run_dreambooth(settings: str, quick: bool) -> None:
 
 
 def draw_changes(faces: Any, report: dict[str, Any], rows: list[Any]) -> None:
-    """Five pairs, five strips, five photos."""
+    """Draw five pairs, five strips, five photos."""
     pairs = [[HAIR_PAIRS_DIR / f"{s}/{n}.png" for n in range(5)] for s in faces.HAIR_AGES]
     photos = []
     for name in sorted({row.name for row in rows})[:5]:

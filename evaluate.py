@@ -59,27 +59,27 @@ SETTINGS_KEY = "image_edit"  # PNG text chunk
 
 
 def squared_error(a: torch.Tensor, b: torch.Tensor, where: Any = slice(None)) -> Any:
-    """Mean squared error over the pixels in `where` (H, W); nan if there is none."""
+    """Return the mean squared error over the pixels in `where` (H, W); nan if there is none."""
     return (a - b).square()[:, where].mean()
 
 
 def change(a: torch.Tensor, b: torch.Tensor, where: Any = slice(None)) -> Any:
-    """Root of the mean squared error."""
+    """Return the root of the mean squared error."""
     return squared_error(a, b, where).sqrt()
 
 
 def share(where: torch.Tensor) -> Any:
-    """Of the pixels, how many are in `where` (H, W), 0..1."""
+    """Return the share of the pixels that are in `where` (H, W), 0..1."""
     return where.float().mean()
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> Any:
-    """Peak signal to noise ratio, dB; at most 100, which is equality."""
+    """Return the peak signal-to-noise ratio, dB; at most 100, which is equality."""
     return -10 * squared_error(a, b).clamp_min(1e-10).log10()
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> Any:
-    """Structural similarity (Wang et al. 2004), mean over the channels; nan below 11 px.
+    """Return the structural similarity (Wang et al. 2004), mean over channels; nan below 11 px.
 
     Gaussian window of sigma 1.5 px cut at 11 px, population covariances, over windows that lie
     inside. KEEP: in fp64, fp32 is 3e-4 off where a picture is flat.
@@ -99,7 +99,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> Any:
 
 
 def gain(edited: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> Any:
-    """<edited - before, after - before> / |after - before|^2; nan if after and before are equal.
+    """Return <edited - before, after - before> / |after - before|^2; nan if after equals before.
 
     0: nothing was made, 1: the whole change (and perhaps others).
     """
@@ -108,12 +108,12 @@ def gain(edited: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> Any
 
 
 def logit_gain(prompt: torch.Tensor, edited: torch.Tensor, before: torch.Tensor) -> Any:
-    """CLIP's logit to the prompt (whose vector holds the scale), edited minus before."""
+    """Return CLIP's logit to the prompt (whose vector holds the scale), edited minus before."""
     return prompt @ (edited - before)
 
 
 def direction(edited: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> Any:
-    """Cosine of edited - before and after - before (Gal et al. 2021); nan if one is rounding."""
+    """Return cos(edited - before, after - before) (Gal et al. 2021); nan if one is rounding."""
     made, wanted = edited - before, after - before
     least = min(made.norm(), wanted.norm())
     return F.cosine_similarity(made, wanted, dim=0) if least >= 1e-4 else math.nan
@@ -227,7 +227,7 @@ class Config(Section):
     @field_validator("metrics", "strengths", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        """ "a,b" -> ["a", "b"], alone or in a list."""
+        """Split "a,b" into ["a", "b"], alone or in a list."""
         texts = value if isinstance(value, list) else [value]
         return value and ",".join(map(str, texts)).split(",")
 
@@ -269,13 +269,13 @@ class Result(NamedTuple):
 
     @property
     def column(self) -> str:
-        """What it is an example of."""
+        """Return what it is an example of."""
         scale = "" if self.scale is None else f"scale {self.scale:g}"
         return f"{self.series} {scale}".strip() or "edited"
 
     @property
     def strip(self) -> tuple[Any, ...]:
-        """What it shares with its picture at scale 0."""
+        """Return what it shares with its picture at scale 0."""
         return self.series, self.edited.parent, self.name, self.seed, self.prompt
 
 
@@ -290,7 +290,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def reference_of(about: dict[str, Any]) -> Path | None:
-    """The first reference of an edit, if it is still the file that was edited."""
+    """Return the first reference of an edit, if it is still the file that was edited."""
     for image in about.get("images", [])[:1]:
         file = Path(image["file"])
         if file.is_file() and hash_file(file) == image["blake2b"]:
@@ -299,7 +299,7 @@ def reference_of(about: dict[str, Any]) -> Path | None:
 
 
 def by_stem(folder: Path, suffix: str = "") -> dict[str, Path]:
-    """{relative stem without the suffix: picture} of names that end with it.
+    """Return {relative stem without the suffix: picture} of names that end with it.
 
     Raises:
         UserError: there is none, or two pictures have one name.
@@ -317,7 +317,7 @@ def by_stem(folder: Path, suffix: str = "") -> dict[str, Path]:
 
 
 def named_folders(texts: list[str]) -> list[tuple[str, Path]]:
-    """NAME=FOLDER or FOLDER -> (name, folder); of several it is the folder's own."""
+    """Read NAME=FOLDER or FOLDER as (name, folder); of several it is the folder's own name."""
     found = []
     for text in texts:
         name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
@@ -326,7 +326,7 @@ def named_folders(texts: list[str]) -> list[tuple[str, Path]]:
 
 
 def find_results(config: Config, series: str, folder: Path, edited: bool) -> list[Result]:
-    """The pictures that generate.py wrote, by what stands in them, or with `edited` all.
+    """Return pictures that generate.py wrote, by what stands in them, or with `edited` all.
 
     Several runs are several series. Raises UserError.
     """
@@ -362,13 +362,13 @@ def match(rows: list[Result], folders: dict[str, Any], notes: list[str]) -> list
 
 
 def caption_of(picture: Path | None) -> str | None:
-    """What stands in the .txt beside a picture."""
+    """Return the text of the .txt beside a picture."""
     file = picture and picture.with_suffix(".txt")
     return file.read_text(encoding="utf-8-sig").strip() if file and file.is_file() else None
 
 
 def same_pictures(rows: list[Result], notes: list[str]) -> list[Result]:
-    """Rows whose names are in every column, so that means can be compared."""
+    """Return rows whose names are in every column, so that means can be compared."""
     names: dict[str, set[str]] = {}
     for row in rows:
         names.setdefault(row.column, set()).add(row.name)
@@ -383,7 +383,7 @@ def same_pictures(rows: list[Result], notes: list[str]) -> list[Result]:
 
 
 def find_comparisons(config: Config) -> tuple[list[Result], list[str], list[str]]:
-    """(what is measured, notes on what is not, everything that is wrong with the folders)"""
+    """Return (what is measured, notes on what is not, every problem of the folders)."""
     rows: list[Result] = []
     folders: dict[str, dict[str, Path]] = {}
     notes: list[str] = []
@@ -416,7 +416,7 @@ def find_comparisons(config: Config) -> tuple[list[Result], list[str], list[str]
 
 
 def check_comparison(config: Config) -> list[str]:
-    """Everything that can be wrong; every picture is read once."""
+    """Return everything that is wrong; every picture is read once."""
     rows, _, problems = find_comparisons(config)
     files = {path for row in rows for path in (row.edited, row.before, row.after, row.mask) if path}
     problems += FileIndex(None).update(sorted(files), look_at_picture)
@@ -427,12 +427,12 @@ def check_comparison(config: Config) -> list[str]:
 
 
 def output_folder(config: Config) -> Path:
-    """The named one, or the first folder of results."""
+    """Return the named folder, or the first folder of results."""
     return config.output_dir or named_folders([*config.results, *config.edited_dir])[0][1]
 
 
 def open_images(row: Result) -> Images:
-    """{edited, before, after, mask}, cropped and resized to the edited one."""
+    """Open {edited, before, after, mask}, cropped and resized to the edited one."""
     edited = open_rgb(row.edited)
     files = {"before": row.before, "after": row.after, "mask": row.mask}
     others = {
@@ -444,7 +444,7 @@ def open_images(row: Result) -> Images:
 
 
 def to_tensor(image: Image.Image, device: torch.device) -> torch.Tensor:
-    """(3, H, W) in 0..1, fp32."""
+    """Return a picture as (3, H, W) in 0..1, fp32."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device).float() / 255
 
 
@@ -457,7 +457,7 @@ ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
 def load_lpips(config: Config, device: torch.device) -> Network:
-    """LPIPS (Zhang et al. 2018) on AlexNet, nan below 32 px. Raises UserError."""
+    """Load LPIPS (Zhang et al. 2018) on AlexNet, nan below 32 px. Raises UserError."""
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -482,7 +482,7 @@ def load_lpips(config: Config, device: torch.device) -> Network:
 def load_embedder(
     flag: str, kind: tuple[str, ...], config: Config, device: torch.device
 ) -> Network:
-    """Unit vectors of images, (D,); of CLIP also the prompt's, times the scale of its logits.
+    """Return an embedder: unit vectors (D,) of images; CLIP's prompts too, times its logit scale.
 
     Raises:
         UserError: no such network, or a part of it is missing.
@@ -544,7 +544,7 @@ NETWORKS: dict[str, Callable[[Config, torch.device], Network]] = {
 def load_networks(
     config: Config, device: torch.device, skipped: dict[str, str]
 ) -> dict[str, Network]:
-    """The networks that metrics need; `skipped` says why one is not to be had."""
+    """Load the networks that metrics need; `skipped` says why one is missing."""
     networks: dict[str, Network] = {}
     for network, load in NETWORKS.items():
         needed = {option_of(name) for name, m in METRICS.items() if f"{network}." in m.needs}
@@ -575,7 +575,7 @@ def measure(
 
 
 def pixel_inputs(images: Images, threshold: float, device: torch.device) -> dict[str, Any]:
-    """{edited, before, after, region, outside}; the mask is taken out of `images`."""
+    """Return {edited, before, after, region, outside}; takes the mask out of `images`."""
     mask = images.pop("mask", None)
     inputs: dict[str, Any] = {kind: to_tensor(i, device) for kind, i in images.items()}
     if mask:
@@ -588,7 +588,7 @@ def pixel_inputs(images: Images, threshold: float, device: torch.device) -> dict
 
 
 def figures_of(inputs: dict[str, Any], options: list[str]) -> dict[str, float]:
-    """The figures of one picture, as far as it has their inputs."""
+    """Return the figures of one picture, as far as it has their inputs."""
     figures = {}
     for name, metric in METRICS.items():
         words = metric.needs.split()
@@ -601,7 +601,7 @@ def figures_of(inputs: dict[str, Any], options: list[str]) -> dict[str, float]:
 
 
 def means_by_column(rows: list[Result]) -> dict[str, Any]:
-    """{column: {series, scale, pictures, means}}, in the order of the rows."""
+    """Return {column: {series, scale, pictures, means}}, in the order of the rows."""
     columns: dict[str, Any] = {}
     for title in dict.fromkeys(row.column for row in rows):
         its = [row for row in rows if row.column == title]
@@ -617,12 +617,12 @@ def means_by_column(rows: list[Result]) -> dict[str, Any]:
 
 
 def first_shared(names: Iterable[str], means: Sequence[dict[str, float]]) -> str | None:
-    """The first figure that all of some columns have; None without columns."""
+    """Return the first figure that all of some columns have; None without columns."""
     return next((n for n in names if means and all(n in mean for mean in means)), None)
 
 
 def rank(columns: dict[str, Any]) -> dict[str, Any]:
-    """Columns, best first, by the first figure that all have."""
+    """Sort columns, best first, by the first figure that all have."""
     names = [*RANKED_BY, *(name for name, m in METRICS.items() if m.better and m.shown)]
     name = first_shared(names, [column["means"] for column in columns.values()])
     if not name:
@@ -634,7 +634,7 @@ def rank(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve(columns: dict[str, Any], strengths: list[float] | None) -> dict[str, Any]:
-    """Edit strength against content change, by the first figures that all scales have.
+    """Return edit strength against content change, by the first figures all scales have.
 
     At scale 0 nothing may have changed: what is then undefined (clip_direction) is 0.
     """
@@ -662,7 +662,7 @@ def curve(columns: dict[str, Any], strengths: list[float] | None) -> dict[str, A
 
 
 def at_strength(points: Sequence[dict[str, float]], strength: float) -> float | None:
-    """Content change where a curve first has this strength, straight between scales."""
+    """Return the content change where a curve first has this strength, linear between scales."""
     for a, b in zip(points, points[1:] or points, strict=False):
         low, high = a["strength"], b["strength"]
         if min(low, high) <= strength <= max(low, high):
@@ -672,7 +672,7 @@ def at_strength(points: Sequence[dict[str, float]], strength: float) -> float | 
 
 
 def shown_figures(report: dict[str, Any]) -> list[str]:
-    """Figures to print, the one that ranks first."""
+    """Return the figures to print, first the one that columns are ranked by."""
     means = [column["means"] for column in report["columns"].values()]
     there = [name for name in METRICS if any(name in mean for mean in means)]
     shown = [name for name in there if METRICS[name].shown] or there
@@ -680,7 +680,7 @@ def shown_figures(report: dict[str, Any]) -> list[str]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Means as text, best column first."""
+    """Return the means as text, best column first."""
     names = shown_figures(report)
     lines = [["", "pictures", *names]]
     for title in report["ranking"]["columns"]:
@@ -695,7 +695,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A line per picture; what is undefined is empty."""
+    """Write a line per picture; what is undefined is empty."""
     there = [name for name in METRICS if any(name in row["figures"] for row in rows)]
     names = [*(name for name in rows[0] if name != "figures"), *there]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -705,7 +705,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_report(path: Path, report: dict[str, Any]) -> None:
-    """PNG: four means, a bar per column, and the curve, if there is one."""
+    """Draw a PNG: four means, a bar per column, and the curve, if there is one."""
     from matplotlib.figure import Figure  # no window: savefig draws with Agg
 
     found, order = report["curve"], report["ranking"]["columns"]
@@ -732,7 +732,7 @@ def draw_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def print_summary(report: dict[str, Any]) -> None:
-    """What was left out, the means, what they are ranked by, the curve."""
+    """Print what was left out, the means, what they are ranked by, the curve."""
     ranking, found = report["ranking"], report["curve"]
     for name, why in report["skipped"].items():
         if name in report["settings"]["metrics"]:
@@ -790,7 +790,7 @@ def evaluate(config: Config, rows: list[Result], notes: list[str]) -> dict[str, 
 
 
 def main() -> None:
-    """Settings -> check -> figures."""
+    """Read the settings, check them, write the figures."""
     config = load_config(Config, check=check_comparison)
     rows, notes, _ = find_comparisons(config)
     evaluate(config, rows, notes)

@@ -105,13 +105,13 @@ PUBLISHED_FLUX = "black-forest-labs/FLUX.1-dev"
 
 
 def split_commas(value: Any) -> Any:
-    """ "0,1,2" -> ["0", "1", "2"]; one number is a list, too."""
+    """Split "0,1,2" into ["0", "1", "2"]; one number is a list, too."""
     parts = value if isinstance(value, list) else [value]
     return [piece for part in parts for piece in str(part).split(",")]
 
 
 def as_list(value: Any) -> Any:
-    """A text alone is a list of one, null an empty one."""
+    """Return a list: of one for a text alone, empty for null."""
     return [value] if isinstance(value, str) else value or []
 
 
@@ -1240,7 +1240,7 @@ def edit_photo(
     seed: int,
     blend: bool = False,
 ) -> torch.Tensor:
-    """Latents x of a photo (1, S, 4C) at every scale of the sliders -> (scales, S, 4C).
+    """Edit latents x of a photo (1, S, 4C) at every scale of the sliders -> (scales, S, 4C).
 
     FlowEdit (Kulikov et al. 2024, arXiv 2412.08629) with a slider instead of a second prompt; the
     photo is never inverted. From z = x, in every step in which a slider is on, with new noise e:
@@ -1646,7 +1646,7 @@ def help_text(wanted: str, script: Callable[[type[Painter]], Any]) -> str:
 
 
 def main() -> None:
-    """Settings -> strips, checked -> pictures."""
+    """Read the settings, check the strips, draw the pictures."""
     argv = sys.argv[1:]
     flags = parse_args(argv)
 

@@ -444,7 +444,7 @@ class SliderLinear(torch.nn.Module):
         self.strength: dict[str, float] = {}  # alpha / r
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, ..., in) -> (B, ..., out)."""
+        """Return the layer's output: x (B, ..., in) -> (B, ..., out)."""
         y, parts = self.base(x), self.switch.parts
         if not any(active.adapter in self.down for part in parts for active in part):
             return y
@@ -465,7 +465,7 @@ class SliderLinear(torch.nn.Module):
         return y
 
     def change(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """up(down(x))."""
+        """Return up(down(x))."""
         return F.linear(F.linear(x, down), up)
 
 
@@ -473,7 +473,7 @@ class SliderConv(SliderLinear):
     """The same for a convolution: down has its kernel, stride and padding, up is 1 x 1."""
 
     def change(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """up(down(x))."""
+        """Return up(down(x))."""
         low = F.conv2d(x, down, None, self.base.stride, self.base.padding)
         return F.conv2d(low, up)
 
@@ -527,7 +527,7 @@ def add_adapter(
 
 
 def split_commas(value: Any) -> Any:
-    """ "0,1,2" -> ["0", "1", "2"]; one number is a list, too."""
+    """Split "0,1,2" into ["0", "1", "2"]; one number is a list, too."""
     parts = value if isinstance(value, list) else [value]
     return [piece for part in parts for piece in str(part).split(",")]
 
@@ -748,7 +748,7 @@ SIZE_MULTIPLE = 64
 
 @functools.lru_cache
 def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
-    """Target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
+    """Return target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
     widths = range(SIZE_MULTIPLE, 2 * resolution + 1, SIZE_MULTIPLE)
     sizes = [(w, round(resolution**2 / w / SIZE_MULTIPLE) * SIZE_MULTIPLE) for w in widths]
     return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
@@ -756,7 +756,7 @@ def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
 
 @functools.lru_cache(maxsize=4096)
 def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """The bucket of nearest log aspect; among equals the one of nearest area."""
+    """Return the bucket of nearest log aspect; among equals the one of nearest area."""
     aspect, area = math.log(width / height), resolution**2
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
@@ -775,21 +775,21 @@ def fit_sample(config: Config, sample: Sample, index: utils.FileIndex) -> Sample
 
 
 def load_pictures(sample: Sample) -> list[Image.Image]:
-    """Open, crop around the middle, resize (Lanczos) -> RGB of sample.size. Raises UserError."""
+    """Open, crop around the middle, resize (Lanczos) to RGB of sample.size. Raises UserError."""
     fit = functools.partial(ImageOps.fit, size=sample.size, method=Image.Resampling.LANCZOS)
     images = [fit(utils.open_rgb(file)) for file in sample.files]
     return [ImageOps.mirror(image) for image in images] if sample.flip else images
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """RGB -> (1, 3, H, W) fp32 in [-1, 1]."""
+    """Turn RGB into (1, 3, H, W) fp32 in [-1, 1]."""
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = data.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255.0
     return (2.0 * pixels - 1.0)[None]
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB."""
+    """Turn (3, H, W) in [-1, 1] into RGB."""
     data = (pixels * 0.5 + 0.5).clamp(0, 1).float() * 255
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
@@ -806,7 +806,7 @@ def encode_sample(vae: Any, sample: Sample) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
+    """Hash a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
         size = file.stat().st_size
@@ -849,14 +849,14 @@ def load_part(folder: Path, part: str, dtype: torch.dtype, device: torch.device)
 
 @torch.no_grad()
 def encode_sd(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) -> latents (B, 4, h, w): posterior mode times the scaling factor."""
+    """Encode (B, 3, H, W) to latents (B, 4, h, w): posterior mode times the scaling factor."""
     mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
     return mode.float() * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_sd(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """(B, 4, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
+    """Decode (B, 4, h, w) to pixels (B, 3, H, W), about [-1, 1]."""
     return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
 
 

@@ -382,7 +382,7 @@ class SliderLinear(torch.nn.Module):
         self.strength: dict[str, float] = {}  # alpha / r
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, ..., in) -> (B, ..., out)."""
+        """Return the layer's output: x (B, ..., in) -> (B, ..., out)."""
         y, parts = self.base(x), self.switch.parts
         if not any(active.adapter in self.down for part in parts for active in part):
             return y
@@ -403,18 +403,18 @@ class SliderLinear(torch.nn.Module):
         return y
 
     def change(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """up(down(x))."""
+        """Return up(down(x))."""
         return F.linear(F.linear(x, down), up)
 
 
 def slider_layers(transformer: Any, name: str) -> dict[str, SliderLinear]:
-    """{path: layer} of those that have the adapter `name`."""
+    """Return {path: layer} of those that have the adapter `name`."""
     layers = transformer.named_modules()
     return {p: x for p, x in layers if isinstance(x, SliderLinear) and name in x.down}
 
 
 def target_layers(transformer: Any, train_method: str) -> dict[str, Any]:
-    """{path: layer} of the linear layers that get an adapter."""
+    """Return {path: layer} of the linear layers that get an adapter."""
     ends = KEYS_AND_VALUES if train_method == "xattn-strict" else ATTENTION
     attention = tuple(f"attn.{end}" for end in ends)
     return {p: x for p, x in transformer.named_modules() if p.endswith(attention)}
@@ -527,7 +527,7 @@ class Run(NamedTuple):
 
 
 def all_runs(config: Any) -> list[Run]:
-    """Data sets x versions x noise scales (or photos), in the order they are trained."""
+    """Return data sets x versions x noise scales (or photos), in the order they are trained."""
     versions = range(config.train_start, config.train_start + config.train_count)
     photos = [(config.noise_scales[0], photo) for photo in config.image_ids]
     last = photos or [(beta, "") for beta in config.noise_scales]
@@ -669,7 +669,7 @@ SIZE_MULTIPLE = 16
 
 @functools.lru_cache
 def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
-    """Target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
+    """Return target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
     widths = range(SIZE_MULTIPLE, 2 * resolution + 1, SIZE_MULTIPLE)
     sizes = [(w, round(resolution**2 / w / SIZE_MULTIPLE) * SIZE_MULTIPLE) for w in widths]
     return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
@@ -677,7 +677,7 @@ def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
 
 @functools.lru_cache(maxsize=4096)
 def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """The bucket of nearest log aspect; among equals the one of nearest area."""
+    """Return the bucket of nearest log aspect; among equals the one of nearest area."""
     aspect, area = math.log(width / height), resolution**2
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
@@ -688,26 +688,26 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
 
 
 def fit_pictures(sample: Sample) -> list[Image.Image]:
-    """Open, crop around the middle, resize (Lanczos, as the pipelines do) -> RGB of sample.size."""
+    """Open, crop around the middle, resize (Lanczos, as the pipelines do) to sample.size, RGB."""
     opened = [utils.open_rgb(file) for file in sample.files]
     return [ImageOps.fit(image, sample.size, Image.Resampling.LANCZOS) for image in opened]
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """RGB -> (1, 3, H, W) fp32 in [-1, 1]."""
+    """Turn RGB into (1, 3, H, W) fp32 in [-1, 1]."""
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = data.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255.0
     return (2.0 * pixels - 1.0)[None]
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB."""
+    """Turn (3, H, W) in [-1, 1] into RGB."""
     data = (pixels * 0.5 + 0.5).clamp(0, 1).float() * 255
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
 def load_vae(folder: Path, device: torch.device) -> Any:
-    """AutoencoderKL in fp32: the pair's difference is multiplied by eta, and rounding with it."""
+    """Load AutoencoderKL in fp32: eta multiplies the pair's difference, and rounding with it."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
@@ -716,14 +716,14 @@ def load_vae(folder: Path, device: torch.device) -> Any:
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) in [-1, 1] -> latents (B, C, h, w): (posterior mode - shift) * scaling."""
+    """Encode (B, 3, H, W) in [-1, 1] to (B, C, h, w): (posterior mode - shift) * scaling."""
     mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
     return (mode.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
+    """Decode (B, C, h, w) to pixels (B, 3, H, W), about [-1, 1]."""
     latents = latents.to(vae.device, vae.dtype)
     return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
 
@@ -748,7 +748,7 @@ def encode_texts(
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
+    """Hash a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
         size = file.stat().st_size
@@ -762,7 +762,7 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 
 
 def empty_flux(settings: dict[str, Any]) -> Any:
-    """FluxTransformer2DModel without weights (meta device)."""
+    """Build FluxTransformer2DModel without weights (meta device)."""
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
 
@@ -834,7 +834,7 @@ def quantize_block(block: torch.nn.Module, precision: str) -> None:
 
 @torch.no_grad()
 def quantize_linear(linear: Any, precision: str) -> torch.nn.Module:
-    """nf4: blocks of 64 weights, fp32 scales; quanto: per output channel (8 bit) or group."""
+    """Quantise a layer. nf4: blocks of 64, fp32 scales; quanto: per output channel or group."""
     if precision == "nf4-bnb":
         from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -881,14 +881,14 @@ Predict = Callable[[torch.Tensor, float | torch.Tensor, Sequence[BatchPart]], to
 
 
 def pack_tokens(latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) -> (B, S, 4C): row by row; within a token channel, row, column."""
+    """Pack (B, C, h, w) to (B, S, 4C): row by row; within a token channel, row, column."""
     b, c, h, w = latents.shape
     tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return tokens.reshape(b, (h // 2) * (w // 2), 4 * c)
 
 
 def unpack_tokens(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, S, 4C) of a grid of (rows, columns) tokens -> (B, C, h, w)."""
+    """Unpack (B, S, 4C) of a grid of (rows, columns) tokens to (B, C, h, w)."""
     b, channels, (rows, columns) = len(tokens), tokens.shape[2] // 4, grid
     latents = tokens.view(b, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return latents.reshape(b, channels, 2 * rows, 2 * columns)
@@ -909,7 +909,7 @@ def sigma_table(folder: Path, steps: int, tokens: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def position_ids(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """(S, 3): 0, row, column of every image token."""
+    """Return (S, 3): 0, row, column of every image token."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
     return ids.view(-1, 3).to(device, dtype)
@@ -979,7 +979,7 @@ def draw_strip(
     blend: bool = False,
     batch_size: int = 8,
 ) -> torch.Tensor:
-    """Euler from `noise` (1, S, 4C) at every position of the sliders -> (positions, S, 4C)."""
+    """Draw by Euler from `noise` (1, S, 4C) at all slider positions -> (positions, S, 4C)."""
     steps = range(len(sigmas) - 1)
     first = min((slider.start for slider in sliders), default=len(steps))
     for i in steps[:first]:  # the same for all positions
@@ -1002,7 +1002,7 @@ def draw_strip(
 def first_noise(
     seed: int, channels: int, grid: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """(1, S, 4C), fp32: the noise that FluxPipeline starts from with a CPU generator of `seed`."""
+    """Return FluxPipeline's first noise with a CPU generator of `seed`, (1, S, 4C), fp32."""
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, channels, 2 * grid[0], 2 * grid[1]), generator=draw, dtype=dtype)
     return pack_tokens(noise).to(device, torch.float32)
@@ -1374,7 +1374,7 @@ class Config(PreviewConfig, LorasConfig, LoopConfig, VariantConfig, RunsConfig, 
 
 
 def with_named_config(argv: Sequence[str]) -> list[str]:
-    """`--c NAME` and `--c=NAME` become `--config configs/NAME.yaml`, here or beside the script."""
+    """Turn `--c NAME` or `--c=NAME` into `--config configs/NAME.yaml`, here or by the script."""
     given = [x for arg in argv for x in (arg.split("=", 1) if arg.startswith("--c=") else [arg])]
     if "--c" in given:
         at = given.index("--c")
@@ -1386,7 +1386,7 @@ def with_named_config(argv: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Config -> audit -> fit, or with --plan only what it would be."""
+    """Read the config, audit, fit; with --plan only say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     argv = [arg for arg in sys.argv[1:] if arg != "--plan"]
     config = utils.load_config(Config, with_named_config(argv), check=audit)

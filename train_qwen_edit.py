@@ -100,12 +100,12 @@ class LossConfig(Section):
 
 
 def mse(velocity: torch.Tensor, target: torch.Tensor, loss: LossConfig) -> torch.Tensor:
-    """Rectified flow: (velocity - target)^2 of each element; all (B, 16, 1, h, w) fp32."""
+    """Return (velocity - target)^2 (rectified flow) of each element; (B, 16, 1, h, w) fp32."""
     return (velocity - target).square()
 
 
 def huber(velocity: torch.Tensor, target: torch.Tensor, loss: LossConfig) -> torch.Tensor:
-    """Pseudo-Huber (Khrapov et al. 2024): squares below c = huber_c, 2c |error| above."""
+    """Return the pseudo-Huber error (Khrapov et al. 2024): squares below huber_c, then linear."""
     error, c = velocity - target, loss.huber_c
     return 2 * c * ((error.square() + c * c).sqrt() - c)
 
@@ -117,7 +117,7 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {f.__name__: f for f in (mse, h
 def compute_loss(
     trainer: Trainer, batch: dict[str, Any], model: Any = None, shift: bool = True
 ) -> torch.Tensor:
-    """Loss per sample, (B,) fp32, of a batch from encoded() with noise and sigma (B,).
+    """Return the loss per sample, (B,) fp32, of a batch of encoded() with noise and sigma (B,).
 
     model: None is the transformer being trained, with its distributed wrapper.
     """
@@ -146,7 +146,7 @@ def sample_sigma(loss: LossConfig, *parts: object) -> float:  # EDIT HERE: times
 
 
 def model_mu(scheduler_config: Any, tokens: int) -> float:
-    """The model's own resolution shift: linear in the target tokens (pipeline: calculate_shift)."""
+    """Return the model's resolution shift: linear in target tokens (pipeline: calculate_shift)."""
     get = scheduler_config.get
     least, most = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
     low, high = get("base_shift", 0.5), get("max_shift", 1.15)
@@ -155,12 +155,12 @@ def model_mu(scheduler_config: Any, tokens: int) -> float:
 
 
 def shift_sigma(sigma: torch.Tensor, mu: float) -> torch.Tensor:
-    """e^mu / (e^mu + 1/sigma - 1): exponential time shift of FlowMatchEulerDiscreteScheduler."""
+    """Return e^mu / (e^mu + 1/sigma - 1): FlowMatchEulerDiscreteScheduler's exponential shift."""
     return math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """(1 - sigma) x0 + sigma noise; sigma (B,)."""
+    """Return (1 - sigma) x0 + sigma noise; sigma (B,)."""
     sigma = sigma.view(-1, 1, 1, 1, 1)
     return (1 - sigma) * x0 + sigma * noise
 
@@ -327,7 +327,7 @@ TARGET_SETS = {  # EDIT HERE: names for model.lora.target_modules
 
 
 def matches(layer: str, targets: Sequence[str] | str) -> bool:
-    """Whether PEFT would take the layer: ends of names, or one regular expression."""
+    """Return whether PEFT would take the layer: ends of names, or one regular expression."""
     if not isinstance(targets, str):
         return any(f".{layer}".endswith(f".{target}") for target in targets)
     with contextlib.suppress(re.error):
@@ -336,7 +336,7 @@ def matches(layer: str, targets: Sequence[str] | str) -> bool:
 
 
 def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
-    """PEFT's own config for model.lora. Raises UserError for a name without a layer."""
+    """Return PEFT's own config for model.lora. Raises UserError for a name without a layer."""
     from peft import LoKrConfig
     from peft import LoraConfig as PeftLoraConfig
 
@@ -463,7 +463,7 @@ class LrSchedulerConfig(Section):
 
 
 def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> Any:
-    """What the config names. Raises UserError: no such class, or arguments it does not take."""
+    """Make the config's optimizer. Raises UserError: no such class, or wrong arguments."""
     module, _, name = settings.class_path.rpartition(".")
     try:
         arguments = {"lr": 1e-4, **settings.init_args}
@@ -764,7 +764,7 @@ def one_file(files: Sequence[Path], problems: list[str]) -> Path:
 
 
 def group_by_suffix(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
-    """Suffix layout (a_T.png a_R.png a_T.txt); roles are the names of image_configs."""
+    """Group the suffix layout (a_T.png a_R.png a_T.txt); roles: names of image_configs."""
     rows: dict[str, Row] = {}
     problems: list[str] = []
     longest_first = sorted((c.suffix for c in ds.image_configs.values()), key=len, reverse=True)
@@ -779,7 +779,7 @@ def group_by_suffix(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
 
 
 def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
-    """Folders layout; without mask_dir a_mask.png beside target or reference is the mask of a."""
+    """Group the folders layout; without mask_dir, a_mask.png beside a picture masks it."""
     rows: dict[str, Row] = {}
     problems: list[str] = []
     named: dict[str, Path | None] = {"target": ds.target_dir}
@@ -799,7 +799,7 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
 
 
 def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
-    """A CSV or JSONL table; relative paths count from train_data_dir or the table's folder."""
+    """Read a CSV or JSONL table; relative paths are from train_data_dir or the table's folder."""
     table = Path(ds.table or "")
     table = table if table.is_file() else ds.train_data_dir / table
     rows: dict[str, Row] = {}
@@ -849,7 +849,7 @@ def table_row(record: Any, roots: Sequence[Path]) -> Row:
 
 
 def read_captions(path: Path, lines: bool) -> list[str]:
-    """The captions of a file: its lines, or the whole text as one. Raises ValueError."""
+    """Read the captions of a file: its lines, or the whole text as one. Raises ValueError."""
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -860,7 +860,7 @@ def read_captions(path: Path, lines: bool) -> list[str]:
 
 
 def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
-    """Folders and tables: one variant per caption, with all references. Raises ValueError."""
+    """Make one variant per caption, with all references (folders, tables). Raises ValueError."""
     files, captions = row.files, row.captions
     shown = tuple(Reference(file) for role, file in files.items() if role.startswith("reference"))
     if ds.caption:
@@ -878,7 +878,7 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
 
 
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
-    """Suffix layout: one variant per batch config and caption. Raises ValueError."""
+    """Make one variant per batch config and caption (suffix layout). Raises ValueError."""
     files, batches = row.files, ds.batch_configs
 
     rest = 1 - sum(batch.weight or 0 for batch in batches)
@@ -913,7 +913,7 @@ def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[V
 
 
 def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], list[str]]:
-    """Samples, problems and skipped samples of one data set."""
+    """Return samples, problems and skipped samples of one data set."""
     ds = config.data.dataset_configs[number]
     where = f"data.dataset_configs.{number}: "
     if not ds.train_data_dir.is_dir():
@@ -956,7 +956,7 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
 
 
 def check_frames(data: PairData) -> list[str]:
-    """Problems of pictures that must show the same frame as their target."""
+    """Return problems of pictures that must show the same frame as their target."""
     wrong = set()
     for number, sample in enumerate(data.samples):
         strict = data.dataset(Draw(0, number)).conditioning_type == "reference_strict"
@@ -970,7 +970,7 @@ def check_frames(data: PairData) -> list[str]:
 
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
-    """Pair, read captions, look at every picture -> (data, first problems of each kind)."""
+    """Pair, read captions, look at all pictures; return (data, first problems of each kind)."""
     index = utils.FileIndex(config.cache.cache_dir if config.cache.use_cache else None)
     found = [find_dataset(config, number) for number in range(len(config.data.dataset_configs))]
     samples = [sample for mine, _, _ in found for sample in mine]
@@ -1022,7 +1022,7 @@ PUBLISHED = {  # so that a plan and an audit need no network
 
 
 def detect_flavour(name_or_path: str) -> Flavour:
-    """2508, 2509 or 2511, from model_index.json and transformer/config.json. Raises UserError."""
+    """Return 2508, 2509 or 2511 by model_index.json, transformer/config.json. Raises UserError."""
     if name_or_path in PUBLISHED:
         return PUBLISHED[name_or_path]
     kind = utils.read_model_json(name_or_path, "model_index.json").get("_class_name")
@@ -1036,7 +1036,7 @@ def detect_flavour(name_or_path: str) -> Flavour:
 
 
 def check_model(config: Config, precision: str) -> list[str]:
-    """Problems of the model and of its settings that need no weights; `precision` of the blocks."""
+    """Return problems of the model and its settings; reads no weights; `precision`: of blocks."""
     model, lora, name = config.model, config.model.lora, config.model.pretrained_model_name_or_path
     settings: dict[str, Any] = {}
     try:
@@ -1065,7 +1065,7 @@ def check_model(config: Config, precision: str) -> list[str]:
 
 
 def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
-    """Problems of data that 2508 cannot take: its prompt has a place for exactly one picture."""
+    """Return problems of data for 2508, whose prompt has a place for exactly one picture."""
     edits = enumerate(config.validation.samples)
     wrong = {f"validation.samples.{i}" for i, edit in edits if len(edit.images) > 1}
     for sample in samples:
@@ -1184,7 +1184,7 @@ def jobs_of(example: Example) -> dict[str, list[Job]]:
 
 
 def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
-    """(W, H) of that area and aspect, rounded to 32 px as diffusers' pipelines round."""
+    """Return (W, H) of that area and aspect, rounded to 32 px as diffusers' pipelines do."""
     width = math.sqrt(area_px * aspect)
     sides = (round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (width, width / aspect))
     width_px, height_px = (max(side, SIZE_MULTIPLE) for side in sides)
@@ -1193,7 +1193,7 @@ def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
 
 @functools.lru_cache
 def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
-    """Target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
+    """Return target sizes (W, H) with about resolution^2 pixels and aspects from 1:3 to 3:1."""
     widths = range(SIZE_MULTIPLE, 2 * resolution + 1, SIZE_MULTIPLE)
     sizes = [(w, round(resolution**2 / w / SIZE_MULTIPLE) * SIZE_MULTIPLE) for w in widths]
     return [(w, h) for w, h in sizes if h and 1 / 3 <= w / h <= 3]
@@ -1201,7 +1201,7 @@ def buckets(resolution: int) -> list[tuple[int, int]]:  # EDIT HERE: bucketing
 
 @functools.lru_cache(maxsize=4096)
 def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """The bucket of nearest log aspect; among equals the one of nearest area."""
+    """Return the bucket of nearest log aspect; among equals the one of nearest area."""
     aspect, area = math.log(width / height), resolution**2
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
@@ -1340,7 +1340,7 @@ class PairData(torch.utils.data.Dataset):
             return [{"error": str(error)}]
 
     def batch(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """One micro-batch, with sigma (B,) before the shift; the noise is drawn here as well."""
+        """Make a micro-batch, with sigma (B,) before the shift; draws the noise as well."""
         seed, data, loss = self.config.seed, self.config.data, self.config.loss
         examples = [self.resolve(draw) for draw in draws]
         batch: dict[str, Any] = {"examples": examples}
@@ -1365,7 +1365,7 @@ class PairData(torch.utils.data.Dataset):
 
 
 def encoded(examples: Iterable[Example], encode: Callable[[Job], torch.Tensor]) -> dict[str, Any]:
-    """Tensors of examples of one shape -> a batch; text is padded with zeros.
+    """Collate tensors of examples of one shape to a batch; text is padded with zeros.
 
     prompt_embed (B, T, D); prompt_embeds_mask (B, T) bool, None if nothing is padded; pixel_latent,
     start_latent (B, 16, 1, h, w); control_latent K x (B, 16, 1, hk, wk); region (B, 1, 1, h, w).
@@ -1386,7 +1386,7 @@ def encoded(examples: Iterable[Example], encode: Callable[[Job], torch.Tensor]) 
 
 
 def load_picture(picture: Picture) -> Image.Image:
-    """Open, crop at whole pixels, resize (Lanczos, as the pipelines do) -> RGB of picture.size."""
+    """Open, crop at whole pixels, resize (Lanczos, as the pipelines do) to picture.size, RGB."""
     source, (left, top, right, bottom) = picture.source, picture.box
     image = source if isinstance(source, Image.Image) else utils.open_rgb(source)
     w, h = image.size
@@ -1396,7 +1396,7 @@ def load_picture(picture: Picture) -> Image.Image:
 
 
 def region_map(mask: Picture) -> torch.Tensor:
-    """Mask -> (1, 1, h, w) fp32 in [0, 1], the mean of each latent's pixels."""
+    """Turn a mask into (1, 1, h, w) fp32 in [0, 1], the mean of each latent's pixels."""
     level: Any = (np.asarray(load_picture(mask), np.float32) / 255).mean(-1)
     height, width = level.shape
     level = torch.from_numpy(level).view(1, 1, height // 8, 8, width // 8, 8)
@@ -1427,14 +1427,14 @@ def encode_stills_in_2d(vae: torch.nn.Module) -> torch.nn.Module:
 
 
 def vae_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-channel mean and std of the latents, (1, C, 1, 1, 1) each."""
+    """Return per-channel mean and std of the latents, (1, C, 1, 1, 1) each."""
     values = (vae.config.latents_mean, vae.config.latents_std)
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(like) for v in values)
     return mean, std
 
 
 def load_processor(folder: Path) -> Any:
-    """Qwen2VLProcessor; without torchvision one that handles stills only (all we need)."""
+    """Load Qwen2VLProcessor; without torchvision one for stills only (all we need)."""
     from transformers import ProcessorMixin, Qwen2VLProcessor
 
     class StillsProcessor(Qwen2VLProcessor):
@@ -1451,7 +1451,7 @@ def load_processor(folder: Path) -> Any:
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
-    """Hash of a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
+    """Hash a model's part: files whole, large ones by size and 64 KB of every 4 MB."""
     parts: list[Any] = list(extra)
     for file in sorted(f for folder in folders for f in folder.rglob("*") if f.is_file()):
         size = file.stat().st_size
@@ -1577,7 +1577,7 @@ def quantize_block(block: torch.nn.Module, precision: str) -> None:
 
 @torch.no_grad()
 def quantize_linear(linear: Any, precision: str) -> torch.nn.Module:
-    """nf4: blocks of 64 weights, fp32 scales; quanto: per output channel (8 bit) or group."""
+    """Quantise a layer. nf4: blocks of 64, fp32 scales; quanto: per output channel or group."""
     if precision == "nf4-bnb":
         from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -1619,7 +1619,7 @@ def unpack_without_compiler() -> None:
 
 
 def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> dict[str, Any]:
-    """{block or embedder: (where its weights live, where it computes)}.
+    """Return {block or embedder: (where its weights live, where it computes)}.
 
     Blocks are spread over `devices` in equal runs; `swap` of them, evenly, live on the CPU.
     """
@@ -1636,7 +1636,7 @@ def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> d
 
 
 def empty_transformer(settings: dict[str, Any]) -> Any:
-    """QwenImageTransformer2DModel without weights (meta device)."""
+    """Build QwenImageTransformer2DModel without weights (meta device)."""
     import diffusers
     from accelerate import init_empty_weights
 
@@ -1647,7 +1647,7 @@ def empty_transformer(settings: dict[str, Any]) -> Any:
 def load_transformer(
     folder: Path, dtype: torch.dtype, precision: str, devices: Sequence[torch.device], swap: int
 ) -> Any:
-    """The transformer, frozen, each part read (and quantised) straight to where it lives."""
+    """Load the frozen transformer, each part read (and quantised) straight to where it lives."""
     model = empty_transformer(utils.read_model_json(str(folder), "config.json"))
     places = placement(model, devices, swap)
     homes = {name: home for name, (home, _) in places.items()}
@@ -1854,28 +1854,28 @@ class ValidationConfig(SamplingConfig):
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
-    """(B, 16, 1, h, w) -> tokens (B, h/2 * w/2, 64): channel, row in patch, column in patch."""
+    """Pack (B, 16, 1, h, w) to tokens (B, h/2 * w/2, 64): channel, row, column in patch."""
     b, c, _, h, w = latents.shape
     tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return tokens.reshape(b, (h // 2) * (w // 2), c * 4)
 
 
 def unpack_latents(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, S, 64) -> latents of the shape of `like`, (B, 16, 1, h, w)."""
+    """Unpack tokens (B, S, 64) to latents of the shape of `like`, (B, 16, 1, h, w)."""
     b, c, _, h, w = like.shape
     latents = tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return latents.reshape(b, c, 1, h, w)
 
 
 def token_grid(latents: torch.Tensor) -> tuple[int, int, int]:
-    """(B, 16, 1, h, w) -> (frames, rows, columns) of its tokens."""
+    """Return (frames, rows, columns) of the tokens of (B, 16, 1, h, w)."""
     return 1, latents.shape[-2] // 2, latents.shape[-1] // 2
 
 
 def predict_velocity(
     transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, batch: dict[str, Any]
 ) -> torch.Tensor:
-    """Velocity of the target at (noisy, sigma (B,)), shape of `noisy`, (B, 16, 1, h, w).
+    """Return the target's velocity at (noisy, sigma (B,)), shape of `noisy`, (B, 16, 1, h, w).
 
     Of the batch: control_latent K x (B, 16, 1, hk, wk), never noised; prompt_embed (B, T, D), whose
     dtype all get; prompt_embeds_mask (B, T) or None.
@@ -1943,7 +1943,7 @@ def draw_edit(
 def edit_example(
     trainer: Trainer, pictures: Sequence[Picture], prompt: str, size: Sequence[int | None] = ()
 ) -> Example:
-    """What an edit without a target shows the model, by the rules of training.
+    """Return what an edit without a target shows the model, by the rules of training.
 
     The main picture (2508: the first, else the last) is drawn at `size` (W, H) px, down to a
     multiple of 16; default: 1 MP, or the training size if references are as large as the target.
@@ -1967,7 +1967,7 @@ def edit_example(
 
 
 def validation_edits(trainer: Trainer) -> list[tuple[Example, bool]]:
-    """Rows of the sheet: (example, whether it has a target), held-out pairs, then samples."""
+    """Return the sheet's rows: (example, whether it has a target), held-out pairs, then samples."""
     wanted, data = trainer.config.validation, trainer.data
     side_px, numbers = wanted.resolution, data.held_out[: wanted.max_samples]
     if not wanted.steps:
@@ -2017,7 +2017,7 @@ def validate(trainer: Trainer, run_log: RunLog) -> None:
 
 
 def validation_losses(trainer: Trainer) -> torch.Tensor:
-    """Loss of every held-out pair at every sigma, (pairs, 8), always with the same noise."""
+    """Return the loss of each held-out pair at each sigma, (pairs, 8), always with equal noise."""
     accelerator, data, seed = trainer.accelerator, trainer.data, trainer.config.validation.seed
     losses = torch.zeros(len(data.held_out), 8, device=trainer.device)
     for row in range(accelerator.process_index, len(losses), accelerator.num_processes):
@@ -2140,7 +2140,7 @@ class StepPlan:
 
 
 def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
-    """Vision references that survive dropout (at least vision_min of them); None: all."""
+    """Return vision references that survive dropout (at least vision_min of them); None: all."""
     n = len(variant.vision)
     if not variant.vision_dropout:
         return None
@@ -2310,7 +2310,7 @@ class QwenImageEditTrainer:
 
     @torch.no_grad()
     def encode_image_embedding(self, image: Any, device: Any = None) -> torch.Tensor:
-        """Picture (sides a multiple of 16 px) -> normalised posterior mode (1, 16, 1, h, w)."""
+        """Encode a picture (sides: multiples of 16 px) to its normalised mode (1, 16, 1, h, w)."""
         from diffusers.image_processor import VaeImageProcessor
 
         self.load_model(["vae"])
@@ -2325,7 +2325,7 @@ class QwenImageEditTrainer:
     def encode_prompt_image_embedding(
         self, prompt: str, image: Any, device: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Instruction and picture(s) -> embedding (1, T, D), mask (1, T) of ones."""
+        """Encode instruction and picture(s) to embedding (1, T, D), mask (1, T) of ones."""
         self.load_model(["text_encoder"])
         place = torch.device(device or self.device)
         self.qwen_vl.to(place)
@@ -2342,7 +2342,7 @@ class QwenImageEditTrainer:
 
     @torch.no_grad()
     def decode_vae_latent(self, latents: torch.Tensor) -> np.ndarray:
-        """Normalised latents (B, 16, 1, h, w) -> pictures (B, H, W, 3) uint8."""
+        """Decode normalised latents (B, 16, 1, h, w) to pictures (B, H, W, 3) uint8."""
         from diffusers.image_processor import VaeImageProcessor
 
         self.load_model(["vae"])
@@ -2515,7 +2515,7 @@ class QwenImageEditTrainer:
         width: int | None = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """Edit a picture (or several: a list) -> (H, W, 3) uint8; setup_predict() comes first.
+        """Edit a picture (or a list of them) to (H, W, 3) uint8; setup_predict() comes first.
 
         prompt_image: HWC uint8 or PIL; height, width: px, down to a multiple of 16 (default: 1 MP,
         or the training size if references are as large as the target); negative_prompt: None is no
@@ -2546,7 +2546,7 @@ class QwenImageEditTrainer:
             self.ema = MovingAverage(self.trainable(), config.train.ema_decay)
 
     def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Mean loss of a batch: of cached tensors, or of pictures and prompts."""
+        """Return the mean loss of a batch: of cached tensors, or of pictures and prompts."""
         if "sigma" not in batch:  # a loader of the user's: noise levels are drawn here
             chance = self._loader_chance("sigma")
             sigmas = [sample_sigma(self.config.loss, *chance, i) for i in range(batch_size(batch))]
@@ -2638,7 +2638,7 @@ class QwenImageEditTrainer:
             raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
 
     def fit(self, train_dataloader: Iterable[Any] | None = None) -> None:
-        """The whole run: audit, cache, load, train, save.
+        """Do the whole run: audit, cache, load, train, save.
 
         train_dataloader: in place of the config's data sets; yields batches for training_step(), or
         lists of them (the micro-batches of one step), and decides about caption dropout.
@@ -2743,7 +2743,7 @@ Trainer = QwenImageEditTrainer
 
 
 def as_image(value: Any) -> Image.Image:
-    """PIL picture, HWC uint8 array or tensor -> RGB. Raises UserError for other arrays."""
+    """Turn a PIL picture, HWC uint8 array or tensor into RGB. Raises UserError for others."""
     if not isinstance(value, Image.Image):
         array = np.asarray(value)
         if array.dtype != np.uint8 or array.ndim != 3:
@@ -2753,7 +2753,7 @@ def as_image(value: Any) -> Image.Image:
 
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
-    """Pass after pass over a loader. Raises UserError when a pass yields nothing."""
+    """Yield pass after pass over a loader. Raises UserError when a pass yields nothing."""
     number = 1
     while number:
         number = 0
@@ -2763,7 +2763,7 @@ def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def batch_size(batch: dict[str, Any]) -> int:
-    """Samples in a batch."""
+    """Return the number of samples in a batch."""
     return len(next(batch[k] for k in ("pixel_latent", "examples", "image") if k in batch))
 
 
@@ -2784,7 +2784,7 @@ def flat_settings(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def trained_as(trainer: Trainer) -> dict[str, Any]:
-    """What decides the result; a run that continues must have the same."""
+    """Return what decides the result; a run that continues must have the same."""
     config, index = trainer.config, trainer.data.index
     sections = {"model", "data", "optimizer", "lr_scheduler", "train", "loss", "seed"}
     values = flat_settings(config.model_dump(mode="json", include=sections))
@@ -2801,7 +2801,7 @@ def trained_as(trainer: Trainer) -> dict[str, Any]:
 
 
 def inference_rules(trainer: Trainer) -> dict[str, list[Any]]:
-    """How large references were shown in training, most often first; inference takes the first."""
+    """Return the sizes of references in training, most frequent first; inference takes that."""
     variants = [v for s in trainer.data.samples for v in s.variants if not s.held_out]
     area, seen = trainer.config.data.reference_area, trainer.flavour.vision_area
     shown = Counter(r.area or area for v in variants for r in v.references)
@@ -2811,7 +2811,7 @@ def inference_rules(trainer: Trainer) -> dict[str, list[Any]]:
 
 
 def about_lora(trainer: Trainer) -> dict[str, Any]:
-    """What generate.py must know to sample as this LoRA was trained, and the model card says."""
+    """Return what generate.py must know to sample as in training, and what the card says."""
     datasets, lora = trainer.config.data.dataset_configs, trainer.config.model.lora
     prompts = {v.caption for sample in trainer.data.samples for v in sample.variants}
     return {
@@ -2884,7 +2884,7 @@ class Config(Section):
 
 
 def main() -> None:
-    """Config -> audit -> fit, or with --plan only what it would be."""
+    """Read the config, audit, fit; with --plan only say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     given = [arg for arg in sys.argv[1:] if arg != "--plan"]
     config = utils.load_config(Config, given, check=audit)

@@ -215,7 +215,7 @@ def _value(text: str) -> Any:
 
 
 def parse_args(argv: Sequence[str]) -> dict[str, list[list[str]]]:
-    """["--a", "1", "2", "--a=3", "--b"] -> {"a": [["1", "2"], ["3"]], "b": [[]]}."""
+    """Parse ["--a", "1", "2", "--a=3", "--b"] to {"a": [["1", "2"], ["3"]], "b": [[]]}."""
     given: dict[str, list[list[str]]] = {}
     values: list[str] = []
     for arg in argv:
@@ -336,7 +336,7 @@ def shuffled(n: int, *parts: object) -> list[int]:
 
 
 def list_images(folder: Path) -> dict[str, list[Path]]:
-    """{relative stem ("sub/a"): image files}, nested folders included, hidden names left out."""
+    """Return {relative stem ("sub/a"): image files}, with nested folders, without hidden names."""
     found: dict[str, list[Path]] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -410,7 +410,7 @@ def _fsync(path: Path) -> None:
 
 
 def save_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, fsync, rename: after a crash `path` is the old or the whole new file."""
+    """Call `write(temporary)`, fsync, rename: a crash leaves the old or the whole new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -427,7 +427,7 @@ def save_text(path: Path, text: str) -> None:
 
 
 def check_writable(name: str, folder: Path) -> list[str]:
-    """Make a folder; a problem where nothing can be written into it."""
+    """Make a folder; return a problem where nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -437,7 +437,7 @@ def check_writable(name: str, folder: Path) -> list[str]:
 
 
 def check_device(name: str, value: str | None) -> list[str]:
-    """Problems of a device setting on this machine; None is the default device."""
+    """Return problems of a device setting on this machine; None is the default device."""
     try:
         torch.empty(0, device=value)
     except (RuntimeError, AssertionError) as error:
@@ -446,7 +446,7 @@ def check_device(name: str, value: str | None) -> list[str]:
 
 
 def check_packages(*names: str) -> list[str]:
-    """Problems of packages that the settings need and that are not installed."""
+    """Return problems of packages that the settings need and that are not installed."""
     lacking = [name for name in names if importlib.util.find_spec(name) is None]
     return [f"{name} is not installed: pip install {name}" for name in lacking]
 
@@ -460,7 +460,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Any still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK ...
+    """Open a still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK.
 
     Raises UserError where it is unreadable or cut off.
     """
@@ -493,7 +493,7 @@ def contact_sheet(
     captions: Sequence[str] = (),
     cell_px: int = 256,
 ) -> Image.Image:
-    """Pictures in rows on white, each fitted into a cell; heads above, a caption under each row.
+    """Draw rows of pictures on white, each fitted to a cell; heads above, captions under rows.
 
     None leaves a cell empty; text that is too long is cut with an ellipsis.
     """
@@ -528,13 +528,13 @@ def contact_sheet(
 
 
 def cache_key(kind: str, **inputs: object) -> str:
-    """Name of an entry: blake2b (32 hex digits) of format, kind and every input that shapes it."""
+    """Name an entry: blake2b (32 hex digits) of format, kind and every input that shapes it."""
     text = json.dumps([CACHE_FORMAT, kind, inputs], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def entry_path(cache_dir: Path, key: str) -> Path:
-    """cache_dir/ab/cd/<key>.safetensors"""
+    """Return cache_dir/ab/cd/<key>.safetensors."""
     return cache_dir / key[:2] / key[2:4] / f"{key}.safetensors"
 
 
@@ -555,7 +555,7 @@ def write_entry(cache_dir: Path, key: str, tensors: dict[str, torch.Tensor]) -> 
 
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of an entry. Raises ValueError, with its name, where it is missing or damaged."""
+    """Read an entry's tensors. Raises ValueError, with its name, where missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -568,7 +568,7 @@ def read_entry(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fetch_checkpoint(name: str, *patterns: str) -> Path:
-    """Folder of a checkpoint; from the Hub as far as the patterns go. Raises UserError."""
+    """Return a checkpoint's folder; from the Hub as far as the patterns go. Raises UserError."""
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -584,7 +584,7 @@ def fetch_checkpoint(name: str, *patterns: str) -> Path:
 
 
 def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint folder or Hub repository. Raises UserError."""
+    """Read a JSON file of a checkpoint folder or Hub repository. Raises UserError."""
     path = fetch_checkpoint(name_or_path, file) / file
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -593,13 +593,13 @@ def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
 
 
 def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
-    """A progress bar on the first process, none on the others."""
+    """Return a progress bar on the first process, none on the others."""
     options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
     return tqdm(items, desc=label, **options)
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory so far: of the GPU, or of the process on a CPU."""
+    """Return the peak memory so far, GB: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -620,7 +620,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def only_run(self) -> Iterator[None]:
-        """Inside, no other run may write into output_dir. Raises UserError where one does."""
+        """Keep other runs out of output_dir inside `with`. Raises UserError where one writes."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.output_dir / ".lock", timeout=0):

@@ -62,7 +62,7 @@ def side_px(size: Any, kind: str) -> float:
 
 
 def first_side_px(sizes: Any) -> int:
-    """ "1024x768,512" or megapixels -> side of the square with the first one's area, px."""
+    """Return the side, px, of a square of the first size's area: "1024x768,512", megapixels."""
     sides = [float(side) for side in str(sizes).split(",")[0].split("x")]
     if len(sides) == 1:
         sides = [side_px(sides[0], "area" if sides[0] < 16 else "")]
@@ -70,7 +70,7 @@ def first_side_px(sizes: Any) -> int:
 
 
 def area_px(size: Any) -> int:
-    """[H, W], "H*W" or a number -> pixels."""
+    """Return the pixels of [H, W], "H*W" or a number."""
     sides = size if isinstance(size, list) else str(size).split("*")
     return math.prod(int(side) for side in sides)
 
@@ -191,7 +191,7 @@ def drop_unknown(part: Any, kind: Any, where: str, say: Say) -> None:
 
 
 def from_t2itrainer(source: Any, say: Say) -> Settings:
-    """config.json -> our settings. Raises UserError where it is none."""
+    """Convert config.json to our settings. Raises UserError where it is none."""
     if not isinstance(source, dict) or not isinstance(source.get("dataset_configs"), list):
         raise UserError("no config of T2ITrainer: it has no list dataset_configs")
     source, ours = begin("t2itrainer", source, say)
@@ -213,7 +213,7 @@ def from_t2itrainer(source: Any, say: Say) -> Settings:
 
 
 def t2i_data_set(ds: Any, top: Settings, where: str, say: Say) -> Settings:
-    """One of dataset_configs: the same grammar; what stands at the top fills its gaps."""
+    """Convert one of dataset_configs: the same grammar; the top level fills its gaps."""
     if not isinstance(ds, dict):
         raise UserError(f"{where}: wanted a data set, got {ds!r}")
     for key, note in tables()["t2itrainer"]["inside"].items():
@@ -239,7 +239,7 @@ def t2i_data_set(ds: Any, top: Settings, where: str, say: Say) -> Settings:
 
 
 def from_simpletuner(source: Any, backends: Any, say: Say) -> Settings:
-    """config.json and multidatabackend.json -> our settings. Raises UserError."""
+    """Convert config.json and multidatabackend.json to our settings. Raises UserError."""
     if not isinstance(source, dict) or not isinstance(backends, list):
         raise UserError("wanted SimpleTuner's config.json and its list of data sets")
     source = {key.lstrip("-"): value for key, value in source.items()}
@@ -292,7 +292,7 @@ def st_data_sets(backends: list[Any], top: Settings, ours: Settings, say: Say) -
 def st_data_set(
     b: Settings, conditions: dict[str, Settings], top: Settings, ours: Settings, say: Say
 ) -> Settings:
-    """A data set of pictures and its conditioning ones -> one in the folders layout."""
+    """Convert a data set of pictures and its conditioning ones to one in the folders layout."""
     name, table = b["id"], tables()["simpletuner"]["backend_keys"]
     kind = b.get("resolution_type") or top.get("resolution_type", "pixel_area")
     size = b.get("resolution") or top.get("resolution", 1024)
@@ -353,7 +353,7 @@ def interpolated(source: Settings) -> Settings:
 
 
 def from_qwen_image_finetune(source: Any, say: Say) -> Settings:
-    """The YAML of either generation, or of FlyMyAI. Raises UserError where it is none."""
+    """Convert the YAML of either generation, or of FlyMyAI. Raises UserError where it is none."""
     if not isinstance(source, dict) or not {"data_config", *Config.model_fields} & source.keys():
         raise UserError("no config of qwen-image-finetune (data ...) or FlyMyAI (data_config)")
     source = interpolated(dict(flat(source)))
@@ -400,7 +400,7 @@ def qf_area(source: Settings, names: tuple[str, ...], say: Say) -> int | None:
 
 
 def qf_data_sets(source: Settings, ours: Settings, say: Say) -> list[Settings]:
-    """data.init_args.* -> data sets; the size of references goes into `ours`."""
+    """Convert data.init_args.* to data sets; the size of references goes into `ours`."""
     paths = source.pop("data.init_args.dataset_path", None)
     area = qf_area(source, TARGET_SIZES, say)
     reference = qf_area(source, REFERENCE_SIZES, say) or area
@@ -416,7 +416,7 @@ def qf_data_sets(source: Settings, ours: Settings, say: Say) -> list[Settings]:
 
 
 def qf_data_set(path: Any, chosen: str, say: Say) -> Settings:
-    """A folder with its usual names; all else becomes a table, by tools/pair_table.py."""
+    """Convert a folder with its usual names; tools/pair_table.py makes a table of all else."""
     split = f" --hf_split {path.get('split', 'train')}" if isinstance(path, dict) else ""
     path = path["repo_id"] if isinstance(path, dict) else path
     root, flags = Path(path), f"--hf_dataset {path}{split}"
@@ -445,7 +445,7 @@ TEXT = r'"(?:\\.|[^"\\])*"'
 
 
 def read_json(path: Path) -> Any:
-    """JSON with comments and trailing commas, or `"key": value` alone. Raises UserError."""
+    """Read JSON with comments and trailing commas, or `"key": value` alone. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
         text = f"{{{text}}}" if text.startswith('"') else text  # as manuals show a part
@@ -456,7 +456,7 @@ def read_json(path: Path) -> Any:
 
 
 def convert(tool: str, files: list[Path], say: Say) -> Config:
-    """The files of a tool -> our config. Raises UserError: unreadable, no such config, invalid."""
+    """Convert a tool's files to our config. Raises UserError: unreadable, no config, invalid."""
     try:
         if tool == "qwen-image-finetune":
             ours = from_qwen_image_finetune(read_yaml(files[0]), say)
@@ -478,7 +478,7 @@ def convert(tool: str, files: list[Path], say: Say) -> Config:
 
 
 def main() -> None:
-    """Config to stdout, what changed to stderr."""
+    """Print the config to stdout, what changed to stderr."""
     match sys.argv[1:]:
         case ["t2itrainer" | "qwen-image-finetune" as tool, config]:
             files = [Path(config)]

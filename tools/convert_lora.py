@@ -29,7 +29,7 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (down (r, in),
 
 
 def to_diffusers(factors: Factors) -> dict[str, torch.Tensor]:
-    """transformer.<layer>.lora_A and lora_B."""
+    """Rename to transformer.<layer>.lora_A and lora_B."""
     tensors = {}
     for layer, (down, up) in factors.items():
         tensors[f"transformer.{layer}.lora_A.weight"] = down.contiguous()
@@ -38,7 +38,7 @@ def to_diffusers(factors: Factors) -> dict[str, torch.Tensor]:
 
 
 def to_original(factors: Factors) -> dict[str, torch.Tensor]:
-    """lora_unet_<layer with _> with lora_down, lora_up and alpha = 1."""
+    """Rename to lora_unet_<layer with _> with lora_down, lora_up and alpha = 1."""
     tensors = {}
     for layer, (down, up) in factors.items():
         name = "lora_unet_" + layer.replace(".", "_")
@@ -65,7 +65,7 @@ def convert(source: Path, target: Path, original: bool, model: str) -> int:
 
 
 def main() -> None:
-    """Names of the two files -> the second one."""
+    """Read the names of the two files, write the second one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help=".pt: the original format; .safetensors")

@@ -438,7 +438,7 @@ def check(config: Config) -> list[str]:
 
 
 def main() -> None:
-    """Settings -> frames."""
+    """Read the settings, draw the frames."""
     config = load_config(Config, check=check)
     draw_frames(sd_script(config.script), config)
 

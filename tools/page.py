@@ -56,7 +56,7 @@ def write_page(path: Path, title: str, rows: Sequence[PageRow], embed: bool = Fa
 
 
 def views_of(rows: Sequence[Any], shown: str | None) -> list[PageRow]:
-    """A view per name, seed and prompt of results: before, every column, after, one figure.
+    """Return a view per name, seed and prompt: before, every column, after, one figure.
 
     A row has name, seed, prompt, column, edited, before, after and figures, as evaluate.Result.
     """
@@ -156,7 +156,7 @@ def _save_page(path: Path, title: str, body: str) -> None:
 
 
 def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
-    """A section of the page: all pictures in one place, two of them shown."""
+    """Return a section of the page: all pictures in one place, two of them shown."""
     labels, last = [html.escape(label) for label in row.columns], len(row.columns) - 1
     files = list(row.columns.values())
     try:
@@ -192,7 +192,7 @@ def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
 
 
 def _picture_size(file: Path) -> tuple[int, int]:
-    """(W, H) px, upright."""
+    """Return (W, H) of a picture, px, upright."""
     with Image.open(file) as image:
         exif = Image.Image.getexif(image)  # KEEP: a PNG's own getexif() decodes the picture
         turned = exif.get(0x0112, 1) >= 5  # orientation: by 90 degrees
@@ -200,7 +200,7 @@ def _picture_size(file: Path) -> tuple[int, int]:
 
 
 def _link(file: Path, folder: Path, embed: bool) -> str:
-    """What an <img> takes: the way from `folder` to the file, or the file itself."""
+    """Return what an <img> takes: the way from `folder` to the file, or the file itself."""
     if not embed:
         return quote(Path(os.path.relpath(file, folder)).as_posix())
     kind = mimetypes.guess_type(file.name)[0]
@@ -219,7 +219,7 @@ CHARTS = {  # values of metrics.jsonl whose names begin so share a chart of this
 
 
 def _read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """{name: [(step, value)]} of metrics.jsonl; what is no finite number is left out."""
+    """Return {name: [(step, value)]} of metrics.jsonl; leaves out what is no finite number."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
@@ -232,7 +232,7 @@ def _read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _charts_html(series: Mapping[str, list[tuple[int, float]]]) -> str:
-    """One chart per title of CHARTS, then one for each other value."""
+    """Draw one chart per title of CHARTS, then one for each other value."""
     charts: dict[str, dict[str, list[tuple[int, float]]]] = {title: {} for title in CHARTS.values()}
     for name, points in series.items():
         start = max((start for start in CHARTS if name.startswith(start)), key=len, default="")
@@ -242,7 +242,7 @@ def _charts_html(series: Mapping[str, list[tuple[int, float]]]) -> str:
 
 
 def _chart_svg(title: str, lines: Mapping[str, list[tuple[int, float]]]) -> str:
-    """Curves over steps as inline SVG, with a legend that names their last values."""
+    """Draw curves over steps as inline SVG, with a legend that names their last values."""
     drawn = {name: thinned(points, 400) for name, points in lines.items()}
     every = [point for points in drawn.values() for point in points]
     left, right = min(x for x, _ in every), max(x for x, _ in every)
@@ -281,21 +281,21 @@ def _chart_svg(title: str, lines: Mapping[str, list[tuple[int, float]]]) -> str:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most `most` points: each the mean of as many neighbours as that takes."""
+    """Return at most `most` points: each the mean of as many neighbours as that takes."""
     size = math.ceil(len(points) / most)
     groups = (points[at : at + size] for at in range(0, len(points), size))
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers from low to high."""
+    """Return about `count` round numbers from low to high."""
     unit = 10.0 ** math.floor(math.log10((high - low) / count))
     unit *= next(factor for factor in (1, 2, 5, 10) if unit * factor * count >= high - low)
     return [n * unit for n in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from low to high; where they are few also twice and five times these."""
+    """Return powers of ten from low to high; where they are few also 2 and 5 times these."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     factors = (1, 2, 5) if len(decades) < 4 else (1,)
     found = [factor * 10.0**decade for decade in decades for factor in factors]

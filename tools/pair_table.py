@@ -110,7 +110,7 @@ def values_of(record: dict[str, Any], columns: dict[Any, str]) -> dict[str, Any]
 def pairs_of_records(
     records: Iterable[Any], columns: dict[Any, str], locate: Callable[[Any, str, str], Path]
 ) -> Found:
-    """Records -> pairs. `locate(value, role, name of the sample)` returns the file of a picture."""
+    """Make pairs of records. `locate(value, role, name of the sample)` returns a picture's file."""
     found, seen = Found([], [], []), set[str]()
     for number, record in enumerate(progress(records, "pairs", unit="row"), 1):
         try:
@@ -297,7 +297,7 @@ def from_folders(config: Config) -> Found:
 
 
 def role_order(role: str) -> list[int]:
-    """ "reference 2.10" -> [2, 10]"""
+    """Return the numbers of a role: "reference 2.10" -> [2, 10]."""
     return [int(number) for number in role.split()[1].split(".")]
 
 
@@ -342,7 +342,7 @@ def lines_of(config: Config, pair: Pair) -> list[dict[str, Any]]:
         raise ValueError(f"no prompt for {pair.target}: fill its column, or give --caption")
 
     def place(file: Path) -> str:
-        """Relative where it lies beside the table or below, so that both can be moved."""
+        """Return a path, relative if beside the table or below, so that both can be moved."""
         path = Path(os.path.abspath(file))  # noqa: PTH100 (links stay)
         folder = Path(os.path.abspath(config.output.parent))  # noqa: PTH100
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
@@ -421,7 +421,7 @@ def about(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Settings -> table, and the setting that names it in a training."""
+    """Write the table of the settings, print the setting that names it in a training."""
     config = load_config(Config, check=check)
     print(f"{config.output}: {write_table(config)}")
     print(f"for train_qwen_edit.py: data.dataset_configs.0.table: {config.output}")

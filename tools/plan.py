@@ -108,7 +108,7 @@ class Outlook(NamedTuple):
 
 
 def text_tokens(example: Any) -> int:
-    """About how many tokens an instruction with its pictures has: 28 x 28 px are one token."""
+    """Estimate the tokens of an instruction with its pictures: 28 x 28 px are one token."""
     sizes = [picture.size for picture in example.pictures["vision"]]
     seen = sum(round(w / 28) * round(h / 28) + 6 for w, h in sizes)
     return 5 + math.ceil(len(example.caption) / 4) + seen
@@ -129,7 +129,7 @@ def qwen_weights_gb(script: Any, config: Any, transformer: Any) -> float:
 
 
 def qwen_step_tflop(config: Any, transformer: Any, tokens: int) -> float:
-    """Operations of one sample: forward and backward through a frozen base."""
+    """Return the TFLOP of one sample: forward and backward through a frozen base."""
     layers, width = len(transformer.transformer_blocks), transformer.inner_dim
     linear, attention = layers * tokens * 24 * width**2, layers * 4 * tokens**2 * width
     again = config.train.gradient_checkpointing
@@ -137,7 +137,7 @@ def qwen_step_tflop(config: Any, transformer: Any, tokens: int) -> float:
 
 
 def qwen_peak_gb(script: Any, config: Any, transformer: Any, trained: int, tokens: int) -> float:
-    """Estimated peak of a training step on the (first) device; tokens: of a whole pass."""
+    """Estimate the peak of a training step on the (first) device, GB; tokens: of a whole pass."""
     layers, width = len(transformer.transformer_blocks), transformer.inner_dim
     weights, swapped = qwen_weights_gb(script, config, transformer), config.model.blocks_to_swap
     weights -= max(0, swapped - 2) * weights / layers
@@ -152,7 +152,7 @@ def qwen_peak_gb(script: Any, config: Any, transformer: Any, trained: int, token
 
 
 def encoder_sizes(config: Any) -> tuple[float, float]:
-    """GB of the text encoder and of the VAE."""
+    """Return the GB of the text encoder and of the VAE."""
     folder = Path(config.model.pretrained_model_name_or_path)
     if not folder.is_dir():
         return TEXT_ENCODER_GB, VAE_GB
@@ -162,7 +162,7 @@ def encoder_sizes(config: Any) -> tuple[float, float]:
 
 
 def look_ahead(script: Any, config: Any, width: int) -> Outlook:
-    """Shapes, tokens and cache size of the data; width: channels of a prompt's embedding."""
+    """Return shapes, tokens, cache size of the data; width: channels of a prompt embedding."""
     flavour = script.detect_flavour(config.model.pretrained_model_name_or_path)
     data, _ = script.find_samples(config, flavour)
     loads: Counter[tuple[Any, int]] = Counter()
@@ -187,7 +187,7 @@ def look_ahead(script: Any, config: Any, width: int) -> Outlook:
 
 
 def ways_out(config: Any, n_blocks: int) -> Iterator[tuple[str, Any]]:
-    """Settings that need less memory than the config's, from the cheapest to the dearest."""
+    """Return settings that need less memory than the config's, from cheapest to dearest."""
 
     def changed(**settings: Any) -> tuple[str, Any]:
         data, words = config.model_dump(), []
@@ -215,7 +215,7 @@ def ways_out(config: Any, n_blocks: int) -> Iterator[tuple[str, Any]]:
 
 
 def qwen_data_lines(config: Any, outlook: Outlook) -> list[str]:
-    """Samples per data set, shapes, cache."""
+    """Return lines: samples per data set, shapes, cache."""
     lines = ["Data"]
     for number, ds in enumerate(config.data.dataset_configs):
         mine = [s for s in outlook.samples if s.dataset == number]
@@ -308,7 +308,7 @@ def planned_flux(script: Any, config: Any) -> Any:
 
 
 def token_area_px(config: Any) -> int:
-    """Pixels behind one token: 2 x 2 latents of the VAE's 8 x 8."""
+    """Return the pixels behind one token: 2 x 2 latents of the VAE's 8 x 8."""
     name, levels = config.pretrained_model_name_or_path, 4
     if Path(name).is_dir():
         levels = len(read_model_json(name, "vae/config.json")["block_out_channels"])
@@ -316,7 +316,7 @@ def token_area_px(config: Any) -> int:
 
 
 def flux_forward_tflop(transformer: Any, tokens: int) -> float:
-    """Of one sample: 2 per weight and token, and attention's 4 n^2 width per block.
+    """Return TFLOP of one sample: 2 per weight and token, and 4 n^2 width per block (attention).
 
     A token passes half of a double block's weights (the other half is for text, or for pictures);
     modulation runs once per sample and is left out.
@@ -346,7 +346,7 @@ def adapter_numbers(script: Any, config: Any, transformer: Any) -> int:
 
 
 def flux_memory(script: Any, config: Any, transformer: Any, tokens: int) -> dict[str, float]:
-    """Estimated GB of a training step, by what it is for; tokens: of a sample, text included.
+    """Estimate GB of a training step, by what it is for; tokens: of a sample, text included.
 
     A block keeps about 34 numbers per token and channel for the backward pass; with gradient
     checkpointing only its input, and one block at a time the rest.
@@ -422,7 +422,7 @@ def empty_unet(name: str) -> Any:
 
 
 def unet_cost(unet: Any, side: int) -> tuple[float, float]:
-    """(TFLOP of a forward pass, GB in 16 bit of what it keeps for backward) of side^2 latents.
+    """Return (TFLOP of a forward pass, GB in 16 bit kept for backward) of side^2 latents.
 
     Both are counted on a pass that computes nothing: the UNet has no weights.
     """
