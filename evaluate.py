@@ -194,35 +194,35 @@ class Config(Section):
     edited_dir: list[str] = []
     """Folder of edited pictures named like the afters, or NAME=FOLDER; repeat for several."""
     before_dir: Path | None = None
-    """Pictures before the edit; null: the reference of a result, else its picture at scale 0."""
+    """Folder of pictures before the edit; null: a result's reference, else its scale 0."""
     after_dir: Path | None = None
-    """True afters, by the name of the result."""
+    """Folder of the true afters, named like the results."""
     mask_dir: Path | None = None
-    """Edit regions (white), by name; null: where before and after differ."""
+    """Folder of edit regions (white), by name; null: where before and after differ."""
     before_suffix: str = ""
-    """End of the names in before_dir, e.g. _R; results may have it, too."""
+    """End of the file names in before_dir, e.g. _R; results may have it, too."""
     after_suffix: str = ""
-    """End of the names in after_dir, e.g. _T."""
+    """End of the file names in after_dir, e.g. _T."""
     prompt: str | None = None
-    """For clip_text; null: that of the result, else the .txt beside the after."""
+    """Prompt for the metric clip_text; null: that of the result, else the .txt beside the after."""
     metrics: list[str] = Field(list(dict.fromkeys(map(option_of, METRICS))), min_length=1)
-    """Which to compute; psnr,ssim,region,gain need no network."""
+    """Metrics to compute, e.g. psnr,ssim,region,gain, which need no network."""
     region_threshold: float = Field(0.1, ge=0, lt=1)
     """Edit region: before and after differ by more than this (0..1, mean over the channels)."""
     strengths: list[float] | None = None
     """Edit strengths at which content is compared; null: 1 (gain), or the largest all reach."""
     clip_model: str = "openai/clip-vit-base-patch32"
-    """Folder, or a Hub id."""
+    """Network of the metric: a folder, or a Hub id."""
     dino_model: str = "facebook/dinov2-small"
-    """Folder, or a Hub id."""
+    """Network of the metric: a folder, or a Hub id."""
     batch_size: int = Field(8, ge=1)
-    """Results that are embedded at once."""
+    """Results that are embedded at once, by CLIP or DINO."""
     html: bool = False
     """Also write evaluation.html: before, every column, after, with a divider to drag."""
     device: str | None = None
-    """cuda, cpu, mps ...; null: the fastest there is."""
+    """Device: cuda, cpu, mps ...; null: the fastest there is."""
     output_dir: Path | None = None
-    """Where evaluation.* go; null: the first folder of results."""
+    """Folder of evaluation.*; null: the first folder of results."""
 
     @field_validator("metrics", "strengths", mode="before")
     @classmethod

@@ -185,15 +185,15 @@ class EditConfig(JobsConfig):
     pretrained_model_name_or_path: str
     """Checkpoint: a folder in diffusers layout, or a Hub id."""
     negative_prompt: str = ""
-    """Used by guidance; "" is the empty instruction."""
+    """Instruction that guidance leads away from; "" is the empty one."""
     num_inference_steps: int = Field(40, ge=2)
-    """Euler steps (a single one divides by zero in the scheduler)."""
+    """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
-    """Guidance; 1 switches it off and halves the time."""
+    """Guidance against negative_prompt; 1 switches it off and halves the time."""
     reference_area: Literal["lora", "1mp", "target"] | Annotated[int, Field(ge=1024)] = "lora"
     """Size of the references: what the LoRA was trained with, 1 MP, the output's, or px."""
     dtype: Dtype = None
-    """Precision; null: bf16, on a CPU fp32."""
+    """Precision of the model; null: bf16, on a CPU fp32."""
     offload: Literal["none", "model", "sequential"] = "none"
     """Keep on the GPU only the model (or the layer) in use."""
 
@@ -211,15 +211,15 @@ class SliderConfig(JobsConfig):
     base_model_precision: Literal[
         "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"
     ] = "no_change"
-    """Weights of the frozen transformer's blocks."""
+    """Precision of the weights of the frozen transformer's blocks."""
     dtype: Dtype = None
-    """Precision; null: bf16, on a CPU fp32."""
+    """Precision of the model; null: bf16, on a CPU fp32."""
     resolution: int = Field(512, ge=32, multiple_of=16)
     """Side of the square whose area the pictures get, px; photos keep their aspect (buckets)."""
     num_inference_steps: int = Field(28, ge=1)
-    """Euler steps."""
+    """Euler steps of a picture; more is slower and finer."""
     guidance_scale: float = 3.5
-    """Embedded guidance of FLUX.1-dev."""
+    """Embedded guidance of FLUX.1-dev; has no effect on models without it."""
     max_sequence_length: int = Field(512, ge=1, le=512)
     """T5 tokens of a prompt; padded to it, as the pipeline does."""
     skip: int = 14
@@ -229,7 +229,7 @@ class SliderConfig(JobsConfig):
     """merge: all LoRAs in one pass. blend: v + sum of gamma (v_slider - v), a pass each; null:
     merge, with inversion_lora blend."""
     gamma: float = 0.75
-    """blend: share of each slider's velocity."""
+    """compose blend: share of each slider's velocity."""
     inversion_lora: Path | None = None
     """LoRA that was trained on one photo (train_image_real) and stands in for it."""
     allow_pickle: bool = False
@@ -262,11 +262,11 @@ class ChangeConfig(JobsConfig):
     """Side of the square whose area the pictures get, px; photos keep their aspect (buckets).
     null: what the LoRA was trained with, else the base model's own (mostly 512)."""
     num_inference_steps: int = Field(50, ge=1, le=500)
-    """DDIM steps."""
+    """DDIM steps of a picture; more is slower and finer."""
     guidance_scale: float | None = Field(None, ge=1)
     """Classifier-free guidance; 1 is none. null: 7.5, on photos 1."""
     negative_prompt: str = ""
-    """What guidance leads away from."""
+    """Prompt that guidance leads away from; "" is the empty prompt."""
     inversion: Literal["ddpm", "ddim"] = "ddpm"
     """How a photo becomes noise: ddpm (edit-friendly) gets more of the change, ddim is smoother and
     draws nothing by chance."""
@@ -303,25 +303,25 @@ class RunStripsConfig(Section):
     use_trained_lora_path: bool = False
     """Take trained_lora_path instead of what this file trains."""
     trained_lora_path: str = ""
-    """A LoRA file (train_image_real: of the inversion)."""
+    """LoRA file for use_trained_lora_path (train_image_real: of the inversion)."""
     use_prompts_file: bool = False
-    """A line of prompts_file for each picture instead of `prompt`."""
+    """Draw each picture with a line of prompts_file instead of `prompt`."""
     prompts_file: list[str] = Field(["prompts-person.yaml"], min_length=1)
     """Files in configs/prompts/ (or paths): YAML lists; entry k for data set k."""
     count_gen: int = Field(2, ge=1)
-    """Number of seeds, from start_seed_gen on."""
+    """Number of seeds drawn, from start_seed_gen on."""
     use_random_seed: bool = False
-    """Seeds drawn from 0..32768 (by `seed`) instead of counted up."""
+    """Draw the seeds from 0..32768 (by `seed`) instead of counting up."""
     output_folder_gen: Path = Path("output/eval/image/")
-    """Where generate.py draws."""
+    """Folder where generate.py writes pictures and sheets."""
     image_format: Literal["jpg", "png"] = "jpg"
     """jpg (quality 95) is what PairEdit writes; png loses nothing, for measurements."""
     semantic_lora_path: str = ""
-    """train_image_real: the slider that edits the photo."""
+    """train_image_real: LoRA file of the slider that edits the photo."""
     semantic_cfg_scale: float = 0.75
     """train_image_real: share of the slider's velocity, gamma."""
     dtype: Dtype = None
-    """Precision; null: bf16, on a CPU fp32."""
+    """Precision of the model; null: bf16, on a CPU fp32."""
     html: bool = False
     """Also write page.html beside the sheets."""
     allow_pickle: bool = False

@@ -121,7 +121,7 @@ class NoiseConfig(Section):
     """Under which noise, and how errors are weighed."""
 
     region_weight: float = Field(0.0, ge=0, le=1)
-    """Share of the loss that follows |before - after| of each pair, normalised by its mean."""
+    """Share (0 to 1) of the loss that follows |before - after|, normalised by its mean."""
     prior_loss_weight: float = Field(1.0, ge=0)
     """Weight of the prior-preservation loss."""
     loss_type: Literal["mse", "huber"] = "mse"
@@ -131,11 +131,11 @@ class NoiseConfig(Section):
     snr_gamma: float | None = Field(None, gt=0)
     """Min-SNR weighting: min(1, snr_gamma / SNR); 5 is usual, null is none."""
     timestep_min: int = Field(0, ge=0, le=999)
-    """Lowest noise level (0..999): 200 to 400 for style, 500 to 999 for shape."""
+    """Lowest timestep (0..999) trained: 200 to 400 for style, 500 to 999 for shape."""
     timestep_max: int = Field(999, ge=0, le=999)
-    """Highest noise level (0..999), included."""
+    """Highest timestep (0..999) trained, included."""
     noise_offset: float = Field(0.0, ge=0)
-    """Noise common to all pixels of a channel; lets pictures become brighter or darker."""
+    """Strength of noise common to all pixels of a channel; lets pictures get brighter or darker."""
 
 
 def huber_error(error: torch.Tensor, c: float) -> torch.Tensor:
@@ -257,11 +257,11 @@ class TrainingConfig(Section):
     max_train_steps: int | None = Field(None, ge=1)
     """Optimizer steps of the run; null: num_train_epochs says it."""
     num_train_epochs: int = Field(1, ge=1)
-    """Passes over the data; read where max_train_steps is null."""
+    """Passes over the data (epochs); read where max_train_steps is null."""
     train_batch_size: int = Field(4, ge=1)
     """Samples per forward pass and process; a pair is one sample."""
     gradient_accumulation_steps: int = Field(1, ge=1)
-    """Forward passes per optimizer step."""
+    """Forward passes per optimizer step and process."""
     seed: int = 0
     """Seed of every random draw; a draw belongs to (seed, purpose, sample number)."""
     learning_rate: float = Field(5e-4, gt=0)
@@ -273,7 +273,7 @@ class TrainingConfig(Section):
     ] = "constant"
     """Shape of the learning rate over the run."""
     lr_warmup_steps: int = Field(0, ge=0)
-    """Steps from 0 to the full learning rate (lr_scheduler constant has none)."""
+    """Optimizer steps from 0 to the full learning rate (lr_scheduler constant has none)."""
     lr_num_cycles: int = Field(1, ge=1)
     """How often lr_scheduler cosine_with_restarts starts."""
     lr_power: float = Field(1.0, gt=0)
@@ -287,7 +287,7 @@ class TrainingConfig(Section):
     adam_weight_decay: float = Field(1e-2, ge=0)
     """Weight decay of AdamW."""
     adam_epsilon: float = Field(1e-8, gt=0)
-    """Smallest divisor of AdamW."""
+    """Small number added to AdamW's divisor."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -1047,11 +1047,11 @@ class ResultsConfig(Section):
     cache_dir: Path = Path("cache")
     """Folder of the latents, named by their content; runs may share it."""
     logging_steps: int = Field(10, ge=1)
-    """Steps between two log lines; only then the loop waits for the GPU."""
+    """Optimizer steps between two log lines; only then the loop waits for the GPU."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Trackers beside metrics.jsonl, which is always written."""
     checkpointing_steps: int = Field(500, ge=1)
-    """Steps between two checkpoints."""
+    """Optimizer steps between two checkpoints."""
     checkpoints_total_limit: int | None = Field(None, ge=1)
     """How many checkpoints are kept, the newest ones; null keeps all."""
     resume_from_checkpoint: str | None = None

@@ -59,7 +59,7 @@ class VariantConfig(Section):
     python_name: Literal[*LOSSES] = "train_image"  # type: ignore[valid-type]
     """The objective: a function of LOSSES."""
     cfg_eta: float = 4.0
-    """eta: the pair's difference is learned so many times, for inference skips the first steps."""
+    """eta: factor on the pair's difference as it is learned, as inference skips the first steps."""
     noise_scales: Numbers = Field([1.0], min_length=1)
     """beta of the content-preserving schedule x + sigma beta noise; a run for each value."""
     num_noise_seeds: int | None = Field(31, ge=1)
@@ -202,7 +202,7 @@ class LoopConfig(Section):
     batch_size: int = Field(1, ge=1)
     """Draws of (pair, sigma, noise) per step and process; one shape, sigmas spread evenly."""
     save_per_steps: int = Field(500, ge=1)
-    """Steps between two saves (LoRA files, checkpoint, preview); the end is always saved."""
+    """Optimizer steps between two saves (LoRA, checkpoint, preview); the end is always saved."""
     save_original_format: bool = True
     """Also write <name>.pt, the format of PairEdit and Concept Sliders."""
     resume_from_checkpoint: Literal["latest"] | None = None
@@ -210,7 +210,7 @@ class LoopConfig(Section):
     checkpoints_total_limit: int | None = Field(1, ge=1)
     """Number of checkpoints kept of a run, the newest ones; LoRA files stay."""
     log_every: int = Field(10, ge=1)
-    """Steps between two log lines; only then the loop waits for the GPU."""
+    """Optimizer steps between two log lines; only then the loop waits for the GPU."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Trackers beside metrics.jsonl, which is always written."""
 
@@ -345,9 +345,9 @@ class LorasConfig(Section):
     train_method: Literal["full", "xattn", "xattn-strict"] = "full"
     """What is trained: full: both factors; xattn: the lower; xattn-strict: of keys and values."""
     learning_rate: float = Field(0.002, gt=0)
-    """Learning rate; constant."""
+    """Learning rate of AdamW, constant over the run."""
     weight_decay: float = Field(0.01, ge=0)
-    """Weight decay."""
+    """Weight decay of AdamW."""
     seed: int = 0
     """Start values and draws are functions of seed, version and step."""
 
@@ -494,7 +494,7 @@ class RunsConfig(Section):
     """Which sliders are trained, from which folders, and where they go."""
 
     datasets_folder: Path = Path("datasets")
-    """<datasets_folder>/<data set>/<source_folder>/<stem>.* and .../<target_folder>/<stem>.*"""
+    """Folder of the data sets: <data set>/<source_folder>/<stem>.* and .../<target_folder>/..."""
     datasets: list[str] = Field(["age"], min_length=1)
     """Data sets (concepts), trained one after another; slider_text: only names."""
     source_folder: str = "source"
@@ -506,13 +506,13 @@ class RunsConfig(Section):
     on_missing: Literal["error", "skip"] = "error"
     """What to do with a stem that one of the folders lacks."""
     train_start: int = Field(1, ge=0)
-    """Number of the first version."""
+    """Number of the first version (repeat of a training with other draws)."""
     train_count: int = Field(1, ge=1)
-    """Number of versions: repeats with other draws."""
+    """Number of versions, repeats of a training with other draws."""
     config_name: str = Field("base", pattern=r"^[^/\\]+$")
-    """Free tag in the names of runs."""
+    """Free tag in the names of runs; no slashes."""
     output_folder: Path = Path("output/models/image/")
-    """<output_folder>/<data set>/<run>/ holds everything a run leaves."""
+    """Folder of all results: <output_folder>/<data set>/<run>/ holds everything a run leaves."""
     cache_dir: Path = Path("cache")
     """Folder of latents and prompt embeddings, named by their content; runs may share it."""
 
@@ -635,13 +635,13 @@ class BaseConfig(Section):
     """The base model and its inputs."""
 
     pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-dev"
-    """Folder in diffusers layout, or a Hub id."""
+    """Base model: a folder in diffusers layout, or a Hub id."""
     device: Device = None
     """Number of a GPU, or cpu, cuda:0, mps; null, or several processes: the launcher's."""
     base_model_precision: Literal[
         "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"
     ] = "no_change"
-    """Weights of the frozen transformer's blocks; modulation is 8-bit in all but no_change."""
+    """Precision of the frozen blocks' weights; modulation is 8-bit in all but no_change."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """bf16: the base in bf16; LoRA, loss and optimizer in fp32. no: all in fp32."""
     gradient_checkpointing: bool = True

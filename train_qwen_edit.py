@@ -74,7 +74,7 @@ class LossConfig(Section):
     loss_type: str = "mse"
     """Error of the velocity: mse, huber, or another name of LOSSES."""
     huber_c: float = Field(0.1, gt=0)
-    """Error above which huber counts linearly."""
+    """Error of the velocity above which loss_type huber counts linearly."""
     mask: Literal["none", "file"] = "none"
     """Weigh the loss by region, with a mask per sample."""
     foreground_weight: float = Field(2.0, ge=0)
@@ -82,11 +82,11 @@ class LossConfig(Section):
     background_weight: float = Field(1.0, ge=0)
     """Weight of the loss where the mask is black."""
     timestep_density: Literal["logit_normal", "uniform"] = "logit_normal"
-    """Density of sigma before the shift."""
+    """How noise levels (sigma, 0 to 1) are drawn, before timestep_shift."""
     logit_mean: float = 0.0
-    """Mean of logit_normal; larger means noisier."""
+    """Mean of timestep_density logit_normal (of the logit of sigma); larger means noisier."""
     logit_std: float = Field(1.0, gt=0)
-    """Standard deviation of logit_normal; larger means wider."""
+    """Standard deviation of timestep_density logit_normal; larger means wider."""
     timestep_shift: Literal["model"] | Annotated[float, Field(gt=0)] = "model"
     """Shift of sigma: as at inference ("model"), or s in s sigma / (1 + (s - 1) sigma)."""
 
@@ -178,19 +178,19 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimizer step and process."""
     checkpointing_steps: int = Field(500, ge=1)
-    """Steps between two checkpoints."""
+    """Optimizer steps between two checkpoints."""
     checkpoints_total_limit: int | None = Field(None, ge=1)
-    """How many of the newest checkpoints are kept."""
+    """How many checkpoints are kept, the newest ones; null keeps all."""
     resume_from_checkpoint: str | None = None
     """"latest" (the newest valid one; from step 0 if there is none) or a checkpoint folder."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Norm that gradients are scaled down to."""
+    """Gradients are scaled down to this norm."""
     use_ema: bool = False
     """Keep a moving average of the adapter in fp32; saved beside it, under its own name."""
     ema_decay: float = Field(0.995, ge=0, lt=1)
     """Share of the moving average that stays per step; at step n at most (1 + n) / (10 + n)."""
     mixed_precision: Literal["bf16", "no"] = "bf16"
-    """Of the frozen base; LoRA, loss and optimizer are fp32. (fp16 would overflow.)"""
+    """Precision of the frozen base; LoRA, loss and optimizer are fp32. (fp16 would overflow.)"""
     gradient_checkpointing: bool = True
     """Compute activations again in the backward pass: half the memory, 1.4 times the time."""
 
@@ -201,7 +201,7 @@ class LoggingConfig(Section):
     output_dir: Path = Path("outputs/qwen_edit")
     """Folder of everything a run leaves (but for the cache)."""
     log_every: int = Field(10, ge=1)
-    """Steps between two log lines; only then the loop waits for the GPU."""
+    """Optimizer steps between two log lines; only then the loop waits for the GPU."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Trackers beside metrics.jsonl, which is always written."""
 
@@ -308,7 +308,7 @@ class LoraConfig(Section):
     lokr_factor: int = Field(-1, ge=-1)
     """Size of LoKr's smaller matrix; -1 is about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
-    """How the factor A starts; B starts at zero, so step 0 is the base model."""
+    """How factor A of the LoRA starts; B starts at zero, so step 0 is the base model."""
     target_modules: list[str] | str = "attn-image"
     """Layers with an adapter: a name of TARGET_SETS, ends of names, or a regular expression."""
     pretrained_weight: Path | None = None
@@ -442,9 +442,9 @@ class OptimizerConfig(Section):
     """The optimizer."""
 
     class_path: str = "torch.optim.AdamW"
-    """Any importable class: bitsandbytes.optim.AdamW8bit, prodigyopt.Prodigy, ..."""
+    """Optimizer class, any importable: bitsandbytes.optim.AdamW8bit, prodigyopt.Prodigy, ..."""
     init_args: dict[str, Argument] = {}
-    """Arguments of the class; lr is 1e-4 where it is not given."""
+    """Arguments of the optimizer's class; lr is 1e-4 where it is not given."""
 
 
 class LrSchedulerConfig(Section):
@@ -455,11 +455,11 @@ class LrSchedulerConfig(Section):
     ] = "constant"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps from 0 to the full rate."""
+    """Optimizer steps in which the learning rate rises from 0 to its full value."""
     num_cycles: int = Field(1, ge=1)
-    """Waves of cosine_with_restarts."""
+    """How often scheduler_type cosine_with_restarts starts."""
     power: float = Field(1.0, gt=0)
-    """Exponent of polynomial."""
+    """Exponent of scheduler_type polynomial."""
 
 
 def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> Any:
@@ -533,29 +533,29 @@ class ReferenceItem(Section):
     """One picture of a reference list."""
 
     image: str
-    """Name of an image_config."""
+    """Name of the image_config of this reference."""
     resize: int | None = Field(None, ge=64)
-    """Side of the square of equal area, px, instead of what is usual."""
+    """Size of this reference: side of the square of equal area, px; null is the usual one."""
 
 
 class TargetItem(ReferenceItem):
     """The picture that is learned."""
 
     from_image: str | None = None
-    """Name of the image_config that is noised instead; the velocity is still noise - image."""
+    """Image_config that is noised instead of the target; the velocity is still noise - image."""
 
 
 class ReferenceListConfig(Section):
     """The pictures shown to the text encoder together with the instruction."""
 
     reference_config: str
-    """Name of a reference_config."""
+    """Name of the reference_config whose pictures the text encoder sees."""
     resize: int | None = Field(None, ge=32)
-    """Side of the square of equal area, px; null is what the model's pipeline does (384)."""
+    """Size of the pictures: side of the square of equal area, px; null: as the pipeline (384)."""
     dropout: float = Field(0.0, ge=0, le=1)
-    """Chance to leave a picture out, drawn per visit."""
+    """Chance (0 to 1) to leave out a picture of the text encoder, drawn per visit."""
     min_length: int = Field(1, ge=0)
-    """How many pictures stay at least."""
+    """How many pictures of the text encoder stay after dropout, at least."""
 
 
 class CaptionConfig(Section):
@@ -573,17 +573,17 @@ class BatchConfig(Section):
     """One combination of target, references and caption; one is drawn per visit."""
 
     target_config: str
-    """Name of a target_config."""
+    """Name of the target_config that is trained."""
     caption_config: str
-    """Name of a caption_config."""
+    """Name of the caption_config that gives the instruction."""
     reference_config: str | None = None
-    """Name of a reference_config; null is no references for the transformer."""
+    """Name of the reference_config for the transformer; null is no references."""
     mask: str | None = None
     """Name of the image_config that is white where the loss counts more (loss.mask: file)."""
     caption_dropout: float | None = Field(None, ge=0, le=1)
-    """Chance of training without the instruction; null is data.caption_dropout_rate."""
+    """Chance (0 to 1) to train without the instruction; null is data.caption_dropout_rate."""
     weight: float | None = Field(None, gt=0)
-    """Chance of this combination; those without one share the rest."""
+    """Chance (0 to 1) that a visit draws this combination; those without one share the rest."""
 
 
 class DatasetConfig(Section):
@@ -596,21 +596,21 @@ class DatasetConfig(Section):
     resolution: int = Field(1024, ge=64, multiple_of=16)
     """Side of the square whose area the targets get, px; aspect ratios are kept (buckets)."""
     repeats: int = Field(1, ge=1)
-    """Visits of each sample per epoch."""
+    """How often an epoch visits each sample of this data set."""
     loss_weight: float = Field(1.0, gt=0)
     """Factor of this data set's loss."""
     recreate_cache: bool = False
-    """Encode again even what is in the cache."""
+    """Encode this data set again, even what is in the cache."""
     holdout: list[str] = []
-    """Samples kept out of training; validation uses them."""
+    """Samples (stems) kept out of training; validation uses them."""
     holdout_ratio: float = Field(0.0, ge=0, lt=1)
-    """Share of the samples kept out in addition, drawn by the seed."""
+    """Share (0 to 1) of the samples kept out of training besides holdout, drawn by the seed."""
     on_missing: Literal["error", "skip"] = "error"
     """What to do with a sample that lacks a file or a caption."""
     views: int = Field(1, ge=1)
     """Cached views per sample: the whole picture, then views - 1 random crops."""
     view_scale: float = Field(1.0, gt=0, le=1)
-    """Smallest side of a random crop, relative to the whole picture."""
+    """Smallest side of a random crop, as a share (0 to 1) of the whole picture's."""
     view_flip: bool = False
     """Mirror half of the random crops. Not for edits that know left from right."""
     conditioning_type: Literal["auto", "reference_strict", "reference_loose"] = "auto"
@@ -674,7 +674,7 @@ class DataConfig(Section):
     """Pairs, batches, and the size of references."""
 
     dataset_configs: list[DatasetConfig] = []
-    """Data sets; all of them are mixed."""
+    """Data sets of the training; all of them are mixed."""
     batch_size: int = Field(1, ge=1)
     """Samples per forward pass and process (of one shape: targets and references)."""
     num_workers: int = Field(2, ge=0)
@@ -682,9 +682,9 @@ class DataConfig(Section):
     shuffle: bool = True
     """Visit the samples in a new order every epoch."""
     caption_dropout_rate: float = Field(0.0, ge=0, le=1)
-    """Chance of training without the instruction."""
+    """Chance (0 to 1), per visit, of training without the instruction."""
     caption_dropout_mode: Literal["empty", "zero"] = "empty"
-    """The empty instruction with the same references (as guidance does), or zeros for both."""
+    """Without the instruction: empty text, same references (as in guidance), or zeros for both."""
     reference_area: Literal["1mp", "target"] | Annotated[int, Field(ge=1024)] = "1mp"
     """Area of references: 1mp as the pipelines do, "target" as large as the target, or px."""
 
@@ -1512,11 +1512,11 @@ class ModelConfig(Section):
     """The base model. Which of 2508, 2509, 2511 it is stands in its own files."""
 
     pretrained_model_name_or_path: str = "Qwen/Qwen-Image-Edit-2511"
-    """Folder in diffusers layout, or a Hub id."""
+    """Base model: a folder in diffusers layout, or a Hub id."""
     base_model_precision: Literal[
         "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"
     ] = "no_change"
-    """Weights of the frozen blocks; modulation is 8-bit then, embedders and output stay bf16."""
+    """Precision of frozen blocks' weights; modulation is 8-bit then, embedders and output bf16."""
     devices: list[str] = []
     """Devices that the transformer's blocks are spread over, e.g. [cuda:0, cuda:1]; one process."""
     blocks_to_swap: int = Field(0, ge=0)
@@ -1803,11 +1803,11 @@ class PredictDevices(Section):
     """A device per component for trainer.predict(); null is the training device."""
 
     vae: str | None = None
-    """Device of the VAE, e.g. cuda:1."""
+    """Device of the VAE in predict(), e.g. cuda:1; null is the training device."""
     text_encoder: str | None = None
-    """Device of the text encoder, e.g. cuda:2."""
+    """Device of the text encoder in predict(), e.g. cuda:2; null is the training device."""
     transformer: str | None = None
-    """Device of the transformer, e.g. cuda:0."""
+    """Device of the transformer in predict(), e.g. cuda:0; null is the training device."""
 
 
 class PredictConfig(Section):
@@ -1822,7 +1822,7 @@ class ValidationSample(Section):
     prompt: str
     """Instruction of the edit."""
     images: list[Path] = Field(min_length=1)
-    """References, in order."""
+    """Reference pictures of the edit, in order."""
 
 
 class SamplingConfig(Section):
@@ -1831,7 +1831,7 @@ class SamplingConfig(Section):
     seed: int = 42
     """Seed of the noise; of the validation loss, too."""
     num_inference_steps: int = Field(20, ge=2)
-    """Euler steps of a picture (a single one divides by zero in the scheduler)."""
+    """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Guidance of a picture against negative_prompt, as in the pipeline; 1 is none."""
     negative_prompt: str | None = ""
@@ -1842,11 +1842,11 @@ class ValidationConfig(SamplingConfig):
     """Pictures and loss on held-out samples (holdout, holdout_ratio, eval_dataset_id)."""
 
     steps: int | None = Field(None, ge=1)
-    """Steps between two validations; null is none."""
+    """Optimizer steps between two validations; null is none."""
     eval_dataset_id: list[str] = []
     """Data sets (id) that are kept out of training whole."""
     samples: list[ValidationSample] = []
-    """More edits to draw, without a target."""
+    """Edits to draw besides the held-out pairs, without a target."""
     max_samples: int = Field(4, ge=1)
     """Held-out samples drawn on the sheet; the loss takes all."""
     resolution: int | None = Field(None, ge=64)

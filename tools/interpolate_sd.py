@@ -184,11 +184,11 @@ class FramesConfig(Section):
     """How the way is drawn."""
 
     frames: int = Field(9, ge=3)
-    """Number of pictures, the two included."""
+    """Number of frames, the two pictures included."""
     even_frames: bool = True
     """Space the frames equally far apart, which draws them twice."""
     num_inference_steps: int = Field(50, ge=1, le=500)
-    """DDIM steps."""
+    """DDIM steps of a picture; more is slower and finer."""
     restore_detail: bool = False
     """Add what the VAE loses of the two pictures, picture - decode(encode(picture))."""
 
@@ -381,7 +381,7 @@ class Config(FramesConfig, FitConfig):
     image: list[Path]
     """The two pictures: --image FIRST LAST."""
     prompt: list[str] = []
-    """What they show: one prompt for both, or one for each; [] is the empty one."""
+    """What the pictures show: one prompt for both, or one for each; [] is the empty one."""
     output: Path
     """FILE.png: the sheet, with the frames beside it. FILE.gif: an animation as well."""
     resolution: int = Field(512, ge=64, multiple_of=64)

@@ -183,7 +183,7 @@ class HubConfig(Section):
     hf_dataset: str | None = None
     """Hub id, or a folder: Parquet files, or what save_to_disk() wrote."""
     hf_split: str = "train"
-    """Split of the data set."""
+    """Split of the Hub data set, e.g. train."""
 
 
 def load_hub_dataset(name: str, split: str) -> Any:
