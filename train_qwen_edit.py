@@ -2017,7 +2017,7 @@ def validate(trainer: Trainer, run_log: RunLog) -> None:
 
 
 def validation_losses(trainer: Trainer) -> torch.Tensor:
-    """Return the loss of each held-out pair at each sigma, (pairs, 8), always with equal noise."""
+    """Return the loss of each held-out pair at each sigma, (pairs, 8); always the same noise."""
     accelerator, data, seed = trainer.accelerator, trainer.data, trainer.config.validation.seed
     losses = torch.zeros(len(data.held_out), 8, device=trainer.device)
     for row in range(accelerator.process_index, len(losses), accelerator.num_processes):

@@ -316,7 +316,7 @@ def token_area_px(config: Any) -> int:
 
 
 def flux_forward_tflop(transformer: Any, tokens: int) -> float:
-    """Return TFLOP of one sample: 2 per weight and token, and 4 n^2 width per block (attention).
+    """Return TFLOP of one sample: 2 FLOP per weight and token, 4 n^2 width per block (attention).
 
     A token passes half of a double block's weights (the other half is for text, or for pictures);
     modulation runs once per sample and is left out.
