@@ -612,6 +612,10 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
             index[name] = ["transformers", "Qwen2VLProcessor"]
         else:
             part.save_pretrained(folder / name)
+            if (config := folder / name / "config.json").is_file():  # without the place it came from
+                settings = json.loads(config.read_text())
+                settings.pop("_name_or_path", None)
+                config.write_text(json.dumps(settings, indent=2) + "\n")
             index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

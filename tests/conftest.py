@@ -159,7 +159,7 @@ def copy_pairs(folder, names=("astronaut1", "chelsea0", "coffee0", "hubble0")):
 
 
 def read_page(path):
-    """[(name, {label: file})] of the rows of a page that utils.write_page wrote."""
+    """[(name, {label: file})] of the rows of a page that tools/page.py wrote."""
     rows = []
     for section in path.read_text(encoding="utf-8").split("<section ")[1:]:
         name = re.search("<h2>(.*?) <small>", section)[1]
