@@ -612,7 +612,8 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
             index[name] = ["transformers", "Qwen2VLProcessor"]
         else:
             part.save_pretrained(folder / name)
-            if (config := folder / name / "config.json").is_file():  # without the place it came from
+            config = folder / name / "config.json"
+            if config.is_file():  # it shall not say the folder it came from
                 settings = json.loads(config.read_text())
                 settings.pop("_name_or_path", None)
                 config.write_text(json.dumps(settings, indent=2) + "\n")

@@ -100,6 +100,8 @@ def test_the_demo_trains_on_ten_and_judges_on_three():
 
 def test_the_base_is_small_and_of_the_true_classes():
     files = [file for file in BASE.rglob("*") if file.is_file()]
+    configs = (ROOT / "demo").rglob("config.json")
+    assert not [file for file in configs if "_name_or_path" in file.read_text()]
     assert sum(file.stat().st_size for file in files) <= 8e6
     assert script.detect_flavour(str(BASE)).name == "edit-v3"
     pipeline = rebuild.load_base(BASE)
