@@ -778,7 +778,8 @@ def load_pictures(sample: Sample) -> list[Image.Image]:
     """Open, crop around the middle, resize (Lanczos) to RGB of sample.size. Raises UserError."""
     fit = functools.partial(ImageOps.fit, size=sample.size, method=Image.Resampling.LANCZOS)
     images = [fit(utils.open_rgb(file)) for file in sample.files]
-    return [ImageOps.mirror(image) for image in images] if sample.flip else images
+    turned = Image.Transpose.FLIP_LEFT_RIGHT
+    return [image.transpose(turned) for image in images] if sample.flip else images
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -19,8 +19,10 @@ import math
 import re
 import string
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import diffusers
@@ -35,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, run_script
+from utils import UserError, load_script, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS_DIR, BASE_DIR = Path("data/photo_pairs"), Path("demo/qwen_edit_base")
@@ -148,24 +150,20 @@ def build_text_encoder(tokenizer: Any, hidden: int = 64, layers: int = 2) -> Any
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-class ImageOnlyQwen2VLProcessor(transformers.Qwen2VLProcessor):
-    """Qwen2VLProcessor for stills: the stock one wants torchvision for videos."""
-
-    def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
-    ) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        transformers.ProcessorMixin.__init__(
-            self, image_processor, tokenizer, chat_template=chat_template
-        )
+def load_processor(folder: Path) -> Any:
+    """As the training script does, which needs no torchvision."""
+    return load_script(ROOT / "train_qwen_edit.py").load_processor(folder)
 
 
-def build_processor(tokenizer: Any) -> ImageOnlyQwen2VLProcessor:
+def build_processor(tokenizer: Any) -> Any:
     """Pictures down to 56 x 56 px (4 tokens) are taken."""
     pictures = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
-    return ImageOnlyQwen2VLProcessor(image_processor=pictures, tokenizer=tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = SimpleNamespace(tokenizer=tokenizer, image_processor=pictures)
+        save_processor(parts, Path(folder))
+        processor = load_processor(Path(folder))
+    processor.tokenizer = tokenizer  # the one that was read would be saved with where it lay
+    return processor
 
 
 def save_processor(processor: Any, folder: Path) -> None:
@@ -623,7 +621,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
 
 def load_base(folder: Path) -> Any:
     """In fp32, without need of torchvision."""
-    processor = ImageOnlyQwen2VLProcessor.from_pretrained(folder / "processor")
+    processor = load_processor(folder / "processor")
     return diffusers.QwenImageEditPlusPipeline.from_pretrained(
         folder, processor=processor, dtype=torch.float32
     )

@@ -248,6 +248,26 @@ def make_trainer(checkpoints, tmp_path):
 
 
 @pytest.fixture
+def call_generate(monkeypatch, capsys, tmp_path):
+    """call_generate(*arguments) -> what generate.py prints, or its UserError's text; no fork."""
+    import generate
+    from utils import UserError
+
+    def call(*args, check=True, cwd=tmp_path):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
+        try:
+            generate.main()
+        except UserError as error:
+            assert not check, error
+            return str(error)
+        assert check, "it should have failed"
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
 def make_slider(checkpoints, tmp_path):
     """make_slider(**changes) -> audited trainer of a slider on three drawn pairs, CPU, fp32."""
     import train_pairedit as script

@@ -39,22 +39,10 @@ def lora(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """call(model, *arguments) -> what generate.py prints, or its UserError's text."""
-
-    def command(model, *args, check=True):
-        given = ["--pretrained_model_name_or_path", model, *args]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, given)])
-        try:
-            generate.main()
-        except UserError as error:
-            assert not check, error
-            return str(error)
-        assert check, "it should have failed"
-        return capsys.readouterr().out
-
-    return command
+def call(call_generate):
+    """call(model, *arguments) -> as call_generate."""
+    name = "--pretrained_model_name_or_path"
+    return lambda model, *args, check=True: call_generate(name, model, *args, check=check)
 
 
 def pixels(path):

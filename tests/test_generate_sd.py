@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 
 import diffusers
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 import train_dreambooth_pairs as script
-from utils import RunLog, UserError, load_config
+from utils import RunLog, load_config
 
 PHOTOS = ("chelsea0", "coffee0")
 STEPS = 4
@@ -88,22 +87,10 @@ def loras(trained):
 
 
 @pytest.fixture
-def call(sd, tmp_path, monkeypatch, capsys):
-    """call(*flags) -> what generate.py prints; the tiny model, few steps."""
-
-    def build(*args, check=True):
-        model = ["--pretrained_model_name_or_path", sd, "--num_inference_steps", STEPS]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, [*model, *args])])
-        try:
-            generate.main()
-        except UserError as error:
-            assert not check, error
-            return str(error)
-        assert check
-        return "".join(capsys.readouterr())
-
-    return build
+def call(sd, call_generate):
+    """call(*flags) -> as call_generate; the tiny model, few steps."""
+    model = ["--pretrained_model_name_or_path", sd, "--num_inference_steps", STEPS]
+    return lambda *args, check=True: call_generate(*model, *args, check=check)
 
 
 def planned(sd, *prompts, load=True, **changes):

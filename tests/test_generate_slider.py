@@ -374,24 +374,6 @@ def test_converting_there_and_back_keeps_the_strength(rank, alpha, flux, bare, p
 # -- the training file
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(*arguments) -> what generate.py prints, or its UserError's text; in this process."""
-
-    def command(*args, check=True, cwd=ROOT):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr("sys.argv", ["generate.py", *map(str, args)])
-        try:
-            generate.main()
-        except UserError as error:
-            assert not check, error
-            return str(error)
-        assert check, "it should have failed"
-        return capsys.readouterr().out
-
-    return command
-
-
 QUICK = ["--device", "cpu", "--resolution", SIZE, "--max_sequence_length", LENGTH]
 
 
@@ -408,7 +390,7 @@ def place_of(flux, folder):
     return ["--pretrained_model_name_or_path", flux, *QUICK]
 
 
-def test_the_seeds_gen_image_script_with_its_own_paths(call, flux, loras, tmp_path):
+def test_the_seeds_gen_image_script_with_its_own_paths(call_generate, flux, loras, tmp_path):
     """`python gen_image_script.py --c=train_image` of the document; only the sizes are ours."""
     settings = [*place_of(flux, tmp_path), "--count_gen", 2]
     command = ["--c=train_image", *settings]
@@ -437,17 +419,17 @@ def test_the_seeds_gen_image_script_with_its_own_paths(call, flux, loras, tmp_pa
     assert moved[0] == 0 < moved[1] < moved[2] < moved[3]
     files = sorted((tmp_path / "output/eval").rglob("*.jpg"))
     before = [path.stat().st_mtime_ns for path in files]
-    done = call(*command, cwd=tmp_path)
+    done = call_generate(*command, cwd=tmp_path)
     assert "16 picture(s), 16 already there" in done and "sheet" not in done
     assert before == [path.stat().st_mtime_ns for path in files] and len(files) == 20
 
 
-def test_the_seeds_gen_image_real_script(call, flux, loras, tmp_path):
+def test_the_seeds_gen_image_real_script(call_generate, flux, loras, tmp_path):
     """A LoRA per photo, the pickled slider of the document, the photo's own shape."""
     settings = [*place_of(flux, tmp_path), "--count_gen", 1, "--num_inference_steps", 4]
     settings += ["--skips", "[1]", "--scales=-1,0,1", "--image_format", "png"]
     command = ["--c", "train_image_real", *settings]
-    done = call(*command, cwd=tmp_path, check=False)
+    done = call_generate(*command, cwd=tmp_path, check=False)
     assert "no picture 610.* in datasets/real_person/source" in done
     assert "LoRA output/models/pretrained/elf.pt" in done
     assert "real_person_1743_4inf_500epoch.safetensors" in done
@@ -464,8 +446,8 @@ def test_the_seeds_gen_image_real_script(call, flux, loras, tmp_path):
     pretrained = tmp_path / "output/models/pretrained"
     pretrained.mkdir(parents=True)
     shutil.copy(loras["a"].parent / "old/a.pt", pretrained / "elf.pt")
-    assert "elf.pt" in call(*command, cwd=tmp_path, check=False)
-    call(*command, "--allow_pickle", cwd=tmp_path)
+    assert "elf.pt" in call_generate(*command, cwd=tmp_path, check=False)
+    call_generate(*command, "--allow_pickle", cwd=tmp_path)
     out = tmp_path / "output/eval/image/real_person"
     for number, size in (("610", (80, 48)), ("1743", (64, 64))):
         folder = out / f"real_person_{number}_vtrain_image_real_base_v1/origin/6000"
@@ -520,10 +502,10 @@ def test_every_prompt_fits_a_file_name(prompt, flux, tmp_path):
 
 
 @pytest.fixture
-def make(call, flux):
-    """call() with the tiny model."""
+def make(call_generate, flux):
+    """call_generate() with the tiny model."""
     model = ["--pretrained_model_name_or_path", flux, *QUICK, "--num_inference_steps", 4]
-    return lambda *args, check=True: call(*model, "--skip", 1, *args, check=check)
+    return lambda *args, check=True: call_generate(*model, "--skip", 1, *args, check=check)
 
 
 def test_a_strip_by_flags_is_made_once_and_a_new_scale_adds_one_picture(make, loras, tmp_path):
@@ -627,27 +609,27 @@ def test_settings_that_do_not_go_together_are_refused(make, wrong, tmp_path):
     assert "1 problem(s), nothing was loaded" in text and "a.safetensors" not in text
 
 
-def test_one_report_of_everything_wrong_with_a_file(call, flux, loras, tmp_path):
+def test_one_report_of_everything_wrong_with_a_file(call_generate, flux, loras, tmp_path):
     file = tmp_path / "c.yaml"
     settings = {"pretrained_model_name_or_path": str(tmp_path), "python_name": "train_image"}
     settings |= {"datasets": ["age", "elf"], "learning_rate": 1e-3, "end_step": 99}
     file.write_text(yaml.safe_dump(settings | {"scales": "0,one", "skip": [3]}))
-    text = call("--config", file, check=False)
+    text = call_generate("--config", file, check=False)
     assert all(words in text for words in ("skip", "'skips'", "scales"))
     assert "end_step" not in text and "learning_rate" not in text  # training only
     wrong = {"prompts_file": ["none.yaml"], "use_prompts_file": 1, "skips": [30, -2]}
     file.write_text(yaml.safe_dump(settings | wrong | {"device": "gpu"}))
-    text = call("--config", file, check=False)
+    text = call_generate("--config", file, check=False)
     for words in ("none.yaml", str(tmp_path), "step 31", "step -1", "'gpu'", "/age/", "/elf/"):
         assert words in text, words
-    assert "configs/nowhere.yaml" in call("--c", "nowhere", check=False)
+    assert "configs/nowhere.yaml" in call_generate("--c", "nowhere", check=False)
     for changes in (
         {"python_name": "train_image_real", "image_ids": ["1"]},
         {"image_ids": ["1"], "semantic_lora_path": "s"},
         {"use_trained_lora_path": 1},
     ):
         file.write_text(yaml.safe_dump(settings | changes))
-        assert "1 problem(s)" in call("--config", file, check=False)
+        assert "1 problem(s)" in call_generate("--config", file, check=False)
 
 
 def test_the_safetensors_beside_a_pickle_is_taken(flux, loras, tmp_path):
