@@ -53,6 +53,7 @@ from utils import (
 )
 
 SETTINGS_KEY = "image_edit"  # PNG text chunk
+hash_of = functools.cache(hash_file)  # many results have one reference
 
 
 # --- 1. metrics -----------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def reference_of(about: dict[str, Any]) -> Path | None:
     """Return the first reference of an edit, if it is still the file that was edited."""
     for image in about.get("images", [])[:1]:
         file = Path(image["file"])
-        if file.is_file() and hash_file(file) == image["blake2b"]:
+        if file.is_file() and hash_of(file) == image["blake2b"]:
             return file
     return None
 
@@ -301,8 +302,7 @@ def reference_of(about: dict[str, Any]) -> Path | None:
 def by_stem(folder: Path, suffix: str = "") -> dict[str, Path]:
     """Return {relative stem without the suffix: picture} of names that end with it.
 
-    Raises:
-        UserError: there is none, or two pictures have one name.
+    Raises UserError: there is none, or two pictures have one name.
     """
     found = {
         stem.removesuffix(suffix): files
@@ -310,7 +310,8 @@ def by_stem(folder: Path, suffix: str = "") -> dict[str, Path]:
         if stem.endswith(suffix)
     }
     if not found:
-        raise UserError(f"{folder}: no picture" + f" whose name ends with {suffix}" * bool(suffix))
+        what = f"picture whose name ends with '{suffix}'" if folder.is_dir() else "such folder"
+        raise UserError(f"{folder}: no {what}")
     if twice := [stem for stem, files in found.items() if len(files) > 1]:
         raise UserError(f"{folder}: several pictures are called {', '.join(twice[:5])}")
     return {stem: files[0] for stem, files in found.items()}
@@ -335,8 +336,7 @@ def find_results(config: Config, series: str, folder: Path, edited: bool) -> lis
         about: Any = {"name": stem} if edited else read_settings(path)
         if "name" not in about or stem.startswith("evaluation"):
             continue  # a sheet, from elsewhere, or our own
-        name = about["name"].removesuffix(config.before_suffix)
-        name = name.removesuffix(config.after_suffix)
+        name = about["name"].removesuffix(config.before_suffix).removesuffix(config.after_suffix)
         run, scale, seed, prompt = map(about.get, ("run", "scale", "seed", "prompt"))
         row = Result(run or "", scale, name, seed, config.prompt or prompt, path)
         rows.append(row._replace(before=reference_of(about)))
@@ -364,7 +364,10 @@ def match(rows: list[Result], folders: dict[str, Any], notes: list[str]) -> list
 def caption_of(picture: Path | None) -> str | None:
     """Return the text of the .txt beside a picture."""
     file = picture and picture.with_suffix(".txt")
-    return file.read_text(encoding="utf-8-sig").strip() if file and file.is_file() else None
+    try:
+        return file.read_text(encoding="utf-8-sig").strip() if file and file.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{file} is no text in UTF-8: {error}") from error
 
 
 def same_pictures(rows: list[Result], notes: list[str]) -> list[Result]:
@@ -420,7 +423,6 @@ def check_comparison(config: Config) -> list[str]:
     rows, _, problems = find_comparisons(config)
     files = {path for row in rows for path in (row.edited, row.before, row.after, row.mask) if path}
     problems += FileIndex(None).update(sorted(files), look_at_picture)
-
     if config.html:
         load_tool("page")  # raises UserError where it was not copied along
     return problems or check_writable("results", output_folder(config))
@@ -484,8 +486,7 @@ def load_embedder(
 ) -> Network:
     """Return an embedder: unit vectors (D,) of images; CLIP's prompts too, times its logit scale.
 
-    Raises:
-        UserError: no such network, or a part of it is missing.
+    Raises UserError: no such network, or a part of it is missing.
     """
     import transformers
 
@@ -657,8 +658,7 @@ def curve(columns: dict[str, Any], strengths: list[float] | None) -> dict[str, A
         {"strength": s, "content": {name: at_strength(p, s) for name, p in forward.items()}}
         for s in wanted
     ]
-    found = {"strength": strength, "content": content}
-    return found | {"series": series, "matched": matched}
+    return {"strength": strength, "content": content, "series": series, "matched": matched}
 
 
 def at_strength(points: Sequence[dict[str, float]], strength: float) -> float | None:

@@ -454,13 +454,13 @@ def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
     """Return rows of a .csv or .jsonl table; relative paths are from here, or from the table."""
     rows: list[Any] = []
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            return [], [f"table: {path} must be a .csv or a .jsonl file"]
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                rows = list(csv.DictReader(file))
+            elif path.suffix == ".jsonl":
+                rows = [json.loads(line) for line in file if line.strip()]
+            else:
+                return [], [f"table: {path} must be a .csv or a .jsonl file"]
     except (OSError, ValueError) as error:
         return [], [f"table: {path}: {error}"]
     good, problems = [], [] if rows else [f"table: no row in {path}"]
@@ -481,8 +481,9 @@ def check_row(row: Any) -> list[str]:
     """Return the problems of one row of a table."""
     if not isinstance(row, dict):
         return [f'wanted {{"images": [...], "prompt": "..."}}, got {str(row)[:40]}']
-    strange = sorted(str(key) for key in row.keys() - {*COLUMNS})
-    problems = [f"unknown column '{key}'{nearest(key, COLUMNS)}" for key in strange]
+    problems = ["more cells than columns; quote a text with commas"] if None in row else []
+    strange = sorted(row.keys() - {*COLUMNS, None})
+    problems += [f"unknown column '{key}'{nearest(key, COLUMNS)}" for key in strange]
     images = row.get("images") or row.get("image")
     names = images if isinstance(images, list) else [images]
     names = [name for text in names for name in (text.split(";") if isinstance(text, str) else [0])]
@@ -1306,8 +1307,7 @@ class SliderPainter(Painter):
         length = config.max_sequence_length
         self.texts = script.encode_texts(self.folder, prompts, length, self.dtype, device)
         gc.collect()  # KEEP: the encoders are never in memory together with the transformer
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self.vae = script.load_vae(self.folder, device)
         self.token_px = 2 * 2 ** (len(self.vae.config.block_out_channels) - 1)
         precision = config.base_model_precision

@@ -37,18 +37,23 @@ from tqdm.auto import tqdm
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from demo import (
+    BASE_DIR,
+    FACE_PAIRS_DIR,
+    FLUX_BASE_DIR,
+    HAIR_PAIRS_DIR,
+    HELD_OUT,
+    PAIRS_DIR,
+    ROOT,
+    SD_BASE_DIR,
+)
 from utils import UserError, load_script, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
-PAIRS_DIR, BASE_DIR = Path("data/photo_pairs"), Path("demo/qwen_edit_base")
-HELD_OUT = ("astronaut0", "chelsea1", "coffee2")  # neither the base nor the LoRA ever sees them
 SIZES_PX = ((160, 160), (192, 128), (128, 192))  # (W, H) buckets of configs/demo_qwen_edit.yaml
 VISION_PX = 64  # side of the picture shown to the text encoder
 LATENT_CHANNELS = 16
-FLUX_BASE_DIR, FACE_PAIRS_DIR = Path("demo/flux_slider_base"), Path("demo/slider_pairs")
 FACE_PX, PAIR_AGES = 32, {"source": 0.4, "target": 0.6}
 TEXT_TOKENS = 16  # max_sequence_length of configs/demo_pairedit.yaml
-SD_BASE_DIR, HAIR_PAIRS_DIR = Path("demo/sd_pairs_base"), Path("demo/hair_pairs")
 PHOTO_PX, HAIR_AGES = 64, {"before": 0.2, "after": 0.6}
 DARK_HAIR, WHITE_HAIR = np.array([0.2, 0.13, 0.1]), np.array([0.95, 0.95, 0.95])
 AGE_PROMPTS = (

@@ -191,6 +191,18 @@ def test_many_rows_skip_what_is_done_and_end_in_a_contact_sheet(kind, checkpoint
         assert files == {"photo": photos / f"{name}.png", "scale 0": out / f"{name}.png"}
 
 
+def test_a_text_of_several_lines_stays_whole(tmp_path):
+    """As Excel and JSON write it; a comma without quotes is named."""
+    table = tmp_path / "t.csv"
+    table.write_text('image,prompt\na.png,"make it snow\nand rain"\nb.png,one, two\n')
+    [row], problems = generate.read_jobs(table)
+    assert row["prompt"] == "make it snow\nand rain"
+    assert len(problems) == 1 and "quote" in problems[0] and "row 2" in problems[0]
+    lines = json.dumps({"image": "a.png", "prompt": "one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "t.jsonl").write_text(lines, encoding="utf-8")
+    assert generate.read_jobs(tmp_path / "t.jsonl")[0][0]["prompt"] == "one\u2028two"
+
+
 def test_rows_may_have_different_numbers_of_references(checkpoints, call, tmp_path):
     images = [[str(REFERENCE)], [str(REFERENCE), str(PAIRS / "coffee0_R.png")]]
     rows = [json.dumps({"images": its, "prompt": "x", "name": f"n{len(its)}"}) for its in images]

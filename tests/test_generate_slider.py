@@ -371,6 +371,16 @@ def test_converting_there_and_back_keeps_the_strength(rank, alpha, flux, bare, p
         assert torch.allclose(theirs, changes_of(wanted)[LAYERS[0]], atol=1e-5)
 
 
+def test_a_file_is_not_converted_into_itself_or_to_where_nothing_can_be_written(flux, tmp_path):
+    file, blocked = tmp_path / "a.safetensors", tmp_path / "file"
+    for path in (file, blocked):
+        path.write_text("x")
+    for target in (file, blocked / "b.safetensors"):
+        with pytest.raises(UserError, match=str(target.parent)):
+            tool.convert(file, target, False, str(flux))
+    assert file.read_text() == "x"
+
+
 # -- the training file
 
 

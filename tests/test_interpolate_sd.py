@@ -126,8 +126,8 @@ def test_the_products_of_the_loras_are_interpolated(morph):
 def test_the_ends_are_the_pictures_and_the_rest_lies_between(morph):
     shares = [0.0, 0.25, 0.5, 0.75, 1.0]
     frames = morph.draw(shares)
-    assert tool.psnr(frames[0], morph.kept[0]) > 80
-    assert tool.psnr(frames[-1], morph.kept[1]) > 80
+    assert tool.decibels(frames[0], morph.kept[0]) > 80
+    assert tool.decibels(frames[-1], morph.kept[1]) > 80
     span = (frames[0] - frames[-1]).square().mean().sqrt()
     for end, order in ((0, 1), (-1, -1)):
         away = [(x - frames[end]).square().mean().sqrt().item() for x in frames]

@@ -9,7 +9,8 @@ Page: docs/interpolate_sd.md
     ... --help | --help fit
 
 Writes between_frame00.png, between_frame01.png ..., the sheet between.png, and of a .gif the
-animation, there and back. Run again it draws what is missing.
+animation, there and back. Run again it draws nothing, or
+all frames where one is missing or made with other settings.
 
 DiffMorpher (Zhang et al. 2023, arXiv 2312.07409) with three changes. The products of the two LoRAs
 are interpolated, not their factors (which differ by a (1 - a) (B0 - B1)(A0 - A1)). Every step gets
@@ -23,8 +24,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,15 +32,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from generate import decibels, fit_photo, read_settings, save_picture
 from utils import (
     Section,
     UserError,
     cache_key,
+    check_device,
     check_writable,
     contact_sheet,
     hash_file,
@@ -57,7 +56,6 @@ from utils import (
     uniform,
 )
 
-SETTINGS_KEY = "image_edit"  # PNG text chunk
 ENDS = ("first", "last")  # adapters, one fitted to each picture
 
 
@@ -95,12 +93,6 @@ def even_shares(shares: Sequence[float], distances: Sequence[float]) -> list[flo
     if way[-1] == 0:
         return list(shares)
     return np.interp(np.linspace(0, way[-1], len(shares)), way, shares).tolist()
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return dB between two pictures in [-1, 1]; 200 at most."""
-    error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean().item()
-    return 200.0 if error < 4e-20 else 10 * math.log10(4 / error)
 
 
 class EndsAttention:
@@ -144,6 +136,7 @@ def fit_file(config: Config, end: int, size: tuple[int, int]) -> Path:
     names = {*FitConfig.model_fields, "pretrained_model_name_or_path", "dtype", "seed"}
     photo, settings = config.image[end], config.model_dump(mode="json", include=names)
     settings |= {"photo": hash_file(photo), "size": size, "prompt": config.said[end]}
+    settings["script"] = hash_file(Path(sd_script(config.script).__file__))
     key = cache_key("fitted", **settings)
     return config.output.with_name(f"{photo.stem}-fitted-{key[:16]}.safetensors")
 
@@ -294,11 +287,6 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name) if name else here or torch.device("cpu")
 
 
-def fit_photo(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Return a picture cropped around its middle and resized to (W, H) px."""
-    return ImageOps.fit(open_rgb(path), size, Image.Resampling.LANCZOS)
-
-
 def frame_size(sd: Any, config: Config) -> tuple[int, int]:
     """Return (W, H) px of the frames: the bucket of the first picture."""
     first = open_rgb(config.image[0])
@@ -314,27 +302,13 @@ def frame_files(config: Config) -> list[Path]:
     return [output.with_name(f"{output.stem}_frame{n:02d}.png") for n in range(config.frames)]
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return what a picture says about itself; {} if there is none, or from elsewhere."""
-    try:
-        with Image.open(path) as image:
-            return dict(json.loads(image.info.get(SETTINGS_KEY, "{}")))
-    except (OSError, SyntaxError, ValueError):
-        return {}
-
-
-def save_picture(path: Path, image: Image.Image, about: dict[str, Any]) -> None:
-    """Write a PNG with what it says about itself, complete or not at all."""
-    info = PngInfo()
-    info.add_itxt(SETTINGS_KEY, json.dumps(about, ensure_ascii=False))
-    save_atomic(path, lambda file: image.save(file, format="PNG", pnginfo=info))
-
-
 def draw_frames(sd: Any, config: Config) -> None:
     """Draw all frames where one is missing, then the sheet, the page, the animation."""
     files, last = frame_files(config), config.frames - 1
     paths = {"image", "output", "script", "html", "device"}
-    settings = config.model_dump(mode="json", exclude=paths) | {"script": Path(sd.__file__).name}
+    settings = config.model_dump(mode="json", exclude=paths) | {
+        "script": hash_file(Path(sd.__file__))
+    }
     images = [{"file": str(file), "blake2b": hash_file(file)} for file in config.image]
     decides = {"settings": settings, "photos": [image["blake2b"] for image in images]}
     plan = [decides | {"frame": n} for n in range(config.frames)]
@@ -345,11 +319,11 @@ def draw_frames(sd: Any, config: Config) -> None:
         morph = Morph(sd, config)
         shares, pixels = morph.draw_evenly([n / last for n in range(config.frames)])
         wanted = morph.pixels if config.restore_detail else morph.kept
-        decibels = [round(psnr(pixels[end], wanted[end]), 1) for end in (0, -1)]
+        ends_db = [round(decibels(pixels[end], wanted[end]), 1) for end in (0, -1)]
         kind = "the pictures" if config.restore_detail else "decode(encode(picture))"
-        print(f"the ends are {kind} at {decibels[0]} and {decibels[1]} dB")
+        print(f"the ends are {kind} at {ends_db[0]} and {ends_db[1]} dB")
         for n, x in enumerate(pixels):
-            about = {"images": images, "share": round(shares[n], 6), "ends_db": decibels}
+            about = {"images": images, "share": round(shares[n], 6), "ends_db": ends_db}
             save_picture(files[n], sd.to_image(x[0]), plan[n] | about)
     heads = [file.stem[-7:] for file in files]
     frames = [open_rgb(file) for file in files]
@@ -430,11 +404,7 @@ def check(config: Config) -> list[str]:
             open_rgb(file)
         except UserError as error:
             problems.append(f"image: {error}")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        problems.append(f"device: '{config.device}': {str(error).splitlines()[0]}")
-    return problems
+    return problems + check_device("device", config.device)
 
 
 def main() -> None:

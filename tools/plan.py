@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import FileIndex, load_config, load_script, read_model_json, run_script
+from utils import FileIndex, UserError, load_config, load_script, read_model_json, run_script
 
 TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}  # 16 bit, dense, as published
 CONTEXT_GB = 1.0  # what CUDA and its libraries keep for themselves
@@ -483,7 +483,9 @@ def plan_sd(script: Any, config: Any) -> str:
 
 def main() -> None:
     """Load the script that is named first, and plan a run of its config."""
-    script = load_script(Path(sys.argv[1] if len(sys.argv) > 1 else ""))
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        raise UserError("usage: python tools/plan.py SCRIPT --config FILE")
+    script = load_script(Path(sys.argv[1]))
     print(plan(script, load_config(script.Config, sys.argv[2:], check=script.audit)))
 
 
