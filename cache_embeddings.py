@@ -73,7 +73,7 @@ def verify(trainer: Any) -> None:
     for file in progress(entry_files(trainer.cache_dir), "verify"):
         try:
             read_entry(file)
-        except ValueError as error:
+        except UserError as error:
             damaged += 1
             print(f"deleted: {error}")
             file.unlink()

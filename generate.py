@@ -1322,7 +1322,7 @@ class SliderPainter(Painter):
         if wanted == self.attached:
             return
         for name in self.attached:
-            for layer in self.script.slider_layers(self.transformer, name).values():
+            for layer in self.script.adapted_layers(self.transformer, name).values():
                 del layer.down[name], layer.up[name]
         for name, path in wanted.items():
             factors = read_slider(find_lora(path, self.allow_pickle), self.transformer)

@@ -895,7 +895,7 @@ def draw_sd(
 
     # KEEP: latents are no pixels; where a config says nothing, DDIM would clip them
     scheduler = diffusers.DDIMScheduler.from_config(schedule, clip_sample=False)
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(steps)  # on the CPU: on a GPU each step would wait for its timestep
     drawn: dict[float, torch.Tensor] = {}
     moved = sorted({scale for scale in scales if scale})
     for strengths in [[0.0]] * (0 in scales) + [moved] * bool(moved):
@@ -1312,6 +1312,10 @@ class SDTrainer:
                 self.class_samples = check_samples(config, samples, index)[0]
         shapes = [sample.size for sample in self.samples]
         self.batches = Batches(shapes, config.train_batch_size, config.seed)
+        steps, kind = self.total_steps(), config.lr_scheduler
+        if config.lr_warmup_steps >= steps and not kind.startswith("constant"):
+            text = f"lr_warmup_steps: {config.lr_warmup_steps} of the {steps} steps of this run"
+            raise UserError(f"{text}; lr_scheduler {kind} needs some after them")
 
     def epoch_steps(self) -> int:
         """Return the optimizer steps of a pass over the data."""
@@ -1344,7 +1348,7 @@ class SDTrainer:
         for key in share:
             try:
                 utils.read_entry(path := utils.entry_path(self.cache_dir, key))
-            except ValueError as error:
+            except UserError as error:
                 if path.exists():
                     log.warning("%s; it is built again", error)
                 todo.append(key)
@@ -1359,11 +1363,8 @@ class SDTrainer:
 
     @functools.lru_cache(maxsize=2048)  # noqa: B019 (as long as the trainer)
     def entry(self, sample: Sample) -> dict[str, torch.Tensor]:
-        """Return the tensors of a sample's entry, on the CPU."""
-        try:
-            return utils.read_entry(utils.entry_path(self.cache_dir, self.key_of(sample)))
-        except ValueError as error:
-            raise UserError(f"{error}. Repair: cache_embeddings.py --verify") from error
+        """Return the tensors of a sample's entry, on the CPU. Raises UserError."""
+        return utils.read_entry(utils.entry_path(self.cache_dir, self.key_of(sample)))
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor on the device. KEEP pinned: the loop must not wait for the GPU here."""
@@ -1485,13 +1486,7 @@ class SDTrainer:
 
 # the last class comes first in --help and config.yaml
 class Config(
-    ResultsConfig,
-    AdapterConfig,
-    TrainingConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    PicturesConfig,
-    Section,
+    ResultsConfig, AdapterConfig, TrainingConfig, NoiseConfig, ObjectiveConfig, PicturesConfig
 ):
     """train_dreambooth_pairs.py: LoRAs for Stable Diffusion 1.5, from single pictures or pairs."""
 
@@ -1509,7 +1504,6 @@ class Config(
         folders = "before_data_dir with after_data_dir, or sequence_dirs"
         unlike = len(set(scales)) == len(scales) == len(times)
         objective = f"no '{name}'{nearest(name, OBJECTIVES)}; more are in experiments/"
-        falls = not self.lr_scheduler.startswith("constant")
         learns_change = self.objective not in ("joint", "instance")
         return {
             f"pair_objective: {objective}": name not in OBJECTIVES,
@@ -1524,8 +1518,6 @@ class Config(
             "with_prior_preservation needs class_data_dir and class_prompt": prior and no_class,
             "region_weight: only pairs have a region of change": self.region_weight and not pairs,
             f"calibrate: {self.objective} learns no change": self.calibrate and not learns_change,
-            f"lr_warmup_steps: {self.lr_scheduler} needs some steps after them": falls
-            and self.lr_warmup_steps >= (self.max_train_steps or math.inf),
             "timestep_min is above timestep_max": self.timestep_min > self.timestep_max,
         }
 

@@ -302,10 +302,9 @@ def next_batch(trainer: PairEditTrainer) -> tuple[list[Sample], PairBatch]:
     for i in range(count * rank, count * (rank + 1)):
         sample = alike[int(utils.uniform(*key, "pair", i) * len(alike))] if i else first
         part = (i + utils.uniform(*key, "sigma", i)) / (count * accelerator.num_processes)
-        noise = utils.normal(trainer.tokens[sample].shape[1:], *key, "noise", i)
-        if config.num_noise_seeds:  # torch's own of a few seeds, in the shape of tokens
-            seed = int(utils.uniform(*key, "noise", i) * config.num_noise_seeds)
-            noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed))
+        few, shape = config.num_noise_seeds, trainer.tokens[sample].shape[1:]
+        seed = int(utils.uniform(*key, "noise", i) * few) if few else draw_key(*key, "noise", i)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         samples.append(sample)
         levels.append(config.start_step + int(part * (config.end_step - config.start_step + 1)))
         tokens.append(torch.cat([noise[None], trainer.tokens[sample]]))
@@ -407,9 +406,9 @@ class SliderLinear(torch.nn.Module):
         return F.linear(F.linear(x, down), up)
 
 
-def slider_layers(transformer: Any, name: str) -> dict[str, SliderLinear]:
+def adapted_layers(model: Any, name: str) -> dict[str, SliderLinear]:
     """Return {path: layer} of those that have the adapter `name`."""
-    layers = transformer.named_modules()
+    layers = model.named_modules()
     return {p: x for p, x in layers if isinstance(x, SliderLinear) and name in x.down}
 
 
@@ -446,7 +445,7 @@ def add_slider(
 @torch.no_grad()
 def start_slider(transformer: Any, name: str, train_method: str, *parts: object) -> None:
     """Set an adapter to values that change nothing yet: a function of `parts`."""
-    for path, layer in slider_layers(transformer, name).items():
+    for path, layer in adapted_layers(transformer, name).items():
         down, up = layer.down[name].zero_(), layer.up[name].zero_()
         if train_method == "full":  # Kaiming-uniform with a = 1
             draw = torch.Generator().manual_seed(draw_key(*parts, path))
@@ -462,7 +461,7 @@ def save_slider(path: Path, transformer: Any, name: str, about: dict[str, Any]) 
     from peft import LoraConfig
 
     # KEEP alpha = r: loaders look for alpha in metadata, in `.alpha` keys, or nowhere
-    layers, tensors = slider_layers(transformer, name), {}
+    layers, tensors = adapted_layers(transformer, name), {}
     for where, layer in layers.items():
         down, up = layer.down[name].detach(), layer.up[name].detach() * layer.strength[name]
         tensors[f"transformer.{where}.lora_A.weight"] = down.cpu().clone()
@@ -479,7 +478,7 @@ def save_slider(path: Path, transformer: Any, name: str, about: dict[str, Any]) 
 def save_original(path: Path, transformer: Any, name: str) -> None:
     """Write the format of PairEdit and Concept Sliders: lora_unet_* keys with alpha, torch.save."""
     tensors = {}
-    for where, layer in slider_layers(transformer, name).items():
+    for where, layer in adapted_layers(transformer, name).items():
         key, down = f"lora_unet_{where.replace('.', '_')}", layer.down[name].detach()
         tensors[f"{key}.lora_down.weight"] = down.cpu().clone()
         tensors[f"{key}.lora_up.weight"] = layer.up[name].detach().cpu().clone()
@@ -1084,7 +1083,7 @@ def save_run(trainer: PairEditTrainer) -> None:
         text = f"the weights of step {step} are not finite; nothing of it was saved"
         raise UserError(f"{text}. Lower learning_rate")
     settings = trained_as(trainer, run)
-    about = {"script": "train_pairedit.py", "step": step, **run._asdict(), **settings}
+    about = {"script": Path(__file__).name, "step": step, **run._asdict(), **settings}
 
     def write_loras(_: Path) -> None:
         for number, name in enumerate(reversed(adapters_of(config.python_name))):
@@ -1106,7 +1105,7 @@ base_model: {0}
 library_name: diffusers
 tags: [text-to-image, lora, flux, pairedit]
 ---
-LoRA "{1}" for {0}, trained with train_pairedit.py (settings: config.yaml). To draw with it:
+LoRA "{1}" for {0}, trained with {3} (settings: config.yaml). To draw with it:
 
     {2}
 """
@@ -1124,7 +1123,7 @@ def write_card(trainer: PairEditTrainer) -> str:
         f"--num_inference_steps {config.num_inference_steps} --resolution {config.resolution} "
         f"--max_sequence_length {config.max_sequence_length} --output strip.png"
     )
-    card = SLIDER_CARD.format(base, run.dataset, command)
+    card = SLIDER_CARD.format(base, run.dataset, command, Path(__file__).name)
     utils.save_text(trainer.output_dir / "README.md", card)
     return command
 
@@ -1196,7 +1195,7 @@ class PairEditTrainer:
         return cache_key("flux sample", vae=vae, content=content, size=job.size)
 
     def cached(self, job: Sample | str) -> dict[str, torch.Tensor]:
-        """Return the cache entry of a sample or prompt. Raises ValueError if it is damaged."""
+        """Return the cache entry of a sample or prompt. Raises UserError if it is damaged."""
         return utils.read_entry(utils.entry_path(self.cache_dir, self.key_of(job)))
 
     def cache_jobs(self) -> dict[str, Sample | str]:
@@ -1212,7 +1211,7 @@ class PairEditTrainer:
         for key in sorted(jobs)[accelerator.process_index :: accelerator.num_processes]:
             try:
                 self.cached(jobs[key])
-            except ValueError as error:
+            except UserError as error:
                 todo[jobs[key]] = key
                 if utils.entry_path(self.cache_dir, key).exists():
                     log.warning("%s; it is built again", error)
@@ -1297,23 +1296,23 @@ class PairEditTrainer:
         self.cache_embeddings()
         with utils.StopSignal() as stop:
             for run, start in starts.items():
-                log.info("%s: from step %d", run_folder(self.config, run), start[1] if start else 0)
-                if start and start[1] >= self.total_steps():
-                    continue
-                self.start_run(run)
-                # a signal may have come while models were loaded or the last preview was drawn
-                if stop.agreed(self.accelerator, True) or train_run(self, start, stop):
+                step, folder = start[1] if start else 0, run_folder(self.config, run)
+                log.info("%s: step %d of %d", folder, step, self.total_steps())
+                if step < self.total_steps() and train_run(self, run, start, stop):
                     log.info("stopped; to go on: --resume_from_checkpoint latest")
                     break
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
 
-def train_run(trainer: PairEditTrainer, start: Any, stop: utils.StopSignal) -> bool:
+def train_run(trainer: PairEditTrainer, run: Run, start: Any, stop: utils.StopSignal) -> bool:
     """Train from the beginning or a checkpoint (folder, step); return whether a signal ended it."""
-    accelerator, checkpoints, folder = trainer.accelerator, trainer.checkpoints, trainer.output_dir
+    accelerator, folder = trainer.accelerator, run_folder(trainer.config, run)
     main = accelerator.is_main_process
-    with checkpoints.only_run() if main else contextlib.nullcontext():
+    with utils.Checkpoints(folder).only_run() if main else contextlib.nullcontext():
+        trainer.start_run(run)
+        if stop.agreed(accelerator, True):  # it came while models were loaded or a preview drawn
+            return True
         if start:
             state = torch.load(start[0] / "training_state.pt", "cpu", weights_only=True)
             for parameter, value in zip(trainer.trained, state["adapters"], strict=True):
@@ -1321,7 +1320,7 @@ def train_run(trainer: PairEditTrainer, start: Any, stop: utils.StopSignal) -> b
             trainer.optimizer.load_state_dict(state["optimizer"])
             trainer.global_step = start[1]
         elif main:
-            checkpoints.set_aside("*epoch*.safetensors", "*.pt")
+            trainer.checkpoints.set_aside("*epoch*.safetensors", "*.pt")
         run_log = RunLog(accelerator, folder, trainer.config, trainer.global_step)
         if main:
             utils.run_record(folder, trainer.config, Path(__file__))

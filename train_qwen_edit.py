@@ -209,7 +209,7 @@ class LoggingConfig(Section):
 def train_step(trainer: Trainer, batches: list[Any]) -> tuple[list[str], dict[str, Any]]:
     """Take one optimizer step over micro-batches; return the names of the samples, the losses."""
     if "error" in batches[0]:
-        raise UserError(f"{batches[0]['error']}. Repair: cache_embeddings.py --verify")
+        raise UserError(batches[0]["error"])
     accelerator, total = trainer.accelerator, sum(batch_size(batch) for batch in batches)
     loss = torch.zeros((), device=trainer.device)
     for number, batch in enumerate(batches):
@@ -880,7 +880,6 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
     """Make one variant per batch config and caption (suffix layout). Raises ValueError."""
     files, batches = row.files, ds.batch_configs
-
     rest = 1 - sum(batch.weight or 0 for batch in batches)
     share = max(0, round(rest / max(1, sum(b.weight is None for b in batches)), 9))
     for batch in batches:
@@ -1359,7 +1358,7 @@ class PairData(torch.utils.data.Dataset):
         return batch
 
     def read(self, job: Job) -> torch.Tensor:
-        """Return what lies in the cache. Raises ValueError where it is missing or damaged."""
+        """Return what lies in the cache. Raises UserError where it is missing or damaged."""
         path = utils.entry_path(self.config.cache.cache_dir, job.key(self.encoders))
         return utils.read_entry(path)[job.kind]
 
@@ -1484,10 +1483,11 @@ def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> 
     def check(path: Path) -> dict[str, Any]:
         """Read an entry; one that is damaged is deleted."""
         try:
-            return {"tensors": len(utils.read_entry(path))}
-        except ValueError:
+            utils.read_entry(path)
+        except UserError:
             path.unlink(missing_ok=True)
             raise
+        return {}
 
     for problem in index.update([places[key] for key in share if places[key].exists()], check):
         log.warning("%s; it is built again", problem)
@@ -1993,8 +1993,10 @@ def validate(trainer: Trainer, run_log: RunLog) -> None:
     transformer.eval()
     if not trainer.base_pictures:
         transformer.disable_adapters()
-        trainer.base_pictures = draw_edits(trainer, examples)
-        transformer.enable_adapters()
+        try:
+            trainer.base_pictures = draw_edits(trainer, examples)
+        finally:
+            transformer.enable_adapters()
     columns = {"base": trainer.base_pictures}
     for head in ("LoRA", "EMA") if trainer.ema else ("LoRA",):
         with trainer.averaged(ema=head == "EMA"):
@@ -2077,11 +2079,10 @@ class StepPlan:
     def __init__(self, data: PairData, accelerator: Any, first_step: int = 0) -> None:
         self.data, self.first_step, train = data, first_step, data.config.train
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
-        batch_size = data.config.data.batch_size
-        self.size = batch_size * train.gradient_accumulation_steps * self.processes
-        numbers = sorted(set(range(len(data.samples))) - set(data.held_out))
-        repeats = {number: data.dataset(Draw(0, number)).repeats for number in numbers}
-        self.visits = [number for number in numbers for _ in range(repeats[number])]
+        self.size = data.config.data.batch_size * train.gradient_accumulation_steps * self.processes
+        repeats = [d.repeats for d in data.config.data.dataset_configs]
+        trained = [(n, sample) for n, sample in enumerate(data.samples) if not sample.held_out]
+        self.visits = [n for n, sample in trained for _ in range(repeats[sample.dataset])]
         self.steps_per_epoch = math.ceil(len(self.visits) / self.size)
         epochs = train.num_epochs or math.inf
         self.steps = int(min(train.max_train_steps, epochs * self.steps_per_epoch))
@@ -2367,7 +2368,7 @@ class QwenImageEditTrainer:
         if not self.use_cache:
             return self.encode(job, *devices)
         self.find_encoders()
-        with contextlib.suppress(ValueError):  # missing or damaged: encode it
+        with contextlib.suppress(UserError):  # missing or damaged: encode it
             return self.data.read(job)
         tensors = {job.kind: self.encode(job, *devices)}
         utils.write_entry(self.cache_dir, job.key(self.data.encoders), tensors)
@@ -2560,13 +2561,12 @@ class QwenImageEditTrainer:
         return self.config.seed, "loader", purpose, rank, self.global_step, self.drawn
 
     def _training_step_cached(self, batch: dict[str, Any]) -> torch.Tensor:
+        if "noise" not in batch:  # before the batch goes to the device, all of it together
+            noise = normal(batch["pixel_latent"].shape, *self._loader_chance("noise"))
+            batch, self.drawn = {**batch, "noise": noise}, self.drawn + 1
         batch = self.to_device(batch)
         if not isinstance(batch["control_latent"], list):
             batch["control_latent"] = [batch["control_latent"]]
-        if "noise" not in batch:
-            chance = self._loader_chance("noise")
-            batch["noise"] = normal(batch["pixel_latent"].shape, *chance).to(self.device)
-            self.drawn += 1
         embeds = batch["prompt_embed"].to(self.weight_dtype)
         if "zeroed" in batch:  # caption_dropout_mode: zero
             embeds = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
@@ -2692,10 +2692,12 @@ class QwenImageEditTrainer:
         self.optimizer.eval()
         if ema and self.ema:
             copy_into(parameters, self.ema.averages)
-        yield
-        self.optimizer.train()
-        # KEEP: schedule-free's own way back is a lerp, right to rounding only
-        copy_into(parameters, trained)
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            # KEEP: schedule-free's own way back is a lerp, right to rounding only
+            copy_into(parameters, trained)
 
     def _save_adapters(self, folder: Path) -> None:
         with self.averaged():

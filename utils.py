@@ -43,6 +43,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+REPAIR = "Repair: cache_embeddings.py --verify"
 CACHE_FORMAT = 2  # raise it when entries change their meaning: old ones are then built again
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -555,15 +556,15 @@ def write_entry(cache_dir: Path, key: str, tensors: dict[str, torch.Tensor]) -> 
 
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
-    """Read an entry's tensors. Raises ValueError, with its name, where missing or damaged."""
+    """Read an entry's tensors. Raises UserError, with its name, where missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             expected = (file.metadata() or {}).get("crc32")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cache entry {path} cannot be read: {error}") from error
+        raise UserError(f"cache entry {path} cannot be read: {error}. {REPAIR}") from error
     if _checksum(tensors) != expected:
-        raise ValueError(f"cache entry {path} is damaged: its checksum is wrong")
+        raise UserError(f"cache entry {path} is damaged: its checksum is wrong. {REPAIR}")
     return tensors
 
 
@@ -661,7 +662,7 @@ class Checkpoints:
                 raise UserError(f"resume_from_checkpoint: no valid checkpoint {named}{names}")
             log.warning("%s is damaged; looking for an older one", folder)
         if not found:
-            log.info("no checkpoint in %s: starting from step 0", self.output_dir)
+            log.info("%s: starting from step 0", self.output_dir)
             return None
         newer = [f.name for f in there if int(f.name.rpartition("-")[2]) > found["step"]]
         if newer and wanted != "latest":

@@ -47,7 +47,8 @@ from demo import (
     ROOT,
     SD_BASE_DIR,
 )
-from utils import UserError, load_script, run_script
+from train_qwen_edit import load_processor  # needs no torchvision
+from utils import UserError, run_script
 
 SIZES_PX = ((160, 160), (192, 128), (128, 192))  # (W, H) buckets of configs/demo_qwen_edit.yaml
 VISION_PX = 64  # side of the picture shown to the text encoder
@@ -153,11 +154,6 @@ def build_text_encoder(tokenizer: Any, hidden: int = 64, layers: int = 2) -> Any
         vision_end_token_id=token_id("<|vision_end|>"),
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
-
-
-def load_processor(folder: Path) -> Any:
-    """As the training script does, which needs no torchvision."""
-    return load_script(ROOT / "train_qwen_edit.py").load_processor(folder)
 
 
 def build_processor(tokenizer: Any) -> Any:

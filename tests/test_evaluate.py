@@ -517,7 +517,10 @@ def test_wrong_settings_are_named_at_once(tmp_path):
         (["--edited_dir", "e", "--after_dir", "e", "--after_suffix", "_X"], ["_X"]),
         (["--results", "e"], ["e: nothing of generate.py", "--edited_dir"]),
         (["--results", "r", "--device", "cuda:99"], ["cuda:99"]),
-        (["--results", "two", "--after_dir", "none"], ["two: no such folder", "none: no such folder"]),
+        (
+            ["--results", "two", "--after_dir", "none"],
+            ["two: no such folder", "none: no such folder"],
+        ),
         (["--edited_dir", "bad", "--after_dir", "e"], ["bad/a.png"]),
         (["--edited_dir", "twice", "--after_dir", "e"], ["several pictures are called a"]),
         (["--results", "r", "--output_dir", "e/a.png/x"], ["cannot write"]),

@@ -137,7 +137,7 @@ def test_a_slider_leaves_nothing_behind_for_the_next(painter, bare, loras, tmp_p
     save_file(tool.to_diffusers(factors), few)
     for file, layers in ((loras["a"], 22), (few, 2)):
         painter.draw_tokens(strip((file, 0)), [1.0])
-        assert len(train_pairedit.slider_layers(painter.transformer, "slider0")) == layers
+        assert len(train_pairedit.adapted_layers(painter.transformer, "slider0")) == layers
 
 
 def parts_of_steps(painter, drawn, positions):

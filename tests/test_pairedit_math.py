@@ -53,7 +53,7 @@ def filled(trainer, scale=0.3):
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name in script.adapters_of(trainer.config.python_name):
-            for layer in script.slider_layers(trainer.bare, name).values():
+            for layer in script.adapted_layers(trainer.bare, name).values():
                 for factor in (layer.down[name], layer.up[name]):
                     factor.copy_(torch.randn(factor.shape, generator=draw) * scale)
     return trainer
@@ -206,7 +206,7 @@ def test_a_new_adapter_changes_no_bit_and_starts_as_pairedits(method, make_slide
     clean = script.load_flux(trainer.folder, "no_change", torch.float32, CPU)(**arguments)[0]
     trainer.switch.parts = [(Active("content"), Active("semantic"))]
     assert torch.equal(trainer.bare(**arguments)[0], clean)
-    layers = script.slider_layers(trainer.bare, "semantic").values()
+    layers = script.adapted_layers(trainer.bare, "semantic").values()
     for layer in layers:
         down, up = layer.down["semantic"], layer.up["semantic"]
         assert down.requires_grad and up.requires_grad == (method == "full")
@@ -243,7 +243,7 @@ def test_the_same_factors_in_peft_give_the_same_output(make_slider):
     ours = trainer.bare(**arguments)[0]
     other = script.load_flux(trainer.folder, "no_change", torch.float32, CPU)
     other.add_adapter(LoraConfig(r=16, lora_alpha=1, target_modules=list(script.ATTENTION)))
-    layers = script.slider_layers(trainer.bare, "semantic")
+    layers = script.adapted_layers(trainer.bare, "semantic")
     adapted = [name for name, m in other.named_modules() if hasattr(m, "lora_A")]
     assert sorted(adapted) == sorted(layers)
     for path, layer in layers.items():
@@ -367,7 +367,7 @@ def test_one_euler_step_from_z_to_sigma_0_moves_eta_sigma_of_the_way(objective):
 
 def gradients(trainer, name):
     """{path: (d down, d up)} of one adapter."""
-    layers = script.slider_layers(trainer.bare, name).items()
+    layers = script.adapted_layers(trainer.bare, name).items()
     return {path: (layer.down[name].grad, layer.up[name].grad) for path, layer in layers}
 
 
@@ -402,7 +402,7 @@ def test_the_fused_pass_has_the_gradients_of_pairedits_two_passes(checkpointing,
         for grads in alone[other].values():  # no loss reaches into the other adapter
             assert all(grad is None or not grad.any() for grad in grads)
     content = backward(trainer, [passes[0]._replace(active=(Active("content"),))])["content"]
-    for layer in script.slider_layers(trainer.bare, "content").values():
+    for layer in script.adapted_layers(trainer.bare, "content").values():
         layer.down["content"].requires_grad_(False)
         layer.up["content"].requires_grad_(False)
     second = passes[1]._replace(active=(Active("content"), Active("semantic")))
@@ -477,7 +477,7 @@ def test_the_saved_slider_has_its_strength_in_diffusers(method, make_slider, che
     trainer.switch.parts = [()]
     assert (trainer.bare(**arguments)[0] - ours).abs().max() > 1e-3
     tensors = load_file(file)
-    for path, layer in script.slider_layers(trainer.bare, "semantic").items():
+    for path, layer in script.adapted_layers(trainer.bare, "semantic").items():
         assert torch.equal(tensors[f"transformer.{path}.lora_A.weight"], layer.down["semantic"])
         assert torch.equal(tensors[f"transformer.{path}.lora_B.weight"] * 16, layer.up["semantic"])
     with safe_open(file, framework="pt") as opened:
@@ -487,7 +487,7 @@ def test_the_saved_slider_has_its_strength_in_diffusers(method, make_slider, che
 def test_transposed_factors_are_saved(make_slider, tmp_path):
     """Those of an SVD, for an adapter that starts from the weights."""
     trainer = prepared(make_slider())
-    path, layer = next(iter(script.slider_layers(trainer.bare, "semantic").items()))
+    path, layer = next(iter(script.adapted_layers(trainer.bare, "semantic").items()))
     up, _, down = torch.linalg.svd(layer.base.weight)
     factors = {path: (down.T[:, :4].T, up[:, :4].T.contiguous().T)}
     script.add_slider(trainer.bare, trainer.switch, "own", factors, 1.0)
@@ -499,7 +499,7 @@ def test_the_original_format_has_pairedits_keys(make_slider, tmp_path):
     trainer = filled(prepared(make_slider()))
     script.save_original(tmp_path / "slider.pt", trainer.bare, "content")
     tensors = torch.load(tmp_path / "slider.pt", weights_only=True)
-    layers = script.slider_layers(trainer.bare, "content")
+    layers = script.adapted_layers(trainer.bare, "content")
     assert len(tensors) == 3 * len(layers) == 3 * (2 * 8 + 2 * 3)
     head = "lora_unet_transformer_blocks_0_attn_to_out_0"
     layer = layers["transformer_blocks.0.attn.to_out.0"]

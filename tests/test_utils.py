@@ -249,7 +249,7 @@ def test_entries_keep_every_bit_and_damage_is_noticed_and_named(harm, tmp_path):
         path.unlink()
     else:
         path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b""}[harm])
-    with pytest.raises(ValueError, match="ab" * 16):
+    with pytest.raises(UserError, match="ab" * 16):
         utils.read_entry(path)
 
 
