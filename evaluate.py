@@ -375,8 +375,7 @@ def same_pictures(rows: list[Result], notes: list[str]) -> list[Result]:
     names: dict[str, set[str]] = {}
     for row in rows:
         names.setdefault(row.column, set()).add(row.name)
-    shared = set.intersection(*names.values())
-    if not shared:
+    if not (shared := set.intersection(*names.values())):
         notes.append("no picture is in every column: means are of different ones")
         return rows
     kept = [row for row in rows if row.name in shared]

@@ -1300,9 +1300,14 @@ class SDTrainer:
         self.class_samples: list[Sample] = []
         with self.accelerator.main_process_first():
             index = utils.FileIndex(self.cache_dir)  # KEEP: inside, to see what process 0 recorded
-            samples, _, problems = match_pictures(config)
-            self.samples, _, bad = check_samples(config, samples, index)
-            if problems := problems + bad:
+            samples, _, unmatched = match_pictures(config)
+            self.samples, _, problems = check_samples(config, samples, index)
+            problems = unmatched + problems
+            steps, kind = self.total_steps(), config.lr_scheduler
+            if 0 < steps <= config.lr_warmup_steps and not kind.startswith("constant"):
+                text = f"lr_warmup_steps: {config.lr_warmup_steps} of the {steps} steps of this run"
+                problems.append(f"{text}; lr_scheduler {kind} needs some after them")
+            if problems:
                 raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
             self.folder = fetch_sd(config.pretrained_model_name_or_path)
             self.vae_hash = fingerprint([self.folder / "vae"])
@@ -1312,10 +1317,6 @@ class SDTrainer:
                 self.class_samples = check_samples(config, samples, index)[0]
         shapes = [sample.size for sample in self.samples]
         self.batches = Batches(shapes, config.train_batch_size, config.seed)
-        steps, kind = self.total_steps(), config.lr_scheduler
-        if config.lr_warmup_steps >= steps and not kind.startswith("constant"):
-            text = f"lr_warmup_steps: {config.lr_warmup_steps} of the {steps} steps of this run"
-            raise UserError(f"{text}; lr_scheduler {kind} needs some after them")
 
     def epoch_steps(self) -> int:
         """Return the optimizer steps of a pass over the data."""

@@ -1235,8 +1235,7 @@ class Frame(NamedTuple):
     def on_target(self, whole: Picture) -> Picture:
         """Return a picture at the target's size: with its crop, or the middle of another frame."""
         same = aligns(whole.aspect, self.aspect)
-        middle = cover_box(whole.aspect, self.size[0] / self.size[1])
-        box = self.box if same and self.box else middle
+        box = (same and self.box) or cover_box(whole.aspect, self.size[0] / self.size[1])
         return whole._replace(size=self.size, box=box, flip=self.flip and same)
 
     def show(self, whole: Picture, area: int | str, strict: bool = True) -> Picture:

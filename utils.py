@@ -650,10 +650,8 @@ class Checkpoints:
 
         Raises UserError where that is missing, damaged or older than others, or settings differ.
         """
-        there = self.folders()
-        named = Path(wanted or "")
+        there, named, found = self.folders(), Path(wanted or ""), None
         named = named if named.is_dir() else self.output_dir / named
-        found = None
         for folder in reversed(there if wanted == "latest" else [named] if wanted else []):
             if found := self.state(folder):
                 break

@@ -130,6 +130,10 @@ def test_one_transform_keeps_pixels_aligned(tmp_path):
         boxes.add(target.box)
         flips.add(target.flip)
     assert not problems and len(boxes) == 6 and flips == {False, True}
+    grid.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "a_M.png")
+    again, _ = found(tmp_path, dataset, **changes)
+    pictures = [d.resolve(script.Draw(0, 0)).pictures["region"] for d in (data, again)]
+    assert len({script.Job("region", region).key({"region": ""}) for region in pictures}) == 2
 
 
 @pytest.mark.parametrize(

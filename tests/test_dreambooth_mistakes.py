@@ -119,7 +119,6 @@ def test_a_prompt_that_is_cut_off_is_named(make, caplog):
         ({**NO_PAIRS, "instance_data_dir": "x", "instance_prompt": " "}, "instance_prompt"),
         ({"with_prior_preservation": True}, "class_data_dir"),
         ({"pair_objective": "joint", "calibrate": True}, "calibrate"),
-        ({"lr_scheduler": "polynomial", "lr_warmup_steps": 4}, "lr_warmup_steps"),
         ({"validation_scales": "[]"}, "validation_scales"),
         ({"before_data_dirs": "x"}, "before_data_dir"),
         ({"push_to_hub": True}, "hf upload"),
@@ -130,6 +129,15 @@ def test_a_prompt_that_is_cut_off_is_named(make, caplog):
 def test_settings_that_do_not_go_together_are_named(changes, name, flags, tmp_path):
     assert name in refused(flags, tmp_path, **changes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("length", [{"max_train_steps": 4}, {"max_train_steps": None}])
+def test_a_schedule_that_is_all_warmup_is_named(length, make):
+    """However many pictures the steps of num_train_epochs come from."""
+    trainer = make(**length, lr_scheduler="polynomial", lr_warmup_steps=900)
+    trainer.setup_accelerator()
+    with pytest.raises(UserError, match=r"lr_warmup_steps: 900 of the \d+ steps"):
+        trainer.find_data()
 
 
 def test_lists_can_be_given_with_spaces_or_commas_and_the_rank_by_its_short_name(flags, tmp_path):

@@ -1,6 +1,7 @@
 """train_qwen_edit.py and cache_embeddings.py end to end, as commands and in a notebook's way."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -199,8 +200,9 @@ def test_what_must_change_nothing_changes_nothing(overrides, tolerance, straight
     assert_same_files(tmp_path / "out", straight[0] / "out", atol=tolerance)
     ours, theirs = (curve(f / "out", "validation_loss") for f in (tmp_path, straight[0]))
     assert ours == pytest.approx(theirs, rel=5 * tolerance)
-    ours, theirs = (curve(f / "out", "loss")[12] for f in (tmp_path, straight[0]))
-    assert ours == pytest.approx(theirs, rel=1e-3) or "--data.num_workers" in overrides
+    if "--train.checkpointing_steps" not in overrides:  # which are log lines: means of other steps
+        ours, theirs = (curve(f / "out", "loss")[12] for f in (tmp_path, straight[0]))
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -231,22 +233,32 @@ def test_resume_refuses_what_would_be_another_run(change, straight, trainer_of, 
     assert trainer.transformer is None
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "infinite loss", "gradient"])
 def test_what_is_not_finite_names_its_samples_and_saves_nothing(
     what, trainer_of, tmp_path, monkeypatch
 ):
     def poisoned(velocity, target, loss):
         bad = velocity.sum() * 0  # the gradient of |0|^0.5 is infinite
-        bad = bad / 0 if what == "loss" else bad.abs().sqrt()
-        return script.mse(velocity, target, loss) + bad
+        kinds = {"loss": bad / 0, "infinite loss": bad + math.inf, "gradient": bad.abs().sqrt()}
+        return script.mse(velocity, target, loss) + kinds[what]
 
     monkeypatch.setitem(script.LOSSES, "mse", poisoned)
     trainer = trainer_of("--validation.steps", "null")
     with pytest.raises(UserError, match=r"(astronaut1|chelsea0|coffee0|hubble0), ") as error:
         trainer.fit()
-    assert "step 1" in str(error.value) and "nan" in str(error.value)
+    assert "step 1" in str(error.value)
+    assert ("inf" if what == "infinite loss" else "nan") in str(error.value)
     assert not Checkpoints(tmp_path / "out").folders()
     assert not (tmp_path / "out" / script.LORA_FILE).exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(trainer_of, tmp_path):
+    trainer = trainer_of()
+    trainer.set_lora()
+    trainer.trainable()[0].data[0, 0] = math.nan
+    with pytest.raises(UserError, match="weights of step 7 are not finite"):
+        trainer.save_checkpoint(0, 7)
+    assert not Checkpoints(tmp_path / "out").folders()
 
 
 def test_a_fork_of_two_files_trains_with_another_loss(straight, rerun, tmp_path):
@@ -327,6 +339,8 @@ def test_one_changed_byte_rebuilds_what_depended_on_it_and_nothing_else(make_tra
     assert fill(**{"train.mixed_precision": "bf16"}).count("prompt") == 8
     dataset["reference_configs"]["before"].reverse()
     assert fill() == ["prompt"] * 8  # "Picture 1" is another one
+    dataset["recreate_cache"] = True
+    assert fill() == everything and fill() == everything
 
 
 def test_a_warm_cache_opens_no_model_and_no_picture(straight, trainer_of, monkeypatch):

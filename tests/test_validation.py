@@ -129,6 +129,19 @@ def test_a_loader_of_ones_own_gets_the_samples_drawn(make, shared, tmp_path):
     assert np.array_equal(*sheets)
 
 
+def test_pictures_are_drawn_in_eval_mode_and_steps_taken_in_train_mode(make, monkeypatch):
+    modes = []
+    for original in (script.draw_edits, script.train_step):
+
+        def watched(trainer, *args, original=original):
+            modes.append(trainer.bare_transformer().training)
+            return original(trainer, *args)
+
+        monkeypatch.setattr(script, original.__name__, watched)
+    make(**{"validation.max_samples": 1}).fit()
+    assert modes == [False, False, True, True, False]  # base, LoRA | 2 steps | LoRA
+
+
 # -- memory
 
 

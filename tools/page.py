@@ -489,11 +489,9 @@ def read_record(output_dir: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Write the report of the run whose folder is named."""
-    match sys.argv[1:]:
-        case ["report", folder]:
-            print(write_report(Path(folder)))
-        case _:
-            raise UserError("usage: python tools/page.py report OUTPUT_DIR")
+    if len(sys.argv) != 3 or sys.argv[1] != "report":
+        raise UserError("usage: python tools/page.py report OUTPUT_DIR")
+    print(write_report(Path(sys.argv[2])))
 
 
 if __name__ == "__main__":
