@@ -191,6 +191,40 @@ def test_region_weights_have_mean_one_and_follow_the_change(make):
     assert weighted["after"].item() != pytest.approx(plain["after"].item(), rel=1e-3)
 
 
+def test_snr_gamma_weighs_the_loss(make):
+    at = {"timestep_min": 20, "timestep_max": 20}
+    weighted, plain = (losses_of(loaded(make(snr_gamma=gamma, **at))) for gamma in (5, None))
+    for name, loss in plain.items():
+        assert weighted[name].item() == pytest.approx(0.09521 * loss.item(), rel=1e-3)
+
+
+def test_noise_offset_shifts_whole_channels(make):
+    noises = []
+    for strength in (0.0, 0.5):
+        trainer, t = loaded(make(noise_offset=strength)), torch.tensor([600, 20])
+        draws = [script.draw_batch(trainer, batch) for batch in range(20)]
+        noises.append(torch.cat([script.noised_batch(trainer, d, t)[0].noise for d in draws]))
+    shift = noises[1] - noises[0]
+    torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift), atol=1e-6, rtol=0)
+    for dim in (0, 1):  # every sample has its own, and every channel
+        assert shift[..., 0, 0].std(dim).mean().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_gradients_are_scaled_down_to_max_grad_norm(make):
+    trainer, norms = loaded(make(), seed=0), []
+    step = trainer.optimizer.step
+
+    def noted():
+        norms.append(torch.cat([p.grad.flatten() for p in trainer.trained]).norm().item())
+        step()
+
+    trainer.optimizer.step = noted
+    for limit in (1e-3, 1e6):
+        trainer.config = trainer.config.model_copy(update={"max_grad_norm": limit})
+        script.train_step(trainer)
+    assert norms[0] == pytest.approx(1e-3, rel=1e-2) and 1e-2 < norms[1] < 1e6
+
+
 def test_timesteps_are_spread_over_the_range_and_never_collapse(make):
     config = make(timestep_min=200, timestep_max=399).config
     drawn = [script.draw_timestep(config, visit) for visit in range(1000)]
@@ -656,6 +690,11 @@ def test_class_pictures_are_drawn_and_keep_the_class(make, subject, checkpoints,
     assert len(files) == 3 and set(half) == {"instance", "class"}
     trainer.config = trainer.config.model_copy(update={"prior_loss_weight": 0.5})
     assert losses_of(trainer)["class"].item() == pytest.approx(half["class"].item() / 2)
+    seen, entry = set(), trainer.entry
+    trainer.entry = lambda sample: seen.add(sample.name) or entry(sample)
+    for batch in range(9):
+        script.class_pass(trainer, script.draw_batch(trainer, batch), torch.tensor([600, 600]))
+    assert seen == {sample.name for sample in trainer.class_samples} and len(seen) == 3
     kept = files[2].read_bytes()
     files[0].unlink()
     again = make(**subject)
@@ -773,24 +812,19 @@ def test_kohya_files_of_convolutions_come_back_equal(targets, make, tmp_path):
 def test_a_lora_of_another_model_is_named(make, checkpoints, tmp_path):
     unet = loaded(make()).models["unet"]
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    for tensors in (
-        {
-            "unet.nowhere.lora_A.weight": torch.ones(1, 1),
-            "unet.nowhere.lora_B.weight": torch.ones(1),
-        },
-        {
-            f"unet.{name}.lora_A.weight": torch.ones(1, 7),
-            f"unet.{name}.lora_B.weight": torch.ones(1, 1),
-        },
+    file = tmp_path / "x.safetensors"
+    for layer, width, named in (
+        ("nowhere", 32, "no such layers\n.*unet_nowhere_lora_A_weight"),
+        (name, 7, r"\[1, 7\], \[1, 1\] do not fit"),
     ):
-        save_file(tensors, tmp_path / "x.safetensors")
-        with pytest.raises(UserError):
-            script.load_adapter(
-                {"unet": unet}, script.AdapterSwitch(), "x", tmp_path / "x.safetensors"
-            )
-    (tmp_path / "x.safetensors").write_bytes(b"no LoRA")
-    with pytest.raises(UserError):
-        script.load_adapter({"unet": unet}, script.AdapterSwitch(), "x", tmp_path / "x.safetensors")
+        shapes = {"A": (1, width), "B": (1, 1)}
+        tensors = {f"unet.{layer}.lora_{k}.weight": torch.ones(x) for k, x in shapes.items()}
+        save_file(tensors, file)
+        with pytest.raises(UserError, match=named):
+            script.load_adapter({"unet": unet}, script.AdapterSwitch(), "x", file)
+    file.write_bytes(b"no LoRA")
+    with pytest.raises(UserError, match=r"x\.safetensors is damaged.*header"):
+        script.load_adapter({"unet": unet}, script.AdapterSwitch(), "x", file)
 
 
 @pytest.mark.parametrize("alpha", ["in the metadata of PEFT", "as a tensor of kohya", "not at all"])

@@ -111,6 +111,15 @@ def test_half_of_the_change_has_gain_one_half_and_leaves_the_outside_alone():
     assert nothing.keys() == {"error_outside", "region_share", "change", "change_outside"}
 
 
+def test_a_figure_and_its_before_are_of_different_pictures():
+    inputs = {"edited": noise(0), "before": noise(1), "after": noise(0)}
+    inputs = {kind: unit(array) for kind, array in inputs.items()}
+    inputs |= {"lpips.edited": 0.0, "lpips.before": 0.2, "lpips.after": 0.1}
+    found = evaluate.figures_of(inputs, ["lpips", "psnr", "ssim"])
+    assert (found["lpips"], found["lpips_before"]) == (0.1, 0.2)
+    assert found["psnr"] == 100 > found["psnr_before"] and found["ssim"] > found["ssim_before"]
+
+
 def test_a_mask_says_where_the_edit_belongs(tmp_path):
     before, edited = noise(0), noise(0)
     edited[:, :32] = 255 - edited[:, :32]
@@ -449,6 +458,12 @@ def test_content_is_compared_at_the_same_strength():
     assert found["matched"][1]["content"]["rough"] is None  # not reached: not made up
     del columns["rough scale 0"], columns["rough scale 1"]
     assert evaluate.curve(columns, None)["matched"][0]["strength"] == 1
+    for column in columns.values():  # of a cosine, what it lacks of 1
+        column["means"]["dino_before"] = 1 - column["means"].pop("change_outside")
+    found = evaluate.curve(columns, None)
+    assert found["content"] == "dino_before"
+    contents = [point["content"] for point in found["series"]["careful"]]
+    assert contents == pytest.approx([0.0, 0.1, 0.3])
 
 
 def test_means_and_ranking_leave_out_what_is_undefined():

@@ -17,12 +17,12 @@ FLAVOUR = script.Flavour("edit-v3", "", script.VISION_AREA)
 
 
 def found(tmp_path, *datasets, **changes):
-    """(data, problems) of data sets; `changes` are dotted settings."""
+    """(data, problems) of data sets; `changes` are settings, dotted in a section."""
     settings = {"data": {"dataset_configs": list(datasets)}, "cache": {"use_cache": False}}
     settings["logging"] = {"output_dir": str(tmp_path / "out")}
     for key, value in changes.items():
-        section, name = key.split(".")
-        settings.setdefault(section, {})[name] = value
+        section, _, name = key.rpartition(".")
+        (settings.setdefault(section, {}) if section else settings)[name] = value
     return script.find_samples(script.Config.model_validate(settings), FLAVOUR)
 
 
@@ -219,6 +219,8 @@ def test_what_is_held_out_never_trains(tmp_path):
     visits = Counter(data.samples[draw.sample].name for draw in draws_of(plan_of(data)))
     assert set(visits.values()) == {8} and len(visits) == 17 and not names & visits.keys()
     assert found(tmp_path, *datasets, **changes)[0].samples == data.samples
+    other, _ = found(tmp_path, *datasets, **changes, seed=1)
+    assert {s.name for s in other.samples if s.held_out} != names
 
 
 def test_strict_loose_auto(tmp_path):

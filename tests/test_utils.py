@@ -304,6 +304,8 @@ def test_a_damaged_checkpoint_is_passed_over(harm, tmp_path):
     with pytest.raises(UserError, match="checkpoint-2"):
         checkpoints.find("checkpoint-2", {"lr": 1})
     checkpoints.limit = 1
+    saved(checkpoints, 1)  # what was just saved stays, although 2 lies there
+    assert checkpoints.find("latest", {"lr": 1}) == (tmp_path / "checkpoint-1", 1)
     saved(checkpoints, 2)  # written again, and 1 may go
     assert checkpoints.find("latest", {"lr": 1}) == (damaged, 2) and len(checkpoints.folders()) == 1
 
