@@ -43,7 +43,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-REPAIR = "Repair: cache_embeddings.py --verify"
+MENDS = "(cache_embeddings.py --verify mends that)"
 CACHE_FORMAT = 2  # raise it when entries change their meaning: old ones are then built again
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -562,9 +562,9 @@ def read_entry(path: Path) -> dict[str, torch.Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             expected = (file.metadata() or {}).get("crc32")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cache entry {path} cannot be read: {error}. {REPAIR}") from error
+        raise UserError(f"cache entry {path} cannot be read: {error} {MENDS}") from error
     if _checksum(tensors) != expected:
-        raise UserError(f"cache entry {path} is damaged: its checksum is wrong. {REPAIR}")
+        raise UserError(f"cache entry {path} is damaged: its checksum is wrong {MENDS}")
     return tensors
 
 
