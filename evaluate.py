@@ -36,8 +36,7 @@ from utils import (
     FileIndex,
     Section,
     UserError,
-    check_device,
-    check_writable,
+    check_setup,
     fetch_checkpoint,
     hash_file,
     list_images,
@@ -245,7 +244,6 @@ class Config(Section):
             **{f"two folders are called {n}; give NAME=FOLDER": names.count(n) > 1 for n in names},
             f"clip_model: no folder {self.clip_model}": not is_model(self.clip_model),
             f"dino_model: no folder {self.dino_model}": not is_model(self.dino_model),
-            **dict.fromkeys(check_device("device", self.device), True),
         }
 
 
@@ -424,7 +422,8 @@ def check_comparison(config: Config) -> list[str]:
     problems += FileIndex(None).update(sorted(files), look_at_picture)
     if config.html:
         load_tool("page")  # raises UserError where it was not copied along
-    return problems or check_writable("results", output_folder(config))
+    places = {} if problems else {"results": output_folder(config)}
+    return problems + check_setup(devices={"device": config.device}, writes=places)
 
 
 def output_folder(config: Config) -> Path:

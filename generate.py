@@ -69,9 +69,7 @@ from utils import (
     FileIndex,
     Section,
     UserError,
-    check_device,
-    check_packages,
-    check_writable,
+    check_setup,
     contact_sheet,
     draw_key,
     fetch_checkpoint,
@@ -832,8 +830,9 @@ class Painter:
 
     def problems(self, strips: Sequence[Strip]) -> list[str]:
         """Return what can be known to be wrong before a model loads."""
-        problems = check_device("device", self.config.device) + self.wrong_loras
-        problems += (wrong := self.check_base())
+        texts = {f"prompt of {strip.name}": strip.prompt for strip in strips}
+        problems = check_setup(devices={"device": self.config.device}, texts=texts)
+        problems += self.wrong_loras + (wrong := self.check_base())
         model = None
         try:
             model = None if wrong else self.empty_model()
@@ -1279,7 +1278,7 @@ class SliderPainter(Painter):
         """Return what can be known to be wrong before a model loads."""
         problems, steps = super().problems(strips), self.config.num_inference_steps
         if self.config.base_model_precision == "nf4-bnb":
-            problems += check_packages("bitsandbytes")
+            problems += check_setup(packages=["bitsandbytes"])
         for start in sorted({lora.start for strip in strips for lora in strip.loras}):
             if not 0 <= start < steps:
                 text = f"the slider would act from step {start}, but there are 0..{steps - 1}"
@@ -1686,7 +1685,7 @@ def main() -> None:
         job.update(painter=painter, strips=strips, html=config.html)
         problems += painter.problems(strips) + check_results(strips)
         folder = strips[0].files[0].parent if strips else Path()  # the others lie beside it
-        return problems or check_writable("results", folder)
+        return problems or check_setup(writes={"results": folder})
 
     try:
         load_config(runs_class(script) if runs else kind.config_class, argv, check)

@@ -666,16 +666,17 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
 
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads; see audit.json."""
-    unwritable = utils.check_writable("cache_dir", config.cache_dir)
-    problems = unwritable + check_base(config.pretrained_model_name_or_path) + check_folders(config)
-    packages = [config.report_to] if config.report_to in ("tensorboard", "wandb") else []
-    problems += utils.check_packages(*packages, *["bitsandbytes"] * config.use_8bit_adam)
+    problems = check_base(config.pretrained_model_name_or_path) + check_folders(config)
+    trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
+    packages = [*trackers, *["bitsandbytes"] * config.use_8bit_adam]
+    texts = {name: text for name, text in config if name.endswith("prompt") and text}
+    problems += utils.check_setup(packages=packages, texts=texts)
     if os.environ.get("RANK", "0") != "0":  # the first process looks at the pictures
         return problems
     samples, left_out, wrong = match_pictures(config)
     if config.with_prior_preservation and config.class_data_dir:
         samples += single_pictures(config.class_data_dir)
-    index = utils.FileIndex(None if unwritable else config.cache_dir)
+    index = utils.FileIndex(config.cache_dir)
     _, notes, bad = check_samples(config, samples, index)
     report = {"samples": [x.name for x in samples], "notes": left_out + notes}
     report["problems"] = problems + wrong + bad
@@ -688,7 +689,7 @@ def audit(config: Config) -> list[str]:
 
 def check_base(name: str) -> list[str]:
     """Return the problems of a base model: another kind, parts missing or cut off."""
-    folder, what = Path(name), f"pretrained_model_name_or_path: {name}"
+    what = f"pretrained_model_name_or_path: {name}"
     try:
         kind = utils.read_model_json(name, "model_index.json").get("_class_name")
         if kind != "StableDiffusionPipeline":
@@ -698,32 +699,21 @@ def check_base(name: str) -> list[str]:
         channels = utils.read_model_json(name, "unet/config.json").get("in_channels")
         if (target, channels) != ("epsilon", 4):
             return [f"{what} predicts {target} from {channels} channels; wanted epsilon from 4"]
-        if folder.is_dir() and not list(folder.glob("tokenizer/[vt]o*.json")):
-            return [f"{what}/tokenizer holds no vocab.json and no tokenizer.json"]
-        for part, file in PARTS.items() if folder.is_dir() else ():
-            what = f"pretrained_model_name_or_path: {folder / part / file}"
-            utils.read_model_json(name, f"{part}/config.json")
-            with safe_open(folder / part / file, framework="pt"):
-                pass  # its length must be what its header says
-    except (OSError, SafetensorError, UserError) as error:
+    except UserError as error:
         return [f"{what}: {error}"]
-    return []
+    return utils.check_setup(model=("pretrained_model_name_or_path", name, CLASSES))
 
 
 def check_folders(config: Config) -> list[str]:
     """Return the problems of folders that are read with all below them, or written."""
-    output_dir, single = config.output_dir, config.instance_data_dir
     classes = config.class_data_dir if config.with_prior_preservation else None
-    read = [folder for folder in (*(f for _, f in config.stages), single, classes) if folder]
-    apart = [*itertools.permutations(read, 2), *((output_dir, folder) for folder in read)]
-    problems = utils.check_writable("output_dir", output_dir)
-    for inner, outer in apart:
-        if inner.resolve().is_relative_to(outer.resolve()):
-            text = "and that is read with all below it, as training pictures: move one"
-            problems.append(f"{inner} is {outer} or lies in it, {text}")
-    if classes and len(single_pictures(classes)) < config.num_class_images:
-        problems += utils.check_writable("class_data_dir", classes)
-    return problems
+    read: dict[str, Any] = {f"stage {scale:g}": folder for scale, folder in config.stages}
+    read["instance_data_dir"] = config.instance_data_dir
+    written: dict[str, Any] = {"output_dir": config.output_dir, "cache_dir": config.cache_dir}
+    lacks = classes and len(single_pictures(classes)) < config.num_class_images
+    (written if lacks else read)["class_data_dir"] = classes
+    apart = {name: folder for name, folder in read.items() if folder}
+    return utils.check_setup(writes=written, apart=apart)
 
 
 def check_samples(config: Config, samples: list[Sample], index: utils.FileIndex) -> Found:
@@ -826,6 +816,8 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 # load_adapter({"unet": unet}, switch, "change", file); switch.parts = [(Active("change", 0.5),)]
 # predict_noise(unet, latents, t, embeds) is then half of the change; schedule: the scheduler's JSON
 DIFFUSION = "diffusion_pytorch_model.safetensors"
+CLASSES = {"unet": "UNet2DCondition", "vae": "AutoencoderKL$", "text_encoder": "CLIPText"}
+CLASSES |= {"tokenizer": "", "scheduler": "(?!FlowMatch)"}
 PARTS = {"unet": DIFFUSION, "vae": DIFFUSION, "text_encoder": "model.safetensors"}
 
 

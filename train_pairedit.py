@@ -607,26 +607,29 @@ def check_checkpoint(name: str) -> list[str]:
         return [f"pretrained_model_name_or_path: {error}"]
     if kind != "FluxPipeline":
         return [f"pretrained_model_name_or_path: {name} is a {kind}; wanted FluxPipeline"]
-    parts = [Path(name) / part for part in ("scheduler", "transformer", "vae", *TEXT_PARTS)]
-    lacking = [part for part in parts if Path(name).is_dir() and not part.is_dir()]
-    return [f"pretrained_model_name_or_path: no folder {part}" for part in lacking]
+    return utils.check_setup(model=("pretrained_model_name_or_path", name, PARTS))
 
 
 def audit(config: Config) -> list[str]:
     """Return all that can be known to be wrong before a model loads, one line each."""
     trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     nf4 = ["bitsandbytes"] if config.base_model_precision == "nf4-bnb" else []
-    problems = utils.check_device("device", config.device) + utils.check_packages(*trackers, *nf4)
-    problems += check_checkpoint(config.pretrained_model_name_or_path)
-    problems += utils.check_writable("output_folder", config.output_folder)
-    unwritable = utils.check_writable("cache_dir", config.cache_dir)
-    index = utils.FileIndex(None if unwritable else config.cache_dir)
+    prompts = ("train_prompt", "target_prompt", "positive_prompt", "negative_prompt")
+    sides = (config.source_folder, config.target_folder)
+    problems = check_checkpoint(config.pretrained_model_name_or_path) + utils.check_setup(
+        devices={"device": config.device},
+        packages=[*trackers, *nf4],
+        writes={"output_folder": config.output_folder, "cache_dir": config.cache_dir},
+        reads=[config.datasets_folder / d / side for d in config.datasets for side in sides],
+        texts={name: getattr(config, name) for name in prompts},
+    )
+    index = utils.FileIndex(config.cache_dir)
     for dataset in config.datasets:
         _, odd, wrong = find_pairs(config, dataset, index)
         problems += wrong
         if odd:
             log.warning("note\n%s", listed(odd))
-    return problems + unwritable
+    return problems
 
 
 # --- 4. the base model: pictures, prompts, weights ------------------------------------------------
@@ -661,7 +664,13 @@ class BaseConfig(Section):
 
 PUBLISHED_MODEL = "black-forest-labs/FLUX.1-dev"
 PUBLISHED_TRANSFORMER = {"guidance_embeds": True}  # the rest of its config are the class's defaults
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+TEXT_PARTS = {
+    "text_encoder": "CLIPText",
+    "text_encoder_2": "T5",
+    "tokenizer": "",
+    "tokenizer_2": "",
+}
+PARTS = {**TEXT_PARTS, "scheduler": "FlowMatch", "transformer": "Flux", "vae": "AutoencoderKL$"}
 # differs from the other scripts: FLUX packs 2 x 2 latents of 8 px
 SIZE_MULTIPLE = 16
 

@@ -744,6 +744,13 @@ def links(ds: DatasetConfig) -> Iterator[tuple[str, str, str]]:
             yield place, kind, name
 
 
+def folders_of(ds: DatasetConfig) -> list[Path]:
+    """Return the folders that are read with all below them."""
+    inside = [ds.target_dir, *ds.reference_dirs, ds.mask_dir]
+    inside = inside if ds.target_dir else [Path()] if ds.image_configs else []
+    return [ds.train_data_dir / folder for folder in inside if folder is not None]
+
+
 def used_roles(ds: DatasetConfig) -> list[str]:
     """Return the image_configs that any combination uses."""
     roles, todo = set(), ["batch_configs."]
@@ -1020,6 +1027,10 @@ PUBLISHED = {  # so that a plan and an audit need no network
 }
 
 
+PARTS = {"transformer": "QwenImage", "vae": "AutoencoderKLQwenImage", "text_encoder": "Qwen2_5_VL"}
+PARTS |= {"scheduler": "FlowMatch", "tokenizer": "", "processor": ""}
+
+
 def detect_flavour(name_or_path: str) -> Flavour:
     """Return 2508, 2509 or 2511 by model_index.json, transformer/config.json. Raises UserError."""
     if name_or_path in PUBLISHED:
@@ -1044,14 +1055,11 @@ def check_model(config: Config, precision: str) -> list[str]:
             settings = utils.read_model_json(name, "transformer/config.json")
     except UserError as error:
         return [f"model.pretrained_model_name_or_path: {error}"]
-    parts = ("scheduler", "tokenizer", "processor", "text_encoder", "vae", "transformer")
-    lacking = [part for part in parts if Path(name).is_dir() and not (Path(name) / part).is_dir()]
     n_blocks = settings.get("num_layers", 60)
     several, nf4 = os.environ.get("WORLD_SIZE", "1") != "1", precision == "nf4-bnb"
     # modulation is held by quanto in every quantised base, and PEFT has no DoRA for that
     quanto = precision.endswith("quanto") or (nf4 and lora.target_modules == "all-linear")
     rules = {
-        f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder": lacking,
         "devices: for one process; several need it whole": model.devices and several,
         f"lora.method: no dora on layers in {precision}": lora.method == "dora" and quanto,
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
@@ -1060,7 +1068,9 @@ def check_model(config: Config, precision: str) -> list[str]:
         "blocks_to_swap: not with several devices": model.blocks_to_swap and model.devices[1:],
     }
     problems = [f"model.{problem}" for problem, there in rules.items() if there]
-    return problems + (utils.check_packages("bitsandbytes") if nf4 else [])
+    setting = "model.pretrained_model_name_or_path"
+    packages = ["bitsandbytes"] * nf4
+    return problems + utils.check_setup(model=(setting, name, PARTS), packages=packages)
 
 
 def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
@@ -1082,16 +1092,16 @@ def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads, one line each."""
     model, cache, tracker = config.model, config.cache, config.logging.report_to
     problems = check_model(config, model.base_model_precision)
-    problems += utils.check_writable("logging.output_dir", config.logging.output_dir)
+    writes = {"logging.output_dir": config.logging.output_dir}
     devices = {f"predict.devices.{part}": d for part, d in config.predict.devices}
     devices |= {f"model.devices.{i}": device for i, device in enumerate(model.devices)}
     if cache.use_cache:
         devices["cache.vae_encoder_device"] = cache.vae_encoder_device
         devices["cache.text_encoder_device"] = cache.text_encoder_device
-        problems += utils.check_writable("cache.cache_dir", cache.cache_dir)
-    for name, device in devices.items():
-        problems += utils.check_device(name, device)
-    problems += utils.check_packages(*([] if tracker in ("none", "all") else [tracker]))
+        writes["cache.cache_dir"] = cache.cache_dir
+    packages = [] if tracker in ("none", "all") else [tracker]
+    reads = itertools.chain(*map(folders_of, config.data.dataset_configs))
+    problems += utils.check_setup(writes=writes, reads=reads, devices=devices, packages=packages)
     if model.lora.pretrained_weight and not model.lora.pretrained_weight.is_file():
         problems.append(f"model.lora.pretrained_weight: no file {model.lora.pretrained_weight}")
     flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
@@ -2750,7 +2760,8 @@ def as_image(value: Any) -> Image.Image:
         if array.dtype != np.uint8 or array.ndim != 3:
             raise UserError(f"wanted a picture as (H, W, 3) uint8, got {array.shape} {array.dtype}")
         value = Image.fromarray(array)
-    return utils.on_white(value)
+    with utils.named("a picture in memory"):
+        return utils.to_rgb(value)
 
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:

@@ -11,13 +11,13 @@ import datetime
 import difflib
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -37,15 +37,17 @@ import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from pydantic import BaseModel, ValidationError, model_validator
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 MENDS = "(cache_embeddings.py --verify mends that)"
-CACHE_FORMAT = 2  # raise it when entries change their meaning: old ones are then built again
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CACHE_FORMAT = 3  # raise it when entries change their meaning: old ones are then built again
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # never EPS: it runs Ghostscript
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for name in FORMATS))
+SRGB = ImageCms.createProfile("sRGB")
 
 log = logging.getLogger("utils")
 
@@ -69,6 +71,16 @@ def run_script(main: Callable[[], None]) -> None:
             text = f"process {rank}: {text.splitlines()[0]}"
         print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = re.search("No space left|Disk quota|file write failed", str(error))
+        if not full and not (isinstance(error, OSError) and error.filename):
+            raise
+        place = Path(getattr(error, "filename", None) or tempfile.gettempdir())
+        place = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+        room = f"; {shutil.disk_usage(place).free / 1e6:.0f} MB are free in {place}" if full else ""
+        again = "what was saved is complete, and resume_from_checkpoint: latest goes on with it"
+        print(f"\n{Path(sys.argv[0]).name}: {error}{room} ({again})", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -91,6 +103,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
         return f", did you mean '{close[0]}'?"
     return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
+
+
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """Turn what goes wrong in `with`, in a library that reads foreign files, into a UserError."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each library that reads them has classes of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what}: {reason}") from error
 
 
 class StopSignal:
@@ -137,6 +161,18 @@ class Section(
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there} of settings that depend on one another."""
         return {}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_path(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if Path not in (kind, *get_args(kind)):
+            return value
+        if value == "":  # Path("") is the working directory
+            raise ValueError("empty; name a place, or leave it out")
+        values = value if isinstance(value, list) else [value]
+        homes = [Path(v).expanduser() if isinstance(v, str) else v for v in values]
+        return homes if isinstance(value, list) else homes[0]
 
     @model_validator(mode="after")
     def _follows_rules(self) -> Any:
@@ -191,20 +227,11 @@ def _assign(data: Any, key: str, value: Any) -> None:
 
 
 def _explain(cls: type[Section], data: Any, error: Any) -> list[str]:
-    """Return what a pydantic error says, one line each, with the path as the config has it."""
-    place: list[str] = []
-    for part in error["loc"]:  # pydantic adds the tags of union members
-        data = dict(enumerate(data)) if isinstance(data, list) else data
-        if isinstance(data, dict) and part in data:
-            place, data = [*place, str(part)], data[part]
-    missing, text = error["type"] == "missing", error["msg"].removeprefix("Value error, ")
-    where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing])
-    if error["type"] == "extra_forbidden":
-        with contextlib.suppress(UserError):
-            text = load_tool("settings").instead(cls, ".".join(place))
-    elif not (missing or isinstance(error["input"], dict | Section)):
-        text = "\n".join(f"{line} (got {str(error['input'])[:60]!r})" for line in text.splitlines())
-    return [f"{where}: {line}".removeprefix(": ") for line in text.splitlines()]
+    """Return what a pydantic error says, one line each."""
+    try:
+        return load_tool("settings").explain(cls, data, error)
+    except UserError:  # this file was copied alone
+        return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}"]
 
 
 def _value(text: str) -> Any:
@@ -255,10 +282,10 @@ def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str
 def read_config(text: str) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file. Raises UserError."""
     try:
-        data = yaml.load(Path(text).read_text(encoding="utf-8"), _Loader) or {}
+        data = yaml.load(read_text(Path(text).expanduser()), _Loader) or {}
         if not isinstance(data, dict):
             raise yaml.YAMLError("the file must hold `name: value` pairs")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {text or '(no file named)'}: {error}") from error
     return data
 
@@ -349,9 +376,25 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file for reading. Raises OSError also for a pipe or device, which may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError("a folder, pipe or device where a file is wanted")
+    return path.open("rb")
+
+
+def read_text(path: Path, most_bytes: int = 2**20) -> str:
+    """Read a text file in UTF-8. Raises OSError or ValueError: none, or larger than is read."""
+    with open_regular(path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"larger than {most_bytes:,} bytes")
+    return data.decode("utf-8-sig")
+
+
 def hash_file(path: Path) -> str:
     """Return blake2b of a file's bytes, 32 hex digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
@@ -390,9 +433,11 @@ class FileIndex:
             found = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
         rows = [(str(p), s, f) for (p, s), f in zip(new, found, strict=True) if isinstance(f, dict)]
         self._facts |= {path: (stamp, facts) for path, stamp, facts in rows}
-        if self._file and rows and not check_writable("index", self._file.parent):
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write("\n".join(["", *map(json.dumps, rows), ""]))
+        with contextlib.suppress(OSError):  # it is looked at again
+            if self._file and rows:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write("\n".join(["", *map(json.dumps, rows), ""]))
         return [problem for problem in found if isinstance(problem, str)]
 
     def __getitem__(self, path: Path) -> dict[str, Any]:
@@ -405,6 +450,8 @@ class FileIndex:
 
 
 def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -427,54 +474,71 @@ def save_text(path: Path, text: str) -> None:
     save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def check_writable(name: str, folder: Path) -> list[str]:
-    """Make a folder; return a problem where nothing can be written into it."""
+def check_setup(**what: Any) -> list[str]:
+    """Return what tools/check.py finds wrong; beside a script copied alone there is none."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return []
-    except OSError as error:
-        return [f"{name}: cannot write there: {error}"]
+        return load_tool("check").problems(**what)
+    except UserError as error:
+        log.info("%s: %s are not checked", error, ", ".join(what))
+        return []
 
 
-def check_device(name: str, value: str | None) -> list[str]:
-    """Return problems of a device setting on this machine; None is the default device."""
-    try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:
-        return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
-    return []
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Return the picture in sRGB where it has a colour profile of another space."""
+    if not image.info.get("icc_profile"):
+        return image
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+    if "sRGB" in ImageCms.getProfileDescription(profile):
+        return image
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    alpha = image.convert("RGBA").getchannel("A") if transparent else None
+    mode = {"1": "L", "LA": "L"}.get(image.mode, image.mode)
+    opaque = image.convert(mode if mode in ("L", "CMYK", "LAB") else "RGB")
+    image = ImageCms.profileToProfile(opaque, profile, SRGB, outputMode="RGB") or opaque
+    if alpha:
+        image.putalpha(alpha)
+    return image
 
 
-def check_packages(*names: str) -> list[str]:
-    """Return problems of packages that the settings need and that are not installed."""
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]
-    return [f"{name} is not installed: pip install {name}" for name in lacking]
+def to_rgb(file: Image.Image) -> Image.Image:
+    """Return a picture as upright 8-bit sRGB: EXIF turned, profile applied, alpha on white.
 
-
-def on_white(image: Image.Image) -> Image.Image:
-    """Return RGB; what is transparent becomes white."""
+    Of 16 bits, 65,535 is white. Raises ValueError where it has frames, or values without a white.
+    """
+    frames = getattr(file, "n_frames", 1)
+    if frames > 1 and file.format != "MPO":  # MPO: a phone's JPEG
+        raise ValueError(f"{frames} frames or pages; save the one that is meant")
+    rawmode = str(getattr(file, "tile", None))  # "RGB;16B": 16 bits, of which Pillow keeps 8
+    image: Image.Image = ImageOps.exif_transpose(file)
+    deep = image.mode.startswith("I;16") or ";16" in rawmode
+    if image.mode in ("I", "F") and not deep:
+        raise ValueError("32-bit values, of which none is white; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+    image = to_srgb(image)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if deep and 0 < np.asarray(image).max() < 64:
+        raise ValueError(
+            "its 16-bit values end below 16,384, as 12- and 14-bit data do; scale them"
+        )
+    return image
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Open a still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK.
-
-    Raises UserError where it is unreadable or cut off.
-    """
+    """Open a still picture with to_rgb(). Raises UserError where it is unreadable or cut off."""
     try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
-            deep = image.convert("F")
-            scale = 255 / max(65535 if image.mode != "F" else 255, np.asarray(deep).max())
-            image = deep.point(lambda v: v * scale).convert("L")
-        return on_white(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # KEEP the stream: of a path, Pillow maps a turned TIFF into memory and mixes up its rows
+        with open_regular(path) as stream, Image.open(stream, formats=FORMATS) as file:
+            return to_rgb(file)
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"picture {path} cannot be read: {error}") from error
+    except ImageCms.PyCMSError as error:
+        raise UserError(f"picture {path}: colour profile: {error}; save it as sRGB") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"picture {path} is too large") from error
 
 
 def look_at_picture(path: Path) -> dict[str, Any]:
@@ -570,27 +634,26 @@ def read_entry(path: Path) -> dict[str, torch.Tensor]:
 
 def fetch_checkpoint(name: str, *patterns: str) -> Path:
     """Return a checkpoint's folder; from the Hub as far as the patterns go. Raises UserError."""
-    if Path(name).is_dir():
-        return Path(name)
+    place = Path(name).expanduser()
+    if place.is_dir():
+        return place
+    if place.is_file():
+        way = f"DiffusionPipeline.from_single_file({name!r}).save_pretrained('FOLDER')"
+        raise UserError(f"{name} is one file; make a folder of it: python -c with diffusers, {way}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"no folder {name}")
     from huggingface_hub import snapshot_download
 
     wanted = ["model_index.json", *patterns] if patterns else None
-    try:
+    with named(f"no folder {name}, and not on the Hub"):
         return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=4))
-    except Exception as error:  # network, rights, disk, spelling: the hub library has many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"no folder {name}, and not on the Hub: {reason}") from error
 
 
 def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
     """Read a JSON file of a checkpoint folder or Hub repository. Raises UserError."""
     path = fetch_checkpoint(name_or_path, file) / file
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: no diffusers checkpoint: {error}") from error
+    with named(f"{path}: no diffusers checkpoint"):
+        return dict(json.loads(read_text(path)))
 
 
 def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
@@ -603,7 +666,12 @@ def memory_gb(device: torch.device) -> float:
     """Return the peak memory so far, GB: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac, else KiB
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return 0.0
 
 
 # --- 6. a run: its checkpoints, its record, its log -----------------------------------------------
@@ -623,11 +691,14 @@ class Checkpoints:
     def only_run(self) -> Iterator[None]:
         """Keep other runs out of output_dir inside `with`. Raises UserError where one writes."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        writer = self.output_dir / ".writer"
         try:
             with FileLock(self.output_dir / ".lock", timeout=0):
+                save_text(writer, f"process {os.getpid()} on {platform.node()}")
                 yield
         except Timeout as error:
-            text = f"another run writes into {self.output_dir}; wait for it or name another folder"
+            who = writer.read_text(encoding="utf-8") if writer.exists() else "another run"
+            text = f"{who} writes into {self.output_dir}; wait for it or name another folder"
             raise UserError(text) from error
 
     def folders(self) -> list[Path]:

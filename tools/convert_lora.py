@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import PUBLISHED_FLUX, flux_layers, read_slider
-from utils import UserError, check_writable, load_script, run_script, save_atomic
+from utils import UserError, check_setup, load_script, run_script, save_atomic
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (down (r, in), up (out, r))}
 
@@ -54,7 +54,7 @@ def convert(source: Path, target: Path, original: bool, model: str) -> int:
         raise UserError(f"{target}: wanted a name that ends in .pt or .safetensors")
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: source and target are one file; name another target")
-    if problems := check_writable("target", target.parent):
+    if problems := check_setup(writes={"target": target.parent}):
         raise UserError(problems[0])
     script = load_script(Path(__file__).resolve().parent.parent / "train_pairedit.py")
     transformer = flux_layers(script, model)

@@ -40,8 +40,7 @@ from utils import (
     Section,
     UserError,
     cache_key,
-    check_device,
-    check_writable,
+    check_setup,
     contact_sheet,
     hash_file,
     load_config,
@@ -398,13 +397,15 @@ def sd_script(path: Path | None) -> Any:
 def check(config: Config) -> list[str]:
     """Return what can be known to be wrong before a model loads."""
     problems = sd_script(config.script).check_base(config.pretrained_model_name_or_path)
-    problems += check_writable("output", config.output.parent)
+    problems += check_setup(
+        writes={"output": config.output.parent}, devices={"device": config.device}
+    )
     for file in config.image:
         try:
             open_rgb(file)
         except UserError as error:
             problems.append(f"image: {error}")
-    return problems + check_device("device", config.device)
+    return problems
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from train_qwen_edit import DatasetConfig, group_by_folder, read_captions
 from utils import (
     Section,
     UserError,
-    check_writable,
+    check_setup,
     listed,
     load_config,
     progress,
@@ -388,7 +388,7 @@ class Config(ChoiceConfig, FoldersConfig, ColumnsConfig, TableConfig, HubConfig)
 
 def check(config: Config) -> list[str]:
     """Return what can be known to be wrong before anything is read."""
-    return check_writable("output", config.output.parent)
+    return check_setup(writes={"output": config.output.parent})
 
 
 def write_table(config: Config) -> str:

@@ -114,6 +114,22 @@ def default_of(field: Any) -> str:
     )
 
 
+def explain(cls: type[Section], data: Any, error: Any) -> list[str]:
+    """Return what a pydantic error says, one line each, with the path as the config has it."""
+    place: list[str] = []
+    for part in error["loc"]:  # pydantic adds the tags of union members
+        data = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(data, dict) and part in data:
+            place, data = [*place, str(part)], data[part]
+    missing, text = error["type"] == "missing", error["msg"].removeprefix("Value error, ")
+    where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing])
+    if error["type"] == "extra_forbidden":
+        text = instead(cls, ".".join(place))
+    elif not (missing or isinstance(error["input"], dict | Section)):
+        text = "\n".join(f"{line} (got {str(error['input'])[:60]!r})" for line in text.splitlines())
+    return [f"{where}: {line}".removeprefix(": ") for line in text.splitlines()]
+
+
 def instead(cls: type[Section], path: str) -> str:
     """Return what to do about a setting that is not there; what stands beside it is meant first."""
     *place, name = path.split(".")

@@ -1,0 +1,144 @@
+"""What can be known to be wrong before a model loads, beyond the settings' own types.
+
+The scripts call problems() through utils.check_setup(); nothing here is needed for a run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import UserError, named, read_model_json
+
+MOST_CHARACTERS = 20_000
+CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|\0")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+SAVE = "save_pretrained('FOLDER') in Python makes a folder of plain .safetensors"
+
+
+def problems(
+    model: tuple[str, str, Mapping[str, str]] | None = None,
+    writes: Mapping[str, Path] | None = None,
+    reads: Iterable[Path] = (),
+    apart: Mapping[str, Path] | None = None,
+    devices: Mapping[str, str | None] | None = None,
+    packages: Iterable[str] = (),
+    texts: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Return every problem, one line each.
+
+    model: (setting, folder or Hub id, {part: what the name of its class begins with}); writes:
+    {setting: folder that is written}; reads: folders that are read with all below them; apart:
+    {setting: such a folder that no other may share}; devices: {setting: device or None}; packages:
+    that must be installed; texts: {place: prompt or caption}.
+    """
+    found = check_parts(*model) if model else []
+    found += check_places(writes or {}, apart or {}, reads)
+    for name, device in (devices or {}).items():
+        found += check_device(name, device)
+    found += [f"{p} is not installed: pip install {p}" for p in packages if not _installed(p)]
+    return found + check_texts(texts or {})
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_texts(texts: Mapping[str, str]) -> list[str]:
+    """Return problems of texts: control tokens of the model, more than an encoder takes."""
+    found = []
+    for place, text in texts.items():
+        if token := CONTROL_TOKEN.search(text):
+            found.append(f"{place}: {token[0]!r} is a control token of the model, not text")
+        elif len(text) > MOST_CHARACTERS:
+            found.append(f"{place}: {len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
+    return found
+
+
+def check_places(
+    writes: Mapping[str, Path], apart: Mapping[str, Path], reads: Iterable[Path]
+) -> list[str]:
+    """Return problems of folders: nothing can be written there, or one holds another."""
+    found = [text for name, place in writes.items() for text in check_writable(name, place)]
+    places = [*writes.items(), *apart.items(), *(("", place) for place in dict.fromkeys(reads))]
+    for (name, place), (_, other) in itertools.combinations(places, 2):
+        a, b = place.resolve(), other.resolve()
+        if name and (a.is_relative_to(b) or b.is_relative_to(a)):
+            found.append(f"{name}: {place} and {other} lie in one another; move one")
+    return found
+
+
+def check_writable(name: str, folder: Path) -> list[str]:
+    """Make a folder; return a problem where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except FileExistsError:
+        return [f"{name}: {folder} is a file; wanted a folder"]
+    except (OSError, ValueError) as error:
+        return [f"{name}: cannot write there: {error}"]
+
+
+def check_device(name: str, value: str | None) -> list[str]:
+    """Return problems of a device setting on this machine; None is the default device."""
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
+    return []
+
+
+def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
+    """Return problems of a checkpoint's parts: missing, of another class, cut off.
+
+    Reads configs and headers of weights; of a checkpoint on the Hub nothing.
+    """
+    found, folder = [], Path(name).expanduser()
+    for part, kind in parts.items() if folder.is_dir() else ():
+        try:
+            with named(f"{setting}: {folder / part}"):
+                check_part(folder / part, kind)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def check_part(place: Path, kind: str) -> None:
+    """Raise ValueError, or what reading raises, where a part of a checkpoint is wrong."""
+    files = {file.name for file in place.iterdir()}
+    if not files:
+        raise ValueError("the folder is empty")
+    if place.name.startswith("tokenizer") and not files & {*VOCABULARIES}:
+        raise ValueError(f"no vocabulary ({', '.join(VOCABULARIES)})")
+    for file in files:
+        if file.endswith(".json"):
+            json.loads((place / file).read_text(encoding="utf-8"))
+    if place.name.startswith(("tokenizer", "processor")):
+        return
+    scheduler = place.name == "scheduler"
+    about = read_model_json(str(place), "scheduler_config.json" if scheduler else "config.json")
+    is_a = about.get("_class_name") or ", ".join(about.get("architectures") or ["nothing known"])
+    if not re.match(kind, is_a):
+        raise ValueError(f"is {is_a}; another kind of model")
+    if scheduler:
+        return
+    weights = {file for file in files if file.endswith(".safetensors")}
+    for index in (file for file in files if file.endswith(".safetensors.index.json")):
+        weights |= {*read_model_json(str(place), index)["weight_map"].values()}
+    if not [file for file in weights if ".fp16." not in file]:
+        there = ", ".join(sorted(files - {"config.json"})) or "none"
+        raise ValueError(f"no plain .safetensors ({there}); {SAVE}")
+    for file in weights:
+        with safe_open(place / file, framework="pt"):
+            pass  # its length must be what its header says
