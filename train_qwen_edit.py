@@ -26,6 +26,7 @@ import datetime
 import functools
 import gc
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -798,11 +799,22 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
             problems.append(f"{role} folder {place} does not exist")
         stems = utils.list_images(place) if folder else {}
         for stem, files in stems.items():
-            name = stem.removesuffix("_mask")
-            is_mask = name != stem and not ds.mask_dir and (name in stems or name in rows)
-            row = rows.setdefault(name if is_mask else stem, Row({}))
-            row.files.setdefault("mask" if is_mask else role, one_file(files, problems))
+            rows.setdefault(stem, Row({})).files[role] = one_file(files, problems)
+    for stem in [stem for stem in rows if stem.endswith("_mask") and not ds.mask_dir]:
+        files, of = rows[stem].files, rows.get(stem.removesuffix("_mask"))
+        whole = len(files) == 1 + len(ds.reference_dirs)
+        if of and not (whole and caption_beside(ds, files).exists()):
+            if whole:
+                text = "is a pair without a caption, or two masks; name mask_dir or remove one"
+                problems.append(f"{files['target']} {text}")
+            of.files["mask"] = next(iter(rows.pop(stem).files.values()))
     return rows, problems
+
+
+def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:
+    """Return the caption file of a row: beside its target, or else its first reference."""
+    beside = [files[role].with_suffix(ds.caption_ext) for role in ("target", "reference 1")]
+    return next((path for path in beside if path.exists()), beside[0])
 
 
 def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
@@ -811,23 +823,26 @@ def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
     table = table if table.is_file() else ds.train_data_dir / table
     rows: dict[str, Row] = {}
     problems: list[str] = []
-    unread, known = set(), r"target|references|reference_\d+|prompt|mask"
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.DictReader(file) if table.suffix == ".csv" else map(json.loads, file)
-            records: list[Any] = list(lines)
-    except (OSError, ValueError, csv.Error) as error:
+        text = io.StringIO(utils.read_text(table, 2**30), newline="")
+        lines = csv.DictReader(text) if table.suffix == ".csv" else map(json.loads, text)
+        records: list[Any] = list(lines)
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         return {}, [f"table {table}: {error}"]
+    columns = {str(name) for record in records if isinstance(record, dict) for name in record}
+    if "target" not in columns:
+        there = f"its columns are {', '.join(sorted(columns))}" if records else "it has no rows"
+        return {}, [f"table {table}: no column 'target': {there}"]
     for number, record in enumerate(records, 1):
         try:
             row = table_row(record, (ds.train_data_dir, table.parent))
             name = row.files["target"].stem
             rows[f"{name}#{number}" if name in rows else name] = row
-            unread |= {column for column in record if not re.fullmatch(known, column)}
         except (OSError, TypeError, ValueError) as error:
             problems.append(f"{table}: row {number}: {error}")
-    if unread:
-        log.warning("table %s: columns not read: %s", table, ", ".join(sorted(unread)))
+    known = r"target|references|reference_\d+|prompt|mask"
+    if unread := sorted(name for name in columns if not re.fullmatch(known, name)):
+        log.warning("table %s: columns not read: %s", table, ", ".join(unread))
     return rows, problems
 
 
@@ -837,10 +852,13 @@ def table_row(record: Any, roots: Sequence[Path]) -> Row:
         raise ValueError("no record, or more cells than columns (quote a text with commas)")
     shown = record.get("references") or []
     shown = [shown] if isinstance(shown, str) else [*shown]
-    numbered = sorted(c for c in record if c.startswith("reference_") and record[c])
-    shown += [record[c] for c in sorted(numbered, key=len)]
+    numbered = sorted(column for column in record if re.fullmatch(r"reference_\d+", column))
+    shown += [record[column] for column in sorted(numbered, key=len)]
+    while shown and not shown[-1]:  # rows may have fewer than others
+        shown.pop()
     if not record.get("target") or not shown or not all(shown):
-        raise ValueError(f"no {'reference' if record.get('target') else 'target'}")
+        lacking = "reference before the last one" if any(shown) else "reference"
+        raise ValueError(f"no {lacking if record.get('target') else 'target'}")
     named = {f"reference {i}": value for i, value in enumerate(shown, 1)}
     named |= {"target": record["target"], "mask": record.get("mask")}
     files = {}
@@ -858,8 +876,8 @@ def table_row(record: Any, roots: Sequence[Path]) -> Row:
 def read_captions(path: Path, lines: bool) -> list[str]:
     """Read the captions of a file: its lines, or the whole text as one. Raises ValueError."""
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        text = utils.read_text(path).strip()
+    except (OSError, ValueError) as error:
         raise ValueError(f"caption {path} cannot be read: {error}") from error
     if not text:
         raise ValueError(f"caption {path} is empty")
@@ -873,9 +891,7 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
     if ds.caption:
         captions = [ds.caption]
     elif captions is None:
-        beside = [file.with_suffix(ds.caption_ext) for file in (files["target"], shown[0].path)]
-        there = next((path for path in beside if path.exists()), beside[0])
-        captions = read_captions(there, ds.caption_lines is not False)
+        captions = read_captions(caption_beside(ds, files), ds.caption_lines is not False)
     if not captions:
         raise ValueError(f"no prompt for {files['target']}: fill its column, or set caption")
     for caption in captions:
@@ -963,16 +979,24 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
 
 def check_frames(data: PairData) -> list[str]:
     """Return problems of pictures that must show the same frame as their target."""
-    wrong = set()
+    wrong, index = set(), data.index
     for number, sample in enumerate(data.samples):
         strict = data.dataset(Draw(0, number)).conditioning_type == "reference_strict"
         for variant in sample.variants:
             aligned = [r.path for r in variant.references] if strict else []
             aligned += [variant.mask] if variant.mask else []
-            aspect = data.index.aspect(variant.target)
-            wrong |= {path for path in aligned if not aligns(data.index.aspect(path), aspect)}
-    text = "another aspect than its target; masks and reference_strict want one frame"
-    return [f"{path}: {text}" for path in sorted(wrong)]
+            aspect, target = index.aspect(variant.target), variant.target
+            text = "another aspect than its target; masks and reference_strict want one frame"
+            wrong |= {f"{p}: {text}" for p in aligned if not aligns(index.aspect(p), aspect)}
+            same = [
+                r.path
+                for r in variant.references
+                if index[r.path]["pixels"] == index[target]["pixels"]
+            ]
+            wrong |= {
+                f"{path} is the same picture as {target}: no change to learn" for path in same
+            }
+    return sorted(wrong)
 
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:

@@ -418,7 +418,7 @@ class FileIndex:
         new: list[tuple[Path, str]] = []
         for path in paths:
             stat = path.stat() if path.exists() else None
-            stamp = f"{stat.st_size}:{stat.st_mtime_ns}" if stat else ""
+            stamp = f"{CACHE_FORMAT}:{stat.st_size}:{stat.st_mtime_ns}" if stat else ""
             if not stat or self._facts.get(str(path), ("", {}))[0] != stamp:
                 new.append((path, stamp))
 
