@@ -801,12 +801,12 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
         for stem, files in stems.items():
             rows.setdefault(stem, Row({})).files[role] = one_file(files, problems)
     for stem in [stem for stem in rows if stem.endswith("_mask") and not ds.mask_dir]:
-        files, of = rows[stem].files, rows.get(stem.removesuffix("_mask"))
-        whole = len(files) == 1 + len(ds.reference_dirs)
-        if of and not (whole and caption_beside(ds, files).exists()):
+        row, of = rows[stem], rows.get(stem.removesuffix("_mask"))
+        whole = len(row.files) == 1 + len(ds.reference_dirs)
+        if of and not (whole and caption_beside(ds, row.files).exists()):
             if whole:
                 text = "is a pair without a caption, or two masks; name mask_dir or remove one"
-                problems.append(f"{files['target']} {text}")
+                problems.append(f"{row.files['target']} {text}")
             of.files["mask"] = next(iter(rows.pop(stem).files.values()))
     return rows, problems
 

@@ -20,7 +20,6 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-MENDS = "(cache_embeddings.py --verify mends that)"
+MAX_PIXELS = 2**28  # of a picture that is read; a larger one takes more than 1 GB of memory
 CACHE_FORMAT = 3  # raise it when entries change their meaning: old ones are then built again
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # never EPS: it runs Ghostscript
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for name in FORMATS))
@@ -61,6 +60,9 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes its message and exit code 2, Ctrl-C exit code 130."""
+    if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C: file names could not be written out
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     rank = os.environ.get("RANK", "0")
     try:
         main()
@@ -113,7 +115,7 @@ def named(what: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each library that reads them has classes of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{what}: {reason}") from error
 
 
@@ -281,12 +283,10 @@ def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str
 
 def read_config(text: str) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file. Raises UserError."""
-    try:
+    with named(f"--config {text or '(no file named)'}"):
         data = yaml.load(read_text(Path(text).expanduser()), _Loader) or {}
         if not isinstance(data, dict):
-            raise yaml.YAMLError("the file must hold `name: value` pairs")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config {text or '(no file named)'}: {error}") from error
+            raise ValueError("the file must hold `name: value` pairs")
     return data
 
 
@@ -366,8 +366,11 @@ def shuffled(n: int, *parts: object) -> list[int]:
 def list_images(folder: Path) -> dict[str, list[Path]]:
     """Return {relative stem ("sub/a"): image files}, with nested folders, without hidden names."""
     found: dict[str, list[Path]] = {}
+    seen = set()  # a link may lead back
     for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [f for f in folders if os.path.realpath(Path(place, f)) not in seen]
         prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
         for name in sorted(name for name in names if not name.startswith(".")):
             if name.lower().endswith(IMAGE_SUFFIXES):
@@ -505,6 +508,8 @@ def to_rgb(file: Image.Image) -> Image.Image:
 
     Of 16 bits, 65,535 is white. Raises ValueError where it has frames, or values without a white.
     """
+    if file.width * file.height > MAX_PIXELS:
+        raise ValueError(f"{file.width} x {file.height} px: shrink it, or raise utils.MAX_PIXELS")
     frames = getattr(file, "n_frames", 1)
     if frames > 1 and file.format != "MPO":  # MPO: a phone's JPEG
         raise ValueError(f"{frames} frames or pages; save the one that is meant")
@@ -529,16 +534,11 @@ def to_rgb(file: Image.Image) -> Image.Image:
 
 def open_rgb(path: Path) -> Image.Image:
     """Open a still picture with to_rgb(). Raises UserError where it is unreadable or cut off."""
-    try:
-        # KEEP the stream: of a path, Pillow maps a turned TIFF into memory and mixes up its rows
-        with open_regular(path) as stream, Image.open(stream, formats=FORMATS) as file:
+    # KEEP the stream: of a path, Pillow maps a turned TIFF into memory and mixes up its rows
+    with named(f"picture {path} cannot be read"), open_regular(path) as stream:
+        Image.MAX_IMAGE_PIXELS = None  # to_rgb() has its own
+        with Image.open(stream, formats=FORMATS) as file:
             return to_rgb(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"picture {path} cannot be read: {error}") from error
-    except ImageCms.PyCMSError as error:
-        raise UserError(f"picture {path}: colour profile: {error}; save it as sRGB") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"picture {path} is too large") from error
 
 
 def look_at_picture(path: Path) -> dict[str, Any]:
@@ -603,7 +603,8 @@ def entry_path(cache_dir: Path, key: str) -> Path:
     return cache_dir / key[:2] / key[2:4] / f"{key}.safetensors"
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the CRC-32 of tensors in the order of their names, 8 hex digits."""
     crc = 0
     for name in sorted(tensors):
         data = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
@@ -615,20 +616,18 @@ def write_entry(cache_dir: Path, key: str, tensors: dict[str, torch.Tensor]) -> 
     """Write an entry atomically, with a checksum; several processes may write the same one."""
     path = entry_path(cache_dir, key)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_atomic(path, lambda file: save_file(tensors, file, metadata={"crc32": _checksum(tensors)}))
+    save_atomic(path, lambda file: save_file(tensors, file, metadata={"crc32": checksum(tensors)}))
     return path
 
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
     """Read an entry's tensors. Raises UserError, with its name, where missing or damaged."""
-    try:
+    with named(f"cache entry {path} (cache_embeddings.py --verify mends it)"):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             expected = (file.metadata() or {}).get("crc32")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cache entry {path} cannot be read: {error} {MENDS}") from error
-    if _checksum(tensors) != expected:
-        raise UserError(f"cache entry {path} is damaged: its checksum is wrong {MENDS}")
+        if checksum(tensors) != expected:
+            raise ValueError("its checksum is wrong")
     return tensors
 
 
@@ -774,23 +773,22 @@ class Checkpoints:
         place = self.output_dir / f"checkpoint-{step}"
         half = place.with_name(f".{place.name}.tmp")
         shutil.rmtree(half, ignore_errors=True)  # left by a run that was killed here
+        room = "what was saved before is complete; make room, then resume_from_checkpoint latest"
         try:
-            half.mkdir(parents=True)
-            write(half)
-            torch.save(training, half / "training_state.pt")
-            state = {"step": step, "files": {f.name: hash_file(f) for f in half.iterdir()}}
-            save_text(half / "state.json", json.dumps(state | {"trained_as": trained_as}, indent=2))
-            for file in half.iterdir():
-                _fsync(file)
-            if place.exists():  # damaged
-                shutil.rmtree(place)
-            half.rename(place)
-            _fsync(place.parent)
-        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
-            raise UserError(
-                f"{place} cannot be written: {error}. What was saved before is complete; make "
-                "room, then go on with resume_from_checkpoint latest"
-            ) from error
+            with named(f"{place} cannot be written ({room})"):
+                half.mkdir(parents=True)
+                write(half)
+                torch.save(training, half / "training_state.pt")
+                state = {"step": step, "files": {f.name: hash_file(f) for f in half.iterdir()}}
+                save_text(
+                    half / "state.json", json.dumps(state | {"trained_as": trained_as}, indent=2)
+                )
+                for file in half.iterdir():
+                    _fsync(file)
+                if place.exists():  # damaged
+                    shutil.rmtree(place)
+                half.rename(place)
+                _fsync(place.parent)
         finally:
             shutil.rmtree(half, ignore_errors=True)
         kept = self.folders()
@@ -810,10 +808,6 @@ def run_record(output_dir: Path, config: Section, script: Path) -> None:
     for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "optimum-quanto"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    commit = ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     cpu = f"cpu, {torch.get_num_threads()} threads"
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -821,7 +815,6 @@ def run_record(output_dir: Path, config: Section, script: Path) -> None:
         "config": config.model_dump(mode="json"),
         "versions": versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "git_commit": commit,
         "code_blake2b": {name: hash_file(path) for name, path in code.items()},
     }
     save_text(output_dir / "run.json", json.dumps(record, indent=2))

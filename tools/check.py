@@ -5,14 +5,19 @@ The scripts call problems() through utils.check_setup(); nothing here is needed 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
+import os
 import re
+import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,6 +28,7 @@ from utils import UserError, named, read_model_json
 MOST_CHARACTERS = 20_000
 CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|\0")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+LAYERS = ("down_blocks.0.attentions.0.transformer_blocks.10.attn1.to_out.0", "x" * 40)
 SAVE = "save_pretrained('FOLDER') in Python makes a folder of plain .safetensors"
 
 
@@ -34,24 +40,64 @@ def problems(
     devices: Mapping[str, str | None] | None = None,
     packages: Iterable[str] = (),
     texts: Mapping[str, str] | None = None,
+    patterns: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Return every problem, one line each.
 
     model: (setting, folder or Hub id, {part: what the name of its class begins with}); writes:
     {setting: folder that is written}; reads: folders that are read with all below them; apart:
     {setting: such a folder that no other may share}; devices: {setting: device or None}; packages:
-    that must be installed; texts: {place: prompt or caption}.
+    that must be installed; texts: {place: prompt or caption}; patterns: {setting: expression}.
     """
     found = check_parts(*model) if model else []
     found += check_places(writes or {}, apart or {}, reads)
     for name, device in (devices or {}).items():
         found += check_device(name, device)
     found += [f"{p} is not installed: pip install {p}" for p in packages if not _installed(p)]
-    return found + check_texts(texts or {})
+    return found + check_texts(texts or {}) + check_patterns(patterns or {}) + check_launcher()
 
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int, what: str) -> Iterator[None]:
+    """Raise UserError where `with` takes longer; where there are no alarms, do not."""
+
+    def stop(*_: object) -> None:
+        raise UserError(f"{what}: no end after {seconds} s")
+
+    if not hasattr(signal, "alarm") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)  # an expression is interrupted, too
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_launcher() -> list[str]:
+    """Return problems of what `accelerate config` or a launcher may have set."""
+    wrong = "ACCELERATE_USE_(DEEPSPEED|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|TP)"
+    given = [name for name, value in os.environ.items() if value.lower() in ("1", "true", "yes")]
+    text = "only plain data parallel runs, as `accelerate launch --multi_gpu` starts them"
+    return [f"{name}: {text}" for name in given if re.fullmatch(wrong, name)]
+
+
+def check_patterns(patterns: Mapping[str, Any]) -> list[str]:
+    """Return problems of regular expressions: none, or no end on names of layers."""
+    found = []
+    for setting, pattern in patterns.items():
+        try:
+            with time_limit(5, setting):
+                [re.fullmatch(pattern, name) for name in LAYERS]
+        except (re.error, UserError) as error:
+            found.append(f"{setting}: {error}")
+    return found
 
 
 def check_texts(texts: Mapping[str, str]) -> list[str]:
