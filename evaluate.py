@@ -423,6 +423,12 @@ def check_comparison(config: Config) -> list[str]:
     if config.html:
         load_tool("page")  # raises UserError where it was not copied along
     places = {} if problems else {"results": output_folder(config)}
+    for folder in places.values():
+        there = [
+            f for end in ("csv", "png", "html") if (f := folder / f"evaluation.{end}").exists()
+        ]
+        if there and not (folder / "evaluation.json").exists():
+            problems.append(f"{there[0]} is not of evaluate.py; name another output_dir")
     return problems + check_setup(devices={"device": config.device}, writes=places)
 
 

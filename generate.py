@@ -80,6 +80,7 @@ from utils import (
     load_script,
     load_tool,
     look_at_picture,
+    named,
     nearest,
     normal,
     open_rgb,
@@ -668,8 +669,11 @@ def check_results(strips: Sequence[Strip]) -> list[str]:
     read = {image.resolve() for strip in strips for image in strip.images}
     long = {path for path in seen if len(os.fsencode(path.name)) > NAME_BYTES}
     folders = [path for path in seen.keys() - long if path.is_dir()]
+    files = sorted(path for path in seen.keys() - long - read if path.is_file())
+    foreign = [path for path in files if not read_settings(path)]
     problems = [f"two results are called {path}" for path, count in seen.items() if count > 1]
     problems += [f"{path} would be overwritten: it is read" for path in sorted(read & seen.keys())]
+    problems += [f"{path} is not of generate.py; name another place" for path in foreign]
     problems += [f"{path} is a folder; wanted the name of a picture" for path in folders]
     problems += [f"{path}: a name has at most {NAME_BYTES} bytes here" for path in sorted(long)]
     return problems
@@ -841,6 +845,7 @@ class Painter:
         if any(len(strip.images) > self.most_images for strip in strips):
             problems.append("image: this model takes one picture at a time")
         files = {lora.file for strip in strips for lora in strip.loras}
+        problems += check_setup(loras=files)
         for file in sorted(files | {strip.inversion for strip in strips if strip.inversion}):
             try:
                 self.check_lora(find_lora(file, self.allow_pickle), model)
@@ -1022,6 +1027,7 @@ class EditPainter(Painter):
         area, vision, *_ = self.rule
         return super().decides() | {"reference_area": area, "vision_area": vision}
 
+    @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
         """Load the pipeline with all LoRAs (named lora0, lora1 ...)."""
         import diffusers
@@ -1299,6 +1305,7 @@ class SliderPainter(Painter):
             switch = self.script.AdapterSwitch()
             self.script.add_slider(model, switch, "checked", read_slider(file, model), 1.0)
 
+    @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
         """Encode the prompts, then load the VAE and the transformer."""
         script, config, device = self.script, self.config, self.device
@@ -1462,6 +1469,7 @@ class ChangePainter(Painter):
         mask = self.config.mask
         return super().decides() | {"mask": content(mask) if mask else None}
 
+    @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
         """Load all parts of the model, and the LoRAs into them (named lora0, lora1 ...)."""
         script, dtype, device = self.script, self.dtype, self.device

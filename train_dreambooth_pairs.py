@@ -986,8 +986,7 @@ def path_in_file(part: str, path: str) -> str:
 
 def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     """Write diffusers' (PEFT's) names and `about`; no alpha: every loader takes alpha = rank."""
-    metadata = {"format": "pt", "image_edit_lora": json.dumps(about, sort_keys=True)}
-    utils.save_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
+    utils.save_lora(path, tensors, image_edit_lora=about)
 
 
 def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:

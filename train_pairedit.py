@@ -24,7 +24,6 @@ import contextlib
 import ctypes
 import datetime
 import functools
-import json
 import logging
 import math
 import sys
@@ -40,7 +39,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 import utils
@@ -470,9 +468,7 @@ def save_slider(path: Path, transformer: Any, name: str, about: dict[str, Any]) 
     settings["target_modules"] = sorted(layers)
     plain = str | int | float | bool | list | dict | None
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
-    metadata = {"lora_adapter_metadata": adapter, "image_edit_lora": about}
-    texts = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-    utils.save_atomic(path, lambda file: save_file(tensors, file, {"format": "pt", **texts}))
+    utils.save_lora(path, tensors, lora_adapter_metadata=adapter, image_edit_lora=about)
 
 
 def save_original(path: Path, transformer: Any, name: str) -> None:

@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -402,12 +402,10 @@ def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
     settings |= {alpha: settings["r"], "target_modules": sorted(layers), "exclude_modules": None}
     plain = str | int | float | bool | list | dict | None
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
-    told = {"lora_adapter_metadata": adapter, "image_edit_lora": about}
-    metadata = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
     weights = strengthen(
         {f"transformer.{n}": t.detach().float().cpu().clone() for n, t in tensors.items()}, strength
     )
-    utils.save_atomic(path, lambda file: save_file(weights, file, {"format": "pt", **metadata}))
+    utils.save_lora(path, weights, lora_adapter_metadata=adapter, image_edit_lora=about)
 
 
 def start_from_lora(transformer: Any, lora: LoraConfig) -> None:
@@ -1092,9 +1090,13 @@ def check_model(config: Config, precision: str) -> list[str]:
         "blocks_to_swap: not with several devices": model.blocks_to_swap and model.devices[1:],
     }
     problems = [f"model.{problem}" for problem, there in rules.items() if there]
-    setting = "model.pretrained_model_name_or_path"
-    packages = ["bitsandbytes"] * nf4
-    return problems + utils.check_setup(model=(setting, name, PARTS), packages=packages)
+    named = lora.target_modules
+    return problems + utils.check_setup(
+        model=("model.pretrained_model_name_or_path", name, PARTS),
+        packages=["bitsandbytes"] * nf4,
+        patterns={"model.lora.target_modules": named} if isinstance(named, str) else {},
+        loras=[lora.pretrained_weight] if lora.pretrained_weight else [],
+    )
 
 
 def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
@@ -1126,8 +1128,6 @@ def audit(config: Config) -> list[str]:
     packages = [] if tracker in ("none", "all") else [tracker]
     reads = itertools.chain(*map(folders_of, config.data.dataset_configs))
     problems += utils.check_setup(writes=writes, reads=reads, devices=devices, packages=packages)
-    if model.lora.pretrained_weight and not model.lora.pretrained_weight.is_file():
-        problems.append(f"model.lora.pretrained_weight: no file {model.lora.pretrained_weight}")
     flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
     if flavour and not flavour.vision_area:
@@ -2242,6 +2242,7 @@ class QwenImageEditTrainer:
         name = self.config.model.pretrained_model_name_or_path
         return utils.fetch_checkpoint(name, *(f"{part}/*" for part in parts))
 
+    @utils.named("the base model cannot be loaded")
     def load_model(
         self, parts: Sequence[str] = ("vae", "text_encoder", "transformer", "scheduler")
     ) -> None:

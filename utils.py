@@ -620,6 +620,13 @@ def write_entry(cache_dir: Path, key: str, tensors: dict[str, torch.Tensor]) -> 
     return path
 
 
+def save_lora(path: Path, tensors: dict[str, torch.Tensor], **told: object) -> None:
+    """Write a LoRA atomically, with its checksum and what is told about it (JSON) as metadata."""
+    metadata = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
+    metadata |= {"format": "pt", "crc32": checksum(tensors)}
+    save_atomic(path, lambda file: save_file(tensors, file, metadata))
+
+
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
     """Read an entry's tensors. Raises UserError, with its name, where missing or damaged."""
     with named(f"cache entry {path} (cache_embeddings.py --verify mends it)"):

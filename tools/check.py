@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, named, read_model_json
+from utils import UserError, checksum, named, read_model_json
 
 MOST_CHARACTERS = 20_000
 CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|\0")
@@ -41,19 +41,22 @@ def problems(
     packages: Iterable[str] = (),
     texts: Mapping[str, str] | None = None,
     patterns: Mapping[str, str] | None = None,
+    loras: Iterable[Path] = (),
 ) -> list[str]:
     """Return every problem, one line each.
 
     model: (setting, folder or Hub id, {part: what the name of its class begins with}); writes:
     {setting: folder that is written}; reads: folders that are read with all below them; apart:
     {setting: such a folder that no other may share}; devices: {setting: device or None}; packages:
-    that must be installed; texts: {place: prompt or caption}; patterns: {setting: expression}.
+    that must be installed; texts: {place: prompt or caption}; patterns: {setting: expression};
+    loras: files in .safetensors (others are left alone).
     """
     found = check_parts(*model) if model else []
     found += check_places(writes or {}, apart or {}, reads)
     for name, device in (devices or {}).items():
         found += check_device(name, device)
     found += [f"{p} is not installed: pip install {p}" for p in packages if not _installed(p)]
+    found += [text for file in sorted(loras) for text in check_lora(file)]
     return found + check_texts(texts or {}) + check_patterns(patterns or {}) + check_launcher()
 
 
@@ -98,6 +101,32 @@ def check_patterns(patterns: Mapping[str, Any]) -> list[str]:
         except (re.error, UserError) as error:
             found.append(f"{setting}: {error}")
     return found
+
+
+def check_lora(file: Path) -> list[str]:
+    """Return problems of a LoRA file: not readable, not finite, changed since it was written."""
+    if file.suffix != ".safetensors" and file.is_file():
+        return []
+    try:
+        with named(f"LoRA {file}"):
+            with safe_open(file, framework="pt") as opened:
+                told = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            bad = [name for name, x in tensors.items() if not x.float().isfinite().all()]
+            if bad:
+                raise ValueError(f"{len(bad)} of {len(tensors)} tensors are not finite ({bad[0]})")
+            if told.get("crc32", checksum(tensors)) != checksum(tensors):
+                raise ValueError("damaged: its checksum is wrong")
+            peft = dict(json.loads(told.get("lora_adapter_metadata", "{}")))
+            rules = [dict(v or {}) for name, v in peft.items() if name.endswith("_pattern")]
+            named_layers = [
+                v for n, v in peft.items() if n.endswith("modules") and isinstance(v, str)
+            ]
+    except UserError as error:
+        return [str(error)]
+    return check_patterns(
+        {f"LoRA {file}: {p!r}": p for p in [*named_layers, *itertools.chain(*rules)]}
+    )
 
 
 def check_texts(texts: Mapping[str, str]) -> list[str]:
