@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -510,6 +510,8 @@ def to_rgb(file: Image.Image) -> Image.Image:
     """
     if file.width * file.height > MAX_PIXELS:
         raise ValueError(f"{file.width} x {file.height} px: shrink it, or raise utils.MAX_PIXELS")
+    if max(file.size) > 100 * min(file.size):
+        raise ValueError(f"{file.width} x {file.height} px: longer than 100:1")
     frames = getattr(file, "n_frames", 1)
     if frames > 1 and file.format != "MPO":  # MPO: a phone's JPEG
         raise ValueError(f"{frames} frames or pages; save the one that is meant")
@@ -537,8 +539,11 @@ def open_rgb(path: Path) -> Image.Image:
     # KEEP the stream: of a path, Pillow maps a turned TIFF into memory and mixes up its rows
     with named(f"picture {path} cannot be read"), open_regular(path) as stream:
         Image.MAX_IMAGE_PIXELS = None  # to_rgb() has its own
-        with Image.open(stream, formats=FORMATS) as file:
-            return to_rgb(file)
+        try:
+            file = Image.open(stream, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"none of {', '.join(FORMATS)}") from None
+        return to_rgb(file)
 
 
 def look_at_picture(path: Path) -> dict[str, Any]:
