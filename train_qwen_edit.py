@@ -997,6 +997,22 @@ def check_frames(data: PairData) -> list[str]:
     return sorted(wrong)
 
 
+def notes_on(data: PairData) -> list[str]:
+    """Return what is done to samples unasked, and the setting that changes it."""
+    counts: Counter[str] = Counter()
+    for number, sample in enumerate(data.samples):
+        ds, where = data.dataset(Draw(0, number)), f"data.dataset_configs.{sample.dataset}"
+        wholes = [whole_picture(variant.target, data.index) for variant in sample.variants[:1]]
+        small = any(math.prod(whole.size) * 2 < ds.resolution**2 for whole in wholes)
+        several = len(sample.variants) > 1 and ds.target_dir and ds.caption_lines is None
+        counts[f"enlarged to more than twice their pixels ({where}.resolution)"] += small
+        counts["longer than 3:1; their ends are cut off"] += any(
+            not 1 / 3 <= whole.aspect <= 3 for whole in wholes
+        )
+        counts[f"with a caption per line of their file ({where}.caption_lines)"] += bool(several)
+    return [f"{count} sample(s) {text}" for text, count in counts.items() if count]
+
+
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
     """Pair, read captions, look at all pictures; return (data, first problems of each kind)."""
     index = utils.FileIndex(config.cache.cache_dir if config.cache.use_cache else None)
@@ -1020,8 +1036,14 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     groups = [wrong for _, wrong, _ in found]
     groups += [unreadable, [problem for problem, is_so in rules.items() if is_so]]
     groups += [] if unreadable else [check_frames(data)]
-    problems = list(itertools.chain(*groups))
-    report = {"samples": len(samples), "problems": problems, "skipped": skipped}
+    texts = {f"caption of {s.name}": v.caption for s in samples for v in s.variants}
+    texts |= {"validation.negative_prompt": config.validation.negative_prompt or ""}
+    texts |= {f"validation.samples.{i}": edit.prompt for i, edit in enumerate(edits)}
+    groups += [utils.check_setup(texts=texts)]
+    problems, notes = list(itertools.chain(*groups)), [] if unreadable else notes_on(data)
+    report = {"samples": len(samples), "notes": notes, "problems": problems, "skipped": skipped}
+    if notes:
+        log.warning("note\n%s", listed(notes))
     with contextlib.suppress(OSError):  # an unwritable output_dir is reported by audit()
         path = config.logging.output_dir / "audit.json"
         utils.save_text(path, json.dumps(report, indent=2, ensure_ascii=False))
