@@ -19,7 +19,6 @@ H/8 W/8, text (B, 77, 768). Noised: z_t = a z + s e with a^2 = alphas_cumprod[t]
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import itertools
 import json
@@ -1267,17 +1266,11 @@ class SDTrainer:
 
     def setup_accelerator(self) -> None:
         """Set up processes, devices, trackers."""
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
-
         config = self.config
-        self.accelerator: Any = Accelerator(
-            # bf16: layers cast by themselves, as in inference; fp16 needs the scaler
-            mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
-            cpu=not torch.accelerator.is_available(),
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_dir=config.output_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+        # bf16: layers cast by themselves, as in inference; fp16 needs the scaler
+        mixed = "fp16" if config.mixed_precision == "fp16" else "no"
+        self.accelerator: Any = utils.make_accelerator(
+            config.report_to, config.output_dir, mixed_precision=mixed
         )
         self.device: torch.device = self.accelerator.device
         self.passes_per_step = config.gradient_accumulation_steps * self.accelerator.num_processes

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
 import functools
 import logging
 import math
@@ -1153,17 +1152,11 @@ class PairEditTrainer:
 
     def setup_accelerator(self) -> None:
         """Set up processes and devices."""
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-        timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
-        self.accelerator: Any = Accelerator(
+        self.accelerator: Any = utils.make_accelerator(
+            self.config.report_to,
+            self.config.output_folder,
             mixed_precision="no",  # KEEP: layers cast by themselves, in training as in inference
-            cpu=not torch.accelerator.is_available(),
             device_placement=False,
-            log_with=None if self.config.report_to == "none" else self.config.report_to,
-            project_dir=self.config.output_folder,
-            kwargs_handlers=[timeout, DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device: torch.device = self.accelerator.device
         if self.config.device and self.accelerator.num_processes == 1:

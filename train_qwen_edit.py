@@ -22,7 +22,6 @@ import bisect
 import contextlib
 import csv
 import ctypes
-import datetime
 import functools
 import gc
 import importlib.util
@@ -2330,21 +2329,11 @@ class QwenImageEditTrainer:
         """Set up devices, precision, processes, trackers."""
         if self.accelerator:
             return
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-        log_with = self.config.logging.report_to
-        self.accelerator = Accelerator(
+        self.accelerator = utils.make_accelerator(
+            self.config.logging.report_to,
+            self.config.logging.output_dir,
             mixed_precision=self.config.train.mixed_precision,
-            cpu=not torch.accelerator.is_available(),
             device_placement=False,  # the transformer is where its layout wants it
-            log_with=None if log_with == "none" else log_with,
-            project_dir=self.config.logging.output_dir,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
-                # KEEP: quantised weights are buffers; sending them would hang validation
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
         )
         logging.basicConfig(format="%(message)s")
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)

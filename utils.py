@@ -44,6 +44,7 @@ from tqdm.auto import tqdm
 
 MAX_PIXELS = 2**28  # of a picture that is read; a larger one takes more than 1 GB of memory
 CACHE_FORMAT = 3  # raise it when entries change their meaning: old ones are then built again
+NOT_ASKED_FOR = ("ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # never EPS: it runs Ghostscript
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for name in FORMATS))
 SRGB = ImageCms.createProfile("sRGB")
@@ -686,6 +687,26 @@ def memory_gb(device: torch.device) -> float:
 
 
 # --- 6. a run: its checkpoints, its record, its log -----------------------------------------------
+
+
+def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
+    """Make an Accelerator that is the script's own: `accelerate config` adds nothing to it."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    for name in [name for name in os.environ if name.startswith(NOT_ASKED_FOR)]:
+        log.warning("%s=%s has no effect here", name, os.environ.pop(name))
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with=None if report_to == "none" else report_to,
+        project_dir=output_dir,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
+            # KEEP: quantised weights are buffers; sending them would hang validation
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+        **settings,
+    )
 
 
 class Checkpoints:
