@@ -215,7 +215,7 @@ class Config(Section):
     """Network of the metric: a folder, or a Hub id."""
     dino_model: str = "facebook/dinov2-small"
     """Network of the metric: a folder, or a Hub id."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=4096)
     """Results that are embedded at once, by CLIP or DINO."""
     html: bool = False
     """Also write evaluation.html: before, every column, after, with a divider to drag."""

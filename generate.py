@@ -139,9 +139,9 @@ class JobsConfig(Section):
     """Folder of pictures to edit, each alone."""
     table: Path | None = None
     """Table of edits, .csv or .jsonl: images (";" between several), prompt, name, seed."""
-    height: int | None = Field(None, ge=32, multiple_of=16)
+    height: int | None = Field(None, ge=32, le=8192, multiple_of=16)
     """Height of the results, px; null: by the picture's aspect and the size of the training."""
-    width: int | None = Field(None, ge=32, multiple_of=16)
+    width: int | None = Field(None, ge=32, le=8192, multiple_of=16)
     """Width of the results, px; see height."""
     output: Path | None = None
     """The picture (PNG); with several scales, seeds or prompts the strip, pictures beside it."""
@@ -185,7 +185,7 @@ class EditConfig(JobsConfig):
     """Checkpoint: a folder in diffusers layout, or a Hub id."""
     negative_prompt: str = ""
     """Instruction that guidance leads away from; "" is the empty one."""
-    num_inference_steps: int = Field(40, ge=2)
+    num_inference_steps: int = Field(40, ge=2, le=1000)
     """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Guidance against negative_prompt; 1 switches it off and halves the time."""
@@ -213,9 +213,9 @@ class SliderConfig(JobsConfig):
     """Precision of the weights of the frozen transformer's blocks."""
     dtype: Dtype = None
     """Precision of the model; null: bf16, on a CPU fp32."""
-    resolution: int = Field(512, ge=32, multiple_of=16)
+    resolution: int = Field(512, ge=32, le=8192, multiple_of=16)
     """Side of the square whose area the pictures get, px; photos keep their aspect (buckets)."""
-    num_inference_steps: int = Field(28, ge=1)
+    num_inference_steps: int = Field(28, ge=1, le=1000)
     """Euler steps of a picture; more is slower and finer."""
     guidance_scale: float = 3.5
     """Embedded guidance of FLUX.1-dev; has no effect on models without it."""
@@ -257,7 +257,7 @@ class ChangeConfig(JobsConfig):
     """Checkpoint: a folder in diffusers layout, or a Hub id."""
     dtype: Dtype = None
     """Precision of UNet and text encoder; null: bf16, on a CPU fp32. The VAE is always fp32."""
-    resolution: int | None = Field(None, ge=64, multiple_of=64)
+    resolution: int | None = Field(None, ge=64, le=8192, multiple_of=64)
     """Side of the square whose area the pictures get, px; photos keep their aspect (buckets).
     null: what the LoRA was trained with, else the base model's own (mostly 512)."""
     num_inference_steps: int = Field(50, ge=1, le=500)
@@ -307,7 +307,7 @@ class RunStripsConfig(Section):
     """Draw each picture with a line of prompts_file instead of `prompt`."""
     prompts_file: list[str] = Field(["prompts-person.yaml"], min_length=1)
     """Files in configs/prompts/ (or paths): YAML lists; entry k for data set k."""
-    count_gen: int = Field(2, ge=1)
+    count_gen: int = Field(2, ge=1, le=10_000)
     """Number of seeds drawn, from start_seed_gen on."""
     use_random_seed: bool = False
     """Draw the seeds from 0..32768 (by `seed`) instead of counting up."""

@@ -253,13 +253,13 @@ def class_pass(trainer: SDTrainer, draws: Sequence[Draw], t: torch.Tensor) -> Pa
 class TrainingConfig(Section):
     """How long, how much at once, and how fast."""
 
-    max_train_steps: int | None = Field(None, ge=1)
+    max_train_steps: int | None = Field(None, ge=1, le=100_000_000)
     """Optimizer steps of the run; null: num_train_epochs says it."""
-    num_train_epochs: int = Field(1, ge=1)
+    num_train_epochs: int = Field(1, ge=1, le=100_000_000)
     """Passes over the data (epochs); read where max_train_steps is null."""
-    train_batch_size: int = Field(4, ge=1)
+    train_batch_size: int = Field(4, ge=1, le=4096)
     """Samples per forward pass and process; a pair is one sample."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=4096)
     """Forward passes per optimizer step and process."""
     seed: int = 0
     """Seed of every random draw; a draw belongs to (seed, purpose, sample number)."""
@@ -271,9 +271,9 @@ class TrainingConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     """Shape of the learning rate over the run."""
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_warmup_steps: int = Field(0, ge=0, le=100_000_000)
     """Optimizer steps from 0 to the full learning rate (lr_scheduler constant has none)."""
-    lr_num_cycles: int = Field(1, ge=1)
+    lr_num_cycles: int = Field(1, ge=1, le=1000)
     """How often lr_scheduler cosine_with_restarts starts."""
     lr_power: float = Field(1.0, gt=0)
     """Exponent of lr_scheduler polynomial."""
@@ -397,7 +397,7 @@ TARGETS = {  # EDIT HERE: layers with an adapter, by the end of their names; cou
 class AdapterConfig(Section):
     """Which layers learn, and how much they can learn."""
 
-    lora_rank: int = Field(4, ge=1, validation_alias=AliasChoices("lora_rank", "rank"))
+    lora_rank: int = Field(4, ge=1, le=4096, validation_alias=AliasChoices("lora_rank", "rank"))
     """Rank of the LoRA; `rank` is taken as well."""
     lora_alpha: float | None = Field(None, gt=0)
     """Strength of the LoRA is lora_alpha / lora_rank; null means lora_alpha = lora_rank."""
@@ -561,11 +561,11 @@ class PicturesConfig(Section):
     """Folder of pictures of the class; what is missing is drawn by the base model."""
     class_prompt: str | None = None
     """Prompt of the class pictures, e.g. "a photo of a dog"."""
-    num_class_images: int = Field(100, ge=1)
+    num_class_images: int = Field(100, ge=1, le=100_000)
     """How many class pictures there must be."""
-    sample_batch_size: int = Field(4, ge=1)
+    sample_batch_size: int = Field(4, ge=1, le=4096)
     """Class pictures drawn at once."""
-    resolution: int = Field(512, ge=64, multiple_of=64)
+    resolution: int = Field(512, ge=64, le=8192, multiple_of=64)
     """Side of the square whose area the pictures get, px; aspect ratios are kept (buckets)."""
     center_crop: bool = False
     """Crop to a square of `resolution` instead."""
@@ -1053,7 +1053,7 @@ class ResultsConfig(Section):
     """kohya: also write the LoRA in the format of WebUIs."""
     validation_prompt: str | None = None
     """Prompt of the validation sheets; null draws none."""
-    num_validation_images: int = Field(4, ge=1)
+    num_validation_images: int = Field(4, ge=1, le=1000)
     """Images per validation sheet and strength (seeds 0..n-1)."""
     validation_steps: int | None = Field(None, ge=1)
     """Steps between two validation sheets; null: with the checkpoints."""
@@ -1061,7 +1061,7 @@ class ResultsConfig(Section):
     """Passes over the data between two validation sheets, instead of validation_steps."""
     validation_scales: Numbers = Field([-1.0, -0.5, 0.0, 0.5, 1.0], min_length=1)
     """LoRA strengths drawn on the validation sheet."""
-    validation_inference_steps: int = Field(25, ge=1)
+    validation_inference_steps: int = Field(25, ge=1, le=1000)
     """DDIM steps of a validation image."""
     validation_guidance_scale: float = Field(7.5, ge=1)
     """Classifier-free guidance of the validation images; 1 is none."""

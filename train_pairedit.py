@@ -59,9 +59,9 @@ class VariantConfig(Section):
     """eta: factor on the pair's difference as it is learned, as inference skips the first steps."""
     noise_scales: Numbers = Field([1.0], min_length=1)
     """beta of the content-preserving schedule x + sigma beta noise; a run for each value."""
-    num_noise_seeds: int | None = Field(31, ge=1)
+    num_noise_seeds: int | None = Field(31, ge=1, le=1000)
     """Number of different noises in a run (PairEdit has 31); null: new noise in every sample."""
-    num_inference_steps: int = Field(28, ge=1)
+    num_inference_steps: int = Field(28, ge=1, le=1000)
     """N: sigma is one of the N noise levels of an inference of N steps."""
     start_step: int = Field(0, ge=0)
     """First of the N steps whose noise level is trained; 0 is pure noise."""
@@ -194,9 +194,9 @@ def adapters_of(name: str) -> list[str]:
 class LoopConfig(Section):
     """How long it trains and what it saves: all of it may change when a run goes on."""
 
-    train_iteration: int = Field(500, ge=1)
+    train_iteration: int = Field(500, ge=1, le=100_000_000)
     """Optimizer steps of a run."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=4096)
     """Draws of (pair, sigma, noise) per step and process; one shape, sigmas spread evenly."""
     save_per_steps: int = Field(500, ge=1)
     """Optimizer steps between two saves (LoRA, checkpoint, preview); the end is always saved."""
@@ -334,7 +334,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class LorasConfig(Section):
     """The LoRAs and their optimizer, AdamW; everything else stays frozen."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=4096)
     """Rank of each adapter."""
     alpha: float = Field(1.0, gt=0)
     """The strength of an adapter is alpha / rank."""
@@ -501,7 +501,7 @@ class RunsConfig(Section):
     """What to do with a stem that one of the folders lacks."""
     train_start: int = Field(1, ge=0)
     """Number of the first version (repeat of a training with other draws)."""
-    train_count: int = Field(1, ge=1)
+    train_count: int = Field(1, ge=1, le=1000)
     """Number of versions, repeats of a training with other draws."""
     config_name: str = Field("base", pattern=r"^[^/\\]+$")
     """Free tag in the names of runs; no slashes."""
@@ -643,7 +643,7 @@ class BaseConfig(Section):
     """bf16: the base in bf16; LoRA, loss and optimizer in fp32. no: all in fp32."""
     gradient_checkpointing: bool = True
     """Compute activations again in the backward pass: less memory, about a third more time."""
-    resolution: int = Field(512, ge=32, multiple_of=16)
+    resolution: int = Field(512, ge=32, le=8192, multiple_of=16)
     """Side of the square whose area the pictures get, px; aspect ratios are kept (buckets)."""
     max_sequence_length: int = Field(512, ge=1, le=512)
     """T5 tokens of a prompt; padded to it, as the pipeline does."""

@@ -171,11 +171,11 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> tor
 class TrainConfig(Section):
     """The loop."""
 
-    max_train_steps: int = Field(1000, ge=1)
+    max_train_steps: int = Field(1000, ge=1, le=100_000_000)
     """Optimizer steps after which the run stops."""
-    num_epochs: int | None = Field(None, ge=1)
+    num_epochs: int | None = Field(None, ge=1, le=100_000_000)
     """Passes over the data after which the run stops, if that is earlier."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=4096)
     """Forward passes per optimizer step and process."""
     checkpointing_steps: int = Field(500, ge=1)
     """Optimizer steps between two checkpoints."""
@@ -299,13 +299,13 @@ def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: f
 class LoraConfig(Section):
     """The adapter on the transformer; everything else stays frozen."""
 
-    r: int = Field(16, ge=1)
+    r: int = Field(16, ge=1, le=4096)
     """Rank of the adapter. File size and memory grow linearly with it."""
     lora_alpha: float | None = Field(None, gt=0)
     """Strength of the adapter is lora_alpha / r; null means lora_alpha = r."""
     method: Literal["lora", "dora", "lokr"] = "lora"
     """dora: LoRA with learned column norms; lokr: Kronecker product of two small matrices."""
-    lokr_factor: int = Field(-1, ge=-1)
+    lokr_factor: int = Field(-1, ge=-1, le=4096)
     """Size of LoKr's smaller matrix; -1 is about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
     """How factor A of the LoRA starts; B starts at zero, so step 0 is the base model."""
@@ -452,9 +452,9 @@ class LrSchedulerConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     """Shape of the learning rate after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=100_000_000)
     """Optimizer steps in which the learning rate rises from 0 to its full value."""
-    num_cycles: int = Field(1, ge=1)
+    num_cycles: int = Field(1, ge=1, le=1000)
     """How often scheduler_type cosine_with_restarts starts."""
     power: float = Field(1.0, gt=0)
     """Exponent of scheduler_type polynomial."""
@@ -532,7 +532,7 @@ class ReferenceItem(Section):
 
     image: str
     """Name of the image_config of this reference."""
-    resize: int | None = Field(None, ge=64)
+    resize: int | None = Field(None, ge=64, le=8192)
     """Size of this reference: side of the square of equal area, px; null is the usual one."""
 
 
@@ -548,7 +548,7 @@ class ReferenceListConfig(Section):
 
     reference_config: str
     """Name of the reference_config whose pictures the text encoder sees."""
-    resize: int | None = Field(None, ge=32)
+    resize: int | None = Field(None, ge=32, le=8192)
     """Size of the pictures: side of the square of equal area, px; null: as the pipeline (384)."""
     dropout: float = Field(0.0, ge=0, le=1)
     """Chance (0 to 1) to leave out a picture of the text encoder, drawn per visit."""
@@ -591,9 +591,9 @@ class DatasetConfig(Section):
     """Name of the data set, for validation.eval_dataset_id; default is its folder's."""
     train_data_dir: Path = Path()
     """Folder of the data set; it is only read."""
-    resolution: int = Field(1024, ge=64, multiple_of=16)
+    resolution: int = Field(1024, ge=64, le=8192, multiple_of=16)
     """Side of the square whose area the targets get, px; aspect ratios are kept (buckets)."""
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=10_000)
     """How often an epoch visits each sample of this data set."""
     loss_weight: float = Field(1.0, gt=0)
     """Factor of this data set's loss."""
@@ -605,7 +605,7 @@ class DatasetConfig(Section):
     """Share (0 to 1) of the samples kept out of training besides holdout, drawn by the seed."""
     on_missing: Literal["error", "skip"] = "error"
     """What to do with a sample that lacks a file or a caption."""
-    views: int = Field(1, ge=1)
+    views: int = Field(1, ge=1, le=1000)
     """Cached views per sample: the whole picture, then views - 1 random crops."""
     view_scale: float = Field(1.0, gt=0, le=1)
     """Smallest side of a random crop, as a share (0 to 1) of the whole picture's."""
@@ -673,9 +673,9 @@ class DataConfig(Section):
 
     dataset_configs: list[DatasetConfig] = []
     """Data sets of the training; all of them are mixed."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=4096)
     """Samples per forward pass and process (of one shape: targets and references)."""
-    num_workers: int = Field(2, ge=0)
+    num_workers: int = Field(2, ge=0, le=64)
     """Processes that read the cache; changes no result."""
     shuffle: bool = True
     """Visit the samples in a new order every epoch."""
@@ -1884,7 +1884,7 @@ class SamplingConfig(Section):
 
     seed: int = 42
     """Seed of the noise; of the validation loss, too."""
-    num_inference_steps: int = Field(20, ge=2)
+    num_inference_steps: int = Field(20, ge=2, le=1000)
     """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Guidance of a picture against negative_prompt, as in the pipeline; 1 is none."""
@@ -1901,9 +1901,9 @@ class ValidationConfig(SamplingConfig):
     """Data sets (id) that are kept out of training whole."""
     samples: list[ValidationSample] = []
     """Edits to draw besides the held-out pairs, without a target."""
-    max_samples: int = Field(4, ge=1)
+    max_samples: int = Field(4, ge=1, le=1000)
     """Held-out samples drawn on the sheet; the loss takes all."""
-    resolution: int | None = Field(None, ge=64)
+    resolution: int | None = Field(None, ge=64, le=8192)
     """Side of the square whose area pictures get, px; null is that of training, or of predict()."""
 
 

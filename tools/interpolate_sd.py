@@ -122,9 +122,9 @@ class EndsAttention:
 class FitConfig(Section):
     """The LoRA that is fitted to each of the two pictures; it is kept beside output."""
 
-    fit_steps: int = Field(200, ge=1)
+    fit_steps: int = Field(200, ge=1, le=100_000)
     """Steps of AdamW on the LoRA that is fitted to each picture."""
-    fit_rank: int = Field(16, ge=1)
+    fit_rank: int = Field(16, ge=1, le=4096)
     """Rank of the LoRA that is fitted to each picture."""
     fit_learning_rate: float = Field(2e-4, gt=0)
     """Learning rate of the LoRA that is fitted to each picture."""
@@ -175,7 +175,7 @@ ATTENTION_SHARE = 0.6  # EDIT HERE: share of the steps in which frames look at b
 class FramesConfig(Section):
     """How the way is drawn."""
 
-    frames: int = Field(9, ge=3)
+    frames: int = Field(9, ge=3, le=100_000)
     """Number of frames, the two pictures included."""
     even_frames: bool = True
     """Space the frames equally far apart, which draws them twice."""
@@ -357,7 +357,7 @@ class Config(FramesConfig, FitConfig):
     """What the pictures show: one prompt for both, or one for each; [] is the empty one."""
     output: Path
     """FILE.png: the sheet, with the frames beside it. FILE.gif: an animation as well."""
-    resolution: int = Field(512, ge=64, multiple_of=64)
+    resolution: int = Field(512, ge=64, le=8192, multiple_of=64)
     """Side of the square whose area the frames have, px; the first picture's aspect is kept."""
     seed: int = 0
     """Seed of the LoRAs that are fitted; nothing else is drawn by chance."""
