@@ -845,10 +845,11 @@ class Painter:
         if any(len(strip.images) > self.most_images for strip in strips):
             problems.append("image: this model takes one picture at a time")
         files = {lora.file for strip in strips for lora in strip.loras}
-        problems += check_setup(loras=files)
         for file in sorted(files | {strip.inversion for strip in strips if strip.inversion}):
             try:
-                self.check_lora(find_lora(file, self.allow_pickle), model)
+                path = find_lora(file, self.allow_pickle)
+                problems += (unsound := check_setup(loras=[path]))
+                self.check_lora(path, None if unsound else model)
             except UserError as error:
                 text = "; ".join(line.strip(" -") for line in str(error).splitlines())
                 problems.append(text if str(file) in text else f"LoRA {file}: {text}")

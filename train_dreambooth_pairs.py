@@ -700,7 +700,7 @@ def check_base(name: str) -> list[str]:
             return [f"{what} predicts {target} from {channels} channels; wanted epsilon from 4"]
     except UserError as error:
         return [f"{what}: {error}"]
-    return utils.check_setup(model=("pretrained_model_name_or_path", name, CLASSES))
+    return utils.check_setup(model=("pretrained_model_name_or_path", name, SD_CLASSES))
 
 
 def check_folders(config: Config) -> list[str]:
@@ -815,8 +815,12 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 # load_adapter({"unet": unet}, switch, "change", file); switch.parts = [(Active("change", 0.5),)]
 # predict_noise(unet, latents, t, embeds) is then half of the change; schedule: the scheduler's JSON
 DIFFUSION = "diffusion_pytorch_model.safetensors"
-CLASSES = {"unet": "UNet2DCondition", "vae": "AutoencoderKL$", "text_encoder": "CLIPText"}
-CLASSES |= {"tokenizer": "", "scheduler": "(?!FlowMatch)"}
+SD_CLASSES = {  # of a part: how its name begins
+    "unet": "UNet2DCondition",
+    "vae": "AutoencoderKL$",
+    "text_encoder": "CLIPText",
+    **{"tokenizer": "", "scheduler": "(?!FlowMatch)"},
+}
 PARTS = {"unet": DIFFUSION, "vae": DIFFUSION, "text_encoder": "model.safetensors"}
 
 
@@ -981,11 +985,6 @@ def adapter_tensors(models: dict[str, Any], name: str, factor: float) -> dict[st
 def path_in_file(part: str, path: str) -> str:
     """Return the path of a layer as LoRA files have it: transformers 5 left `text_model` out."""
     return path if part == "unet" else f"text_model.{path.removeprefix('text_model.')}"
-
-
-def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Write diffusers' (PEFT's) names and `about`; no alpha: every loader takes alpha = rank."""
-    utils.save_lora(path, tensors, image_edit_lora=about)
 
 
 def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -1153,7 +1152,7 @@ def save_result(trainer: SDTrainer, calibrated: bool) -> None:
         factor = full_change(trainer)
         log.info("calibrated: one full change is %.3g times the trained strength", factor)
     tensors, about = adapter_tensors(trainer.models, "change", factor), about_run(trainer, factor)
-    save_lora(config.output_dir / LORA_FILE, tensors, about)
+    utils.save_lora(config.output_dir / LORA_FILE, tensors, image_edit_lora=about)
     if config.export == "kohya":
         save_kohya(config.output_dir / KOHYA_FILE, tensors)
     utils.save_text(config.output_dir / "README.md", CARD.format(**about, file=LORA_FILE))
@@ -1451,7 +1450,7 @@ class SDTrainer:
 
             def write(folder: Path) -> None:
                 tensors = adapter_tensors(self.models, "change", 1.0)
-                save_lora(folder / LORA_FILE, tensors, about_run(self))
+                utils.save_lora(folder / LORA_FILE, tensors, image_edit_lora=about_run(self))
 
             self.checkpoints.save(self.global_step, self.trained_as, training, write)
 

@@ -602,7 +602,7 @@ def check_checkpoint(name: str) -> list[str]:
         return [f"pretrained_model_name_or_path: {error}"]
     if kind != "FluxPipeline":
         return [f"pretrained_model_name_or_path: {name} is a {kind}; wanted FluxPipeline"]
-    return utils.check_setup(model=("pretrained_model_name_or_path", name, PARTS))
+    return utils.check_setup(model=("pretrained_model_name_or_path", name, FLUX_PARTS))
 
 
 def audit(config: Config) -> list[str]:
@@ -665,7 +665,12 @@ TEXT_PARTS = {
     "tokenizer": "",
     "tokenizer_2": "",
 }
-PARTS = {**TEXT_PARTS, "scheduler": "FlowMatch", "transformer": "Flux", "vae": "AutoencoderKL$"}
+FLUX_PARTS = {
+    **TEXT_PARTS,
+    "scheduler": "FlowMatch",
+    "transformer": "Flux",
+    "vae": "AutoencoderKL$",
+}
 # differs from the other scripts: FLUX packs 2 x 2 latents of 8 px
 SIZE_MULTIPLE = 16
 

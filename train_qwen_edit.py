@@ -850,9 +850,10 @@ def table_row(record: Any, roots: Sequence[Path]) -> Row:
     shown = record.get("references") or []
     shown = [shown] if isinstance(shown, str) else [*shown]
     numbered = sorted(column for column in record if re.fullmatch(r"reference_\d+", column))
-    shown += [record[column] for column in sorted(numbered, key=len)]
-    while shown and not shown[-1]:  # rows may have fewer than others
-        shown.pop()
+    cells = [record[column] for column in sorted(numbered, key=len)]
+    while cells and not cells[-1]:  # rows may have fewer than others
+        cells.pop()
+    shown += cells
     if not record.get("target") or not shown or not all(shown):
         lacking = "reference before the last one" if any(shown) else "reference"
         raise ValueError(f"no {lacking if record.get('target') else 'target'}")
@@ -1070,8 +1071,12 @@ PUBLISHED = {  # so that a plan and an audit need no network
 }
 
 
-PARTS = {"transformer": "QwenImage", "vae": "AutoencoderKLQwenImage", "text_encoder": "Qwen2_5_VL"}
-PARTS |= {"scheduler": "FlowMatch", "tokenizer": "", "processor": ""}
+QWEN_PARTS = {  # of a checkpoint: how the name of its class begins
+    "transformer": "QwenImage",
+    "vae": "AutoencoderKLQwenImage",
+    "text_encoder": "Qwen2_5_VL",
+    **{"scheduler": "FlowMatch", "tokenizer": "", "processor": ""},
+}
 
 
 def detect_flavour(name_or_path: str) -> Flavour:
@@ -1113,7 +1118,7 @@ def check_model(config: Config, precision: str) -> list[str]:
     problems = [f"model.{problem}" for problem, there in rules.items() if there]
     named = lora.target_modules
     return problems + utils.check_setup(
-        model=("model.pretrained_model_name_or_path", name, PARTS),
+        model=("model.pretrained_model_name_or_path", name, QWEN_PARTS),
         packages=["bitsandbytes"] * nf4,
         patterns={"model.lora.target_modules": named} if isinstance(named, str) else {},
         loras=[lora.pretrained_weight] if lora.pretrained_weight else [],

@@ -74,6 +74,9 @@ def run_script(main: Callable[[], None]) -> None:
             text = f"process {rank}: {text.splitlines()[0]}"
         print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (OSError, RuntimeError, SafetensorError) as error:
         full = re.search("No space left|Disk quota|file write failed", str(error))
         if not full and not (isinstance(error, OSError) and error.filename):
@@ -84,9 +87,6 @@ def run_script(main: Callable[[], None]) -> None:
         again = "what was saved is complete, and resume_from_checkpoint: latest goes on with it"
         print(f"\n{Path(sys.argv[0]).name}: {error}{room} ({again})", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `... --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except KeyboardInterrupt:
         trains = Path(sys.argv[0]).name.startswith("train_")
         again = "training goes on with resume_from_checkpoint: latest" if trains else "run it again"
@@ -726,10 +726,13 @@ class Checkpoints:
         writer = self.output_dir / ".writer"
         try:
             with FileLock(self.output_dir / ".lock", timeout=0):
-                save_text(writer, f"process {os.getpid()} on {platform.node()}")
-                yield
+                save_text(writer, f" (process {os.getpid()} on {platform.node()})")
+                try:
+                    yield
+                finally:
+                    writer.unlink(missing_ok=True)
         except Timeout as error:
-            who = writer.read_text(encoding="utf-8") if writer.exists() else "another run"
+            who = "another run" + (writer.read_text(encoding="utf-8") if writer.exists() else "")
             text = f"{who} writes into {self.output_dir}; wait for it or name another folder"
             raise UserError(text) from error
 

@@ -166,9 +166,9 @@ def for_inpainting(folder):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut_off, "unet/diffusion_pytorch_model.safetensors"),
+        (cut_off, "unet: diffusion_pytorch_model.safetensors"),
         (for_inpainting, "9 channels"),
-        (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae/diffusion"),
+        (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "vae: no plain"),
         (lambda f: (f / "text_encoder/config.json").unlink(), "text_encoder/config.json"),
         (lambda f: [x.unlink() for x in (f / "tokenizer").iterdir()], "tokenizer"),
     ],

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import unicodedata
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -35,7 +36,9 @@ def draws_of(steps):
     return [draw for step in steps for batch in step for draw in batch]
 
 
-def picture(path, grey=0, size=(64, 48)):
+def picture(path, grey=None, size=(64, 48)):
+    """A picture of one grey; by default each path has its own."""
+    grey = zlib.crc32(str(path).encode()) % 255 if grey is None else grey
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (grey, grey, grey)).save(path)
     return path

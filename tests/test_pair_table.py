@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ TOOL = ROOT / "tools" / "pair_table.py"
 tool = load_script(TOOL)
 
 
-def picture(path, grey=0, size=(64, 48)):
+def picture(path, grey=None, size=(64, 48)):
+    """A picture of one grey; by default each path has its own."""
+    grey = zlib.crc32(str(path).encode()) % 255 if grey is None else grey
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (grey, grey, grey)).save(path)
     return path

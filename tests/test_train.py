@@ -394,6 +394,6 @@ def test_rot_that_keeps_the_time_stops_training_with_a_message(
         entry.write_bytes(entry.read_bytes()[:-1] + b"x")
         os.utime(entry, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     flags = ["--cache.cache_dir", cache, "--validation.steps", "null"]
-    with pytest.raises(UserError, match=r"checksum.*cache_embeddings\.py --verify"):
+    with pytest.raises(UserError, match=r"cache_embeddings\.py --verify.*checksum"):
         trainer_of(*flags, "--data.num_workers", workers).fit()
     assert not Checkpoints(tmp_path / "out").folders()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import UserError, checksum, named, read_model_json
@@ -215,5 +215,8 @@ def check_part(place: Path, kind: str) -> None:
         there = ", ".join(sorted(files - {"config.json"})) or "none"
         raise ValueError(f"no plain .safetensors ({there}); {SAVE}")
     for file in weights:
-        with safe_open(place / file, framework="pt"):
-            pass  # its length must be what its header says
+        try:
+            with safe_open(place / file, framework="pt"):
+                pass  # its length must be what its header says
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: {error}") from error

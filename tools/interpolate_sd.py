@@ -52,6 +52,7 @@ from utils import (
     read_model_json,
     run_script,
     save_atomic,
+    save_lora,
     uniform,
 )
 
@@ -219,7 +220,8 @@ class Morph:
         for end, name in enumerate(ENDS):
             file = fit_file(self.config, end, frame_size(self.sd, self.config))
             if not file.is_file():
-                self.sd.save_lora(file, fit_lora(self, end), {"photo": self.config.image[end].name})
+                about = {"photo": self.config.image[end].name}
+                save_lora(file, fit_lora(self, end), image_edit_lora=about)
             self.sd.load_adapter({"unet": self.unet}, self.switch, name, file)
 
     def attach_attention(self) -> dict[str, EndsAttention]:
