@@ -1455,9 +1455,10 @@ class SDTrainer:
             self.checkpoints.save(self.global_step, self.trained_as, training, write)
 
     @torch.no_grad()
+    @utils.named("the checkpoint does not fit this run")
     def restore(self, folder: Path, step: int) -> None:
         """Set adapters, optimizer and schedule to those of a checkpoint."""
-        saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        saved = self.checkpoints.load(folder)
         for parameter, value in zip(self.trained, saved["adapters"], strict=True):
             parameter.copy_(value)
         self.optimizer.load_state_dict(saved["optimizer"])

@@ -1317,7 +1317,7 @@ def train_run(trainer: PairEditTrainer, run: Run, start: Any, stop: utils.StopSi
         if stop.agreed(accelerator, True):  # it came while models were loaded or a preview drawn
             return True
         if start:
-            state = torch.load(start[0] / "training_state.pt", "cpu", weights_only=True)
+            state = trainer.checkpoints.load(start[0])
             for parameter, value in zip(trainer.trained, state["adapters"], strict=True):
                 parameter.data.copy_(value)
             trainer.optimizer.load_state_dict(state["optimizer"])

@@ -2777,12 +2777,16 @@ class QwenImageEditTrainer:
             self.checkpoints.save(global_step, trained_as(self), training, self._save_adapters)
         self.accelerator.wait_for_everyone()
 
+    @utils.named("the checkpoint does not fit this run")
     def _restore(self, folder: Path, step: int) -> None:
         """Go on from adapter, optimizer, schedule and step of a checkpoint."""
-        from peft.utils import set_peft_model_state_dict
+        from peft.utils import get_peft_model_state_dict
 
-        saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-        set_peft_model_state_dict(self.transformer, saved["adapter"])
+        saved = self.checkpoints.load(folder)
+        adapter = get_peft_model_state_dict(self.transformer)
+        if adapter.keys() != saved["adapter"].keys():
+            raise ValueError(f"{folder} has other adapted layers")
+        copy_into(adapter.values(), [saved["adapter"][name] for name in adapter])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.lr_scheduler.load_state_dict(saved["lr_scheduler"])
         if self.ema:

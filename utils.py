@@ -745,11 +745,21 @@ class Checkpoints:
     @staticmethod
     def state(folder: Path) -> dict[str, Any] | None:
         """Return state.json of a checkpoint; None where a file is missing or altered."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if all(hash_file(folder / name) == h for name, h in state["files"].items()):
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+        ):
+            state = json.loads(read_text(folder / "state.json", 2**26))
+            whole = "training_state.pt" in state["files"]
+            whole = whole and folder.name == f"checkpoint-{int(state['step'])}"
+            if whole and all(hash_file(folder / name) == h for name, h in state["files"].items()):
                 return {"step": int(state["step"]), "trained_as": dict(state["trained_as"])}
         return None
+
+    @staticmethod
+    def load(folder: Path) -> dict[str, Any]:
+        """Return the training state of a checkpoint, on the CPU. Raises UserError."""
+        with named(f"{folder} cannot be read"):
+            return torch.load(folder / "training_state.pt", "cpu", weights_only=True)
 
     def find(self, wanted: str | None, trained_as: dict[str, Any]) -> tuple[Path, int] | None:
         """Return (folder, step) of the newest valid checkpoint ("latest") or of the one named.
