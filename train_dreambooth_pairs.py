@@ -830,6 +830,7 @@ def fetch_sd(name: str) -> Path:
     return utils.fetch_checkpoint(name, *names, "tokenizer/*", "scheduler/*")
 
 
+@utils.named("the base model cannot be loaded")
 def load_part(folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Load the unet, vae or text_encoder of a checkpoint, frozen."""
     import diffusers
@@ -856,6 +857,7 @@ def decode_sd(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
 
 
+@utils.named("the base model cannot be loaded")
 @torch.no_grad()
 def encode_prompts(
     folder: Path, prompts: Sequence[str], dtype: torch.dtype, device: torch.device

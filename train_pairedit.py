@@ -714,6 +714,7 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
+@utils.named("the base model cannot be loaded")
 def load_vae(folder: Path, device: torch.device) -> Any:
     """Load AutoencoderKL in fp32: eta multiplies the pair's difference, and rounding with it."""
     from diffusers import AutoencoderKL
@@ -739,6 +740,7 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 Text = dict[str, torch.Tensor]  # a prompt: T5's "embed" (1, T, 4096), CLIP's "pooled" (1, 768)
 
 
+@utils.named("the base model cannot be loaded")
 @torch.no_grad()
 def encode_texts(
     folder: Path, prompts: Sequence[str], length: int, dtype: torch.dtype, device: torch.device
@@ -778,6 +780,7 @@ def empty_flux(settings: dict[str, Any]) -> Any:
         return FluxTransformer2DModel.from_config(settings)
 
 
+@utils.named("the base model cannot be loaded")
 def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the frozen transformer, quantised block by block on the device. Raises UserError."""
     model = empty_flux(read_model_json(str(folder), "transformer/config.json"))

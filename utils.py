@@ -46,6 +46,7 @@ MAX_PIXELS = 2**28  # of a picture that is read; a larger one takes more than 1 
 CACHE_FORMAT = 3  # raise it when entries change their meaning: old ones are then built again
 NOT_ASKED_FOR = ("ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # never EPS: it runs Ghostscript
+OTHER_PICTURES = r".*\.(heic|heif|jxl|psd|svg|eps|tga|ppm|exr|jp2|dng|cr2|nef|arw|ico|pdf)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for name in FORMATS))
 SRGB = ImageCms.createProfile("sRGB")
 
@@ -252,6 +253,8 @@ def parse_args(argv: Sequence[str]) -> dict[str, list[list[str]]]:
     for arg in argv:
         if arg.startswith("--") or arg == "-h":
             key, equals, text = ("help" if arg == "-h" else arg[2:]).partition("=")
+            if not key:
+                raise UserError(f"{arg} names no setting")
             values = [text] if equals else []
             given.setdefault(key, []).append(values)
         elif not given:
@@ -367,16 +370,19 @@ def shuffled(n: int, *parts: object) -> list[int]:
 def list_images(folder: Path) -> dict[str, list[Path]]:
     """Return {relative stem ("sub/a"): image files}, with nested folders, without hidden names."""
     found: dict[str, list[Path]] = {}
-    seen = set()  # a link may lead back
     for place, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        folders[:] = [f for f in folders if os.path.realpath(Path(place, f)) not in seen]
+        above = {Path(place).resolve(), *Path(place).resolve().parents}  # a link may lead back
+        there = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in there if Path(place, name).resolve() not in above]
         prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
         for name in sorted(name for name in names if not name.startswith(".")):
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                stem = prefix.removeprefix("./") + name.rpartition(".")[0]
+            stem, _, end = (prefix.removeprefix("./") + name).rpartition(".")
+            if re.search("[\ud800-\udfff]", name):  # bytes that are no UTF-8
+                raise UserError(f"{place}: a file is called {name!a}: rename it")
+            if f".{end.lower()}" in IMAGE_SUFFIXES:
                 found.setdefault(unicodedata.normalize("NFC", stem), []).append(Path(place, name))
+            elif re.fullmatch(OTHER_PICTURES, name.lower()):
+                log.warning("%s is left out: convert it to PNG or JPEG", Path(place, name))
     return found
 
 
@@ -665,7 +671,9 @@ def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
     """Read a JSON file of a checkpoint folder or Hub repository. Raises UserError."""
     path = fetch_checkpoint(name_or_path, file) / file
     with named(f"{path}: no diffusers checkpoint"):
-        return dict(json.loads(read_text(path)))
+        if isinstance(found := json.loads(read_text(path)), dict):
+            return found
+        raise ValueError("no mapping of names to values")
 
 
 def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:

@@ -1,7 +1,11 @@
 """What users really have on their disks: each case is read rightly, or named, and nothing hangs."""
 
+import json
+import os
 import re
+import shutil
 import signal
+import unicodedata
 
 import numpy as np
 import pytest
@@ -129,3 +133,255 @@ def display_p3():
             number = round(value * 65536).to_bytes(4, "big", signed=True)
             data[place + 8 + 4 * i : place + 12 + 4 * i] = number
     return bytes(data).replace("sRGB".encode("utf-16-be"), "DsP3".encode("utf-16-be"))
+
+
+# -- captions, tables, folders
+
+
+CAPTIONS = {
+    "empty": (b" \n", "is empty"),
+    "binary": (b"\xff\xfe\x00blue", "cannot be read"),
+    "of a megabyte": (b"blue " * 300_000, "larger than"),
+    "of a book's chapter": (b"blue " * 5_000, "24,999 characters"),
+    "with a place for a picture": (b"<|image_pad|> make it blue", "control token"),
+    "that ends the turn": (b"make it blue<|im_end|>", "control token"),
+    "with a video": (b"<|vision_start|><|video_pad|><|vision_end|>", "control token"),
+    "with a nought": (b"make it\0blue", "control token"),
+}
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_a_caption_that_cannot_be_meant_is_named(name, audit, world):
+    data, said = CAPTIONS[name]
+    (world / "pairs/after/b.txt").write_bytes(data)
+    text = audit("qwen")
+    assert re.search(rf"\bb\b.*{said}", text) and len(text) < 600, text
+
+
+def test_a_caption_that_is_a_pipe_or_a_loop_is_named(audit, world):
+    place = world / "pairs/after/b.txt"
+    place.unlink()
+    os.mkfifo(place)
+    assert "pipe or device" in audit("qwen")
+    place.unlink()
+    place.symlink_to(place)
+    assert "b.txt" in audit("qwen")
+
+
+@pytest.mark.parametrize("kind", ["pairedit", "sd"])
+@pytest.mark.parametrize("token", ["<|endoftext|>", "</s>", "<extra_id_0>", "a\0b"])
+def test_control_tokens_in_prompts_are_named(kind, token, audit):
+    name = "train_prompt" if kind == "pairedit" else "instance_prompt"
+    assert re.search(f"{name}: .* is a control token", audit(kind, **{name: f"a {token} photo"}))
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_links_that_lead_back_and_names_of_other_systems(kind, audit, world, caplog):
+    """A loop is walked once; a name that is no UTF-8 is named, other pictures are, too."""
+    for side in ("before", "after"):
+        (world / "pairs" / side / "up").symlink_to("..")
+        (world / "pairs" / side / "again").symlink_to(".")
+    (world / "pairs/before/raw.heic").write_bytes(b"")
+    assert audit(kind) == "" and "raw.heic is left out" in caplog.text
+    (world / "pairs/before" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    assert "udcff" in audit(kind)
+
+
+def test_the_same_name_in_two_unicode_forms_is_one(audit, world):
+    for side, form in (("before", "NFD"), ("after", "NFC")):
+        for old in sorted((world / "pairs" / side).glob("b.*")):
+            old.rename(old.with_name(unicodedata.normalize(form, f"café{old.suffix}")))
+    assert [audit(kind) for kind in TRAINERS] == [""] * 3
+
+
+def test_a_picture_called_mask_with_partner_and_caption_is_a_sample(audit, world):
+    pairs = world / "pairs"
+    for side in ("before", "after"):
+        (pairs / side / "c.png").rename(pairs / side / "b_mask.png")
+    (pairs / "after/c.txt").rename(pairs / "after/b_mask.txt")
+    assert audit("qwen") == ""
+    names = json.loads((world / "out/audit.json").read_text())["samples"]
+    assert names == 3
+    (pairs / "after/b_mask.txt").unlink()  # a pair without a caption, or two masks?
+    assert "b_mask.png is a pair without a caption, or two masks" in audit("qwen")
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_nothing_to_learn_is_named(kind, audit, world):
+    shutil.copy(world / "pairs/before/b.png", world / "pairs/after/b.png")
+    text = audit(kind)
+    assert text.count("the same picture") == 1 and "after/b.png" in text
+
+
+# -- places
+
+
+PLACES = {"qwen": ("logging.output_dir", "cache.cache_dir"), "sd": ("output_dir", "cache_dir")}
+PLACES["pairedit"] = ("output_folder", "cache_dir")
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_places_that_hold_each_other_are_refused(kind, audit, world):
+    output, cache = PLACES[kind]
+    for name in (output, cache):
+        for place in ("pairs/before", "pairs/before/x", "pairs/after/../after"):
+            assert f"{name}: " in audit(kind, **{name: world / place}), place
+        assert f"{name}: empty" in audit(kind, **{name: ""})
+        (world / "file").write_text("mine")
+        assert "is a file" in audit(kind, **{name: world / "file"})
+        assert (world / "file").read_text() == "mine"
+    same = {output: world / "same", cache: world / "same"}
+    assert "lie in one another" in audit(kind, **same)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_tilde_is_the_home(kind, audit, world, monkeypatch):
+    monkeypatch.setenv("HOME", str(world / "home"))
+    monkeypatch.chdir(world)
+    output, cache = PLACES[kind]
+    assert audit(kind, **{output: "~/out", cache: "~/cache"}) == ""
+    assert (world / "home/out").is_dir() and not (world / "~").exists()
+
+
+# -- settings
+
+
+NUMBERS = {
+    "qwen": {"model.lora.r": 10**9, "data.num_workers": 10**6, "train.max_train_steps": 10**30},
+    "pairedit": {"rank": 10**9, "resolution": 2**30, "train_iteration": "9" * 5000},
+    "sd": {"lora_rank": 10**9, "num_class_images": 10**12, "resolution": 64 * 10**6},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, names in NUMBERS.items() for name in names]
+)
+def test_absurd_numbers_are_refused(kind, name, audit):
+    text = audit(kind, **{name: NUMBERS[kind][name]})
+    assert f"{name}: " in text and len(text) < 400
+
+
+CONFIGS = {
+    "deep.yaml": ("[" * 5000, "--config"),
+    "deep.json": ('{"a":' * 5000, "--config"),
+    "binary.yaml": (b"\xff\xfe\0\0", "utf-8"),
+    "list.yaml": ("- a\n- b\n", "name: value"),
+    "tag.yaml": ("seed: !!python/object/apply:os.system ['touch hacked']\n", "tag"),
+    "twice.yaml": ("seed: 1\nseed: 2\n", "duplicate"),
+    "huge.yaml": ("# " + "x" * 2**21, "larger than"),
+    "number.yaml": ("seed: " + "9" * 5000, "seed"),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_cannot_be_read_is_named(name, kind, tmp_path, monkeypatch):
+    text, said = CONFIGS[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=said) as error:
+        load_config(TRAINERS[kind].Config, ["--config", str(tmp_path / name)])
+    assert len(str(error.value)) < 1500 and not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_config_that_is_a_pipe_or_a_folder_is_named(kind, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "", "none.yaml"):
+        with pytest.raises(UserError, match="--config"):
+            load_config(TRAINERS[kind].Config, ["--config", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("argv", [["--=3"], ["x"], ["--seed", "1", "2"], ["--seed", "1.5"]])
+def test_flags_that_mean_nothing_are_named(argv):
+    for script in TRAINERS.values():
+        with pytest.raises(UserError, match=r"--|seed"):
+            load_config(script.Config, argv)
+
+
+@pytest.mark.parametrize("pattern", [r"([\w.]+)+!", "(a|a)*$x", "(", "(.*)*Z"])
+def test_an_expression_without_an_end_is_named(pattern, audit):
+    text = audit("qwen", **{"model.lora.target_modules": pattern})
+    assert "model.lora.target_modules" in text or text == ""
+
+
+# -- the base model
+
+
+DAMAGES = {
+    "no folder": shutil.rmtree,
+    "an empty folder": lambda p: [f.unlink() for f in p.iterdir()],
+    "a file": lambda p: (shutil.rmtree(p), p.write_text("x")),
+    "no config": lambda p: [f.unlink() for f in p.glob("*config.json")],
+    "a config that is a list": lambda p: [f.write_text("[]") for f in p.glob("*config.json")],
+    "a config that is cut": lambda p: [f.write_text('{"a"') for f in p.glob("*config.json")],
+    "a config in UTF-16": lambda p: [
+        f.write_text(f.read_text(), encoding="utf-16") for f in p.glob("*.json")
+    ],
+    "cut weights": lambda p: [f.write_bytes(f.read_bytes()[:-9]) for f in p.glob("*.safetensors")],
+    "no weights": lambda p: [f.unlink() for f in p.glob("*.safetensors")],
+    "weights of a half precision": lambda p: [
+        f.rename(f.with_suffix(".fp16.safetensors")) for f in p.glob("*.safetensors")
+    ],
+    "a pickle": lambda p: [f.rename(f.with_suffix(".bin")) for f in p.glob("*.safetensors")],
+}
+MODEL = dict.fromkeys(TRAINERS, "pretrained_model_name_or_path")
+MODEL["qwen"] = f"model.{MODEL['qwen']}"
+SOFT = ("scheduler", "tokenizer", "tokenizer_2", "processor")  # parts without weights
+BASES = {
+    "qwen": ("2511", train_qwen_edit.QWEN_PARTS),
+    "pairedit": ("flux", train_pairedit.FLUX_PARTS),
+    "sd": ("sd", train_dreambooth_pairs.SD_CLASSES),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [(kind, part) for kind, (_, parts) in BASES.items() for part in parts]
+)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_of_the_base_is_named(kind, part, damage, audit, world, checkpoints):
+    if part in SOFT and ("weights" in damage or "pickle" in damage):
+        return
+    if part.startswith(("tokenizer", "processor")) and damage == "no config":
+        return  # not every tokenizer has one
+    base = shutil.copytree(checkpoints[BASES[kind][0]], world / "base")
+    DAMAGES[damage](base / part)
+    name = (
+        "model.pretrained_model_name_or_path" if kind == "qwen" else "pretrained_model_name_or_path"
+    )
+    text = audit(kind, **{name: base})
+    assert re.search(f"{name}.*{part}", text), text
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "other"),
+    [
+        ("qwen", "scheduler", "sd"),
+        ("qwen", "vae", "sd"),
+        ("qwen", "vae", "flux"),
+        ("qwen", "text_encoder", "flux"),
+        ("qwen", "transformer", "flux"),
+        ("pairedit", "scheduler", "sd"),
+        ("pairedit", "vae", "2511"),
+        ("pairedit", "text_encoder", "2511"),
+        ("pairedit", "transformer", "2511"),
+        ("sd", "scheduler", "2511"),
+        ("sd", "scheduler", "flux"),
+        ("sd", "vae", "2511"),
+        ("sd", "text_encoder", "2511"),
+    ],
+)
+def test_a_part_of_another_family_is_named(kind, part, other, audit, world, checkpoints):
+    base = shutil.copytree(checkpoints[BASES[kind][0]], world / "base")
+    shutil.rmtree(base / part)
+    shutil.copytree(checkpoints[other] / part, base / part)
+    assert re.search(f"{MODEL[kind]}.*{part}", audit(kind, **{MODEL[kind]: base}))
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_checkpoint_in_one_file_says_how_to_make_a_folder(kind, audit, world):
+    (world / "model.safetensors").write_bytes(b"x")
+    name = (
+        "model.pretrained_model_name_or_path" if kind == "qwen" else "pretrained_model_name_or_path"
+    )
+    assert "from_single_file" in audit(kind, **{name: world / "model.safetensors"})

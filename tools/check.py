@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import netrc
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, checksum, named, read_model_json
+from utils import UserError, checksum, named, read_model_json, read_text
 
 MOST_CHARACTERS = 20_000
 CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|\0")
@@ -55,13 +56,22 @@ def problems(
     found += check_places(writes or {}, apart or {}, reads)
     for name, device in (devices or {}).items():
         found += check_device(name, device)
-    found += [f"{p} is not installed: pip install {p}" for p in packages if not _installed(p)]
+    found += [text for package in packages for text in check_package(package)]
     found += [text for file in sorted(loras) for text in check_lora(file)]
     return found + check_texts(texts or {}) + check_patterns(patterns or {}) + check_launcher()
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def check_package(name: str) -> list[str]:
+    """Return problems of a package that the settings need: not installed, or without its key."""
+    if importlib.util.find_spec(name) is None:
+        return [f"{name} is not installed: pip install {name}"]
+    if name != "wandb" or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return []
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc().authenticators("api.wandb.ai"):
+            return []
+    known = os.environ.get("WANDB_API_KEY")
+    return [] if known else ["wandb has no key: wandb login, or set WANDB_MODE=offline"]
 
 
 @contextlib.contextmanager
@@ -185,7 +195,8 @@ def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
             with named(f"{setting}: {folder / part}"):
                 check_part(folder / part, kind)
         except UserError as error:
-            found.append(str(error))
+            text = str(error)
+            found.append(text if text.startswith(setting) else f"{setting}: {text}")
     return found
 
 
@@ -197,8 +208,10 @@ def check_part(place: Path, kind: str) -> None:
     if place.name.startswith("tokenizer") and not files & {*VOCABULARIES}:
         raise ValueError(f"no vocabulary ({', '.join(VOCABULARIES)})")
     for file in files:
-        if file.endswith(".json"):
-            json.loads((place / file).read_text(encoding="utf-8"))
+        if file.endswith(".json") and not isinstance(
+            json.loads(read_text(place / file, 2**28)), dict
+        ):
+            raise ValueError(f"{file} is no mapping of names to values")
     if place.name.startswith(("tokenizer", "processor")):
         return
     scheduler = place.name == "scheduler"
