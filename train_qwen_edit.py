@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -810,8 +810,11 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
 
 def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:
     """Return the caption file of a row: beside its target, or else its first reference."""
-    beside = [files[role].with_suffix(ds.caption_ext) for role in ("target", "reference 1")]
-    return next((path for path in beside if path.exists()), beside[0])
+    beside = files["target"].with_suffix(ds.caption_ext)
+    if beside.exists():
+        return beside
+    other = files["reference 1"].with_suffix(ds.caption_ext)
+    return other if other.exists() else beside
 
 
 def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
@@ -959,7 +962,8 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
             broken.append(str(error))
     # not trained: the named ones and a share drawn by the seed, or all
     chance = functools.partial(uniform, "holdout", config.seed, ds.name)
-    drawn = sorted(variants, key=chance)[: round(ds.holdout_ratio * len(variants))]
+    count = round(ds.holdout_ratio * len(variants))
+    drawn = sorted(variants, key=chance)[:count] if count else []
     whole = ds.name in config.validation.eval_dataset_id
     held_out = set(variants) if whole else {*ds.holdout, *drawn}
     samples = [Sample(name, number, name in held_out, v) for name, v in variants.items()]
@@ -976,41 +980,37 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
 
 
 def check_frames(data: PairData) -> list[str]:
-    """Return problems of pictures that must show the same frame as their target."""
+    """Return problems of pictures that must show the same frame as their target, or another."""
     wrong, index = set(), data.index
     for number, sample in enumerate(data.samples):
         strict = data.dataset(Draw(0, number)).conditioning_type == "reference_strict"
         for variant in sample.variants:
-            aligned = [r.path for r in variant.references] if strict else []
-            aligned += [variant.mask] if variant.mask else []
-            aspect, target = index.aspect(variant.target), variant.target
-            text = "another aspect than its target; masks and reference_strict want one frame"
-            wrong |= {f"{p}: {text}" for p in aligned if not aligns(index.aspect(p), aspect)}
-            same = [
-                r.path
-                for r in variant.references
-                if index[r.path]["pixels"] == index[target]["pixels"]
-            ]
-            wrong |= {
-                f"{path} is the same picture as {target}: no change to learn" for path in same
-            }
+            target, shown = variant.target, [r.path for r in variant.references]
+            for path in (*shown * strict, *filter(None, [variant.mask])):
+                if not aligns(index.aspect(path), index.aspect(target)):
+                    text = "another aspect than its target; masks and reference_strict want one"
+                    wrong.add(f"{path}: {text} frame")
+            pixels = index[target]["pixels"]
+            for path in (path for path in shown if index[path]["pixels"] == pixels):
+                wrong.add(f"{path} is the same picture as {target}: no change to learn")
     return sorted(wrong)
 
 
 def notes_on(data: PairData) -> list[str]:
     """Return what is done to samples unasked, and the setting that changes it."""
-    counts: Counter[str] = Counter()
-    for number, sample in enumerate(data.samples):
-        ds, where = data.dataset(Draw(0, number)), f"data.dataset_configs.{sample.dataset}"
-        wholes = [whole_picture(variant.target, data.index) for variant in sample.variants[:1]]
-        small = any(math.prod(whole.size) * 2 < ds.resolution**2 for whole in wholes)
-        several = len(sample.variants) > 1 and ds.target_dir and ds.caption_lines is None
-        counts[f"enlarged to more than twice their pixels ({where}.resolution)"] += small
-        counts["longer than 3:1; their ends are cut off"] += any(
-            not 1 / 3 <= whole.aspect <= 3 for whole in wholes
-        )
-        counts[f"with a caption per line of their file ({where}.caption_lines)"] += bool(several)
-    return [f"{count} sample(s) {text}" for text, count in counts.items() if count]
+    counts: Counter[tuple[str, int]] = Counter()
+    for sample in data.samples:
+        ds = data.config.data.dataset_configs[sample.dataset]
+        facts = data.index[sample.variants[0].target]
+        area_px, aspect = facts["width"] * facts["height"], facts["width"] / facts["height"]
+        if area_px * 2 < ds.resolution**2:
+            counts["enlarged to more than twice their pixels: resolution", sample.dataset] += 1
+        if not 1 / 3 <= aspect <= 3:
+            counts["longer than 3:1, cut at their ends: crop them yourself", sample.dataset] += 1
+        if len(sample.variants) > 1 and ds.target_dir and ds.caption_lines is None:
+            counts["with a caption per line of their file: caption_lines", sample.dataset] += 1
+    where = "data.dataset_configs"
+    return [f"{where}.{ds}: {n} sample(s) {text}" for (text, ds), n in sorted(counts.items())]
 
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
@@ -1023,7 +1023,7 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     edits = config.validation.samples if config.validation.steps else []
     files = {path for variant in variants for path in variant.files()}
     files |= {path for edit in edits for path in edit.images}
-    unreadable = index.update(sorted(files), utils.look_at_picture)
+    unreadable = index.update(sorted(files, key=str), utils.look_at_picture)
     held_out, masks = [s.held_out for s in samples], any(v.mask for v in variants)
     idle = config.validation.steps and samples and not any(held_out) and not edits
     rules = {
@@ -1156,6 +1156,7 @@ def audit(config: Config) -> list[str]:
     problems += utils.check_setup(writes=writes, reads=reads, devices=devices, packages=packages)
     flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
+    config._audited = None if problems or wrong else data
     if flavour and not flavour.vision_area:
         wrong += check_2508(config, data.samples)
     return problems + wrong
@@ -1242,6 +1243,7 @@ def jobs_of(example: Example) -> dict[str, list[Job]]:
     return jobs
 
 
+@functools.lru_cache(maxsize=4096)
 def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
     """Return (W, H) of that area and aspect, rounded to 32 px as diffusers' pipelines do."""
     width = math.sqrt(area_px * aspect)
@@ -1270,6 +1272,7 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     return min(buckets(resolution), key=distance)
 
 
+@functools.lru_cache(maxsize=4096)
 def cover_box(
     aspect: float, wanted: float, scale: float = 1.0, x: float = 0.5, y: float = 0.5
 ) -> tuple[float, ...]:
@@ -2347,10 +2350,13 @@ class QwenImageEditTrainer:
         """Pair, audit and hash the data set. Raises UserError with every problem."""
         if self.data.samples:
             return
-        with self.accelerator.main_process_first():  # the others see what process 0 recorded
-            self.data, problems = find_samples(self.config, self.flavour)
-        if problems:
-            raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
+        if self.config._audited:  # by the command, a moment ago
+            self.data, self.config._audited = self.config._audited, None
+        else:
+            with self.accelerator.main_process_first():  # the others see what process 0 recorded
+                self.data, problems = find_samples(self.config, self.flavour)
+            if problems:
+                raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
         self.find_encoders()
 
     def find_encoders(self) -> None:
@@ -2926,6 +2932,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     seed: int = 0
     """Seed of order, noise, noise levels, dropout, crops and the start of the LoRA."""
+    _audited: PairData | None = PrivateAttr(None)  # what audit() found, for find_data()
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import gc
 import hashlib
 import importlib.util
 import io
@@ -20,6 +21,7 @@ import platform
 import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -66,6 +68,7 @@ def run_script(main: Callable[[], None]) -> None:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     rank = os.environ.get("RANK", "0")
+    gc.set_threshold(50_000)  # rows of large data sets are many objects, none of them garbage
     try:
         main()
     except UserError as error:
@@ -374,13 +377,13 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
         above = {Path(place).resolve(), *Path(place).resolve().parents}  # a link may lead back
         there = sorted(name for name in folders if not name.startswith("."))
         folders[:] = [name for name in there if Path(place, name).resolve() not in above]
-        prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
+        prefix, here = Path(os.path.relpath(place, folder)).as_posix() + "/", Path(place)
         for name in sorted(name for name in names if not name.startswith(".")):
             stem, _, end = (prefix.removeprefix("./") + name).rpartition(".")
             if re.search("[\ud800-\udfff]", name):  # bytes that are no UTF-8
                 raise UserError(f"{place}: a file is called {name!a}: rename it")
             if f".{end.lower()}" in IMAGE_SUFFIXES:
-                found.setdefault(unicodedata.normalize("NFC", stem), []).append(Path(place, name))
+                found.setdefault(unicodedata.normalize("NFC", stem), []).append(here / name)
             elif re.fullmatch(OTHER_PICTURES, name.lower()):
                 log.warning("%s is left out: convert it to PNG or JPEG", Path(place, name))
     return found
@@ -388,9 +391,11 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
 
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a file for reading. Raises OSError also for a pipe or device, which may never end."""
-    if path.exists() and not path.is_file():
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # of a pipe: at once
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError("a folder, pipe or device where a file is wanted")
-    return path.open("rb")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_text(path: Path, most_bytes: int = 2**20) -> str:
@@ -418,18 +423,21 @@ class FileIndex:
         self._facts: dict[str, tuple[str, dict[str, Any]]] = {}  # path: (stamp, facts)
         self._file = folder / "index.jsonl" if folder else None
         if self._file and self._file.exists():
-            for line in self._file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # cut off by a kill
-                    path, stamp, facts = json.loads(line)
+            lines = self._file.read_text(encoding="utf-8", errors="replace").split("\n")
+            whole = [line for line in lines if line.startswith('["') and line.endswith("}]")]
+            with contextlib.suppress(ValueError, TypeError, RecursionError):  # not of this program
+                for path, stamp, facts in json.loads(f"[{','.join(whole)}]"):
                     self._facts[path] = stamp, dict(facts)
 
     def update(self, paths: Iterable[Path], look: Callable[[Path], dict[str, Any]]) -> list[str]:
         """Record `look(path)` of every file that is new or has changed; return what it raised."""
         new: list[tuple[Path, str]] = []
         for path in paths:
-            stat = path.stat() if path.exists() else None
-            stamp = f"{CACHE_FORMAT}:{stat.st_size}:{stat.st_mtime_ns}" if stat else ""
-            if not stat or self._facts.get(str(path), ("", {}))[0] != stamp:
+            stamp = ""
+            with contextlib.suppress(OSError):
+                found = path.stat()
+                stamp = f"{CACHE_FORMAT}:{found.st_size}:{found.st_mtime_ns}"
+            if not stamp or self._facts.get(str(path), ("", {}))[0] != stamp:
                 new.append((path, stamp))
 
         def attempt(path: Path) -> dict[str, Any] | str:
@@ -440,15 +448,15 @@ class FileIndex:
 
         with ThreadPoolExecutor() as pool:
             looks = pool.map(attempt, (path for path, _ in new))
-            found = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
-        rows = [(str(p), s, f) for (p, s), f in zip(new, found, strict=True) if isinstance(f, dict)]
+            seen = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
+        rows = [(str(p), s, f) for (p, s), f in zip(new, seen, strict=True) if isinstance(f, dict)]
         self._facts |= {path: (stamp, facts) for path, stamp, facts in rows}
         with contextlib.suppress(OSError):  # it is looked at again
             if self._file and rows:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 with self._file.open("a", encoding="utf-8") as file:
                     file.write("\n".join(["", *map(json.dumps, rows), ""]))
-        return [problem for problem in found if isinstance(problem, str)]
+        return [problem for problem in seen if isinstance(problem, str)]
 
     def __getitem__(self, path: Path) -> dict[str, Any]:
         """Return the facts last recorded, without a look at the disk."""
@@ -604,9 +612,12 @@ def contact_sheet(
 # --- 5. cache (a safetensors file per entry, named by what went into it), base models -------------
 
 
+_SORTED = json.JSONEncoder(sort_keys=True, default=str)
+
+
 def cache_key(kind: str, **inputs: object) -> str:
     """Name an entry: blake2b (32 hex digits) of format, kind and every input that shapes it."""
-    text = json.dumps([CACHE_FORMAT, kind, inputs], sort_keys=True, default=str)
+    text = _SORTED.encode([CACHE_FORMAT, kind, inputs])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
