@@ -1,6 +1,7 @@
 """What users really have on their disks: each case is read rightly, or named, and nothing hangs."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -9,9 +10,14 @@ import unicodedata
 
 import numpy as np
 import pytest
+import tiny
+import torch
 from bad_inputs import pictures
-from conftest import slider_settings, small_config, write_config
+from conftest import PAIRS, slider_settings, small_config, write_config
 from PIL import Image, ImageCms
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_generate import trained
 
 import train_dreambooth_pairs
 import train_pairedit
@@ -385,3 +391,120 @@ def test_a_checkpoint_in_one_file_says_how_to_make_a_folder(kind, audit, world):
         "model.pretrained_model_name_or_path" if kind == "qwen" else "pretrained_model_name_or_path"
     )
     assert "from_single_file" in audit(kind, **{name: world / "model.safetensors"})
+
+
+# -- LoRA files
+
+
+def drawing(base):
+    """The flags of a picture that the base model draws."""
+    flags = ["--pretrained_model_name_or_path", base, "--prompt", "x", "--device", "cpu"]
+    return [*flags, *(["--image", PAIRS / "coffee0_R.png"] if base.name == "2511" else [])]
+
+
+@pytest.fixture(scope="session")
+def loras(checkpoints, tmp_path_factory):
+    """{"2511" | "flux" | "sd": file} as the trainers write them."""
+    folder = tmp_path_factory.mktemp("loras")
+    files = {"2511": trained(checkpoints, folder)[1]}
+    files["flux"] = tiny.save_sliders(checkpoints["flux"], folder / "flux")
+    files["sd"] = folder / "sd.safetensors"
+    tiny.save_sd_lora(checkpoints["sd"], files["sd"])
+    return files
+
+
+def first(tensors):
+    return next(iter(sorted(tensors)))
+
+
+def renamed(change):
+    return lambda tensors, told: {change(name): x for name, x in tensors.items()}
+
+
+def told_of(**more):
+    """A change of the metadata; the values are JSON."""
+    return lambda tensors, told: told.update({k: json.dumps(v) for k, v in more.items()})
+
+
+LORAS = {
+    "not a number": (lambda t, _: t[first(t)].fill_(math.nan), "1 of .* not finite"),
+    "infinite": (lambda t, _: t[first(t)].view(-1)[-1:].fill_(math.inf), "1 of .* not finite"),
+    "another byte": (lambda t, told: t[first(t)].view(-1)[:1].add_(1), "checksum"),
+    "one factor": (lambda t, told: (t.pop(first(t)), told.clear()), "."),
+    "unknown blocks": (
+        lambda t, told: (
+            t.update({"transformer.nowhere.lora_A.weight": torch.ones(2, 2)}),
+            told.clear(),
+        ),
+        "nowhere",
+    ),
+    "compiled names": (renamed(lambda name: f"_orig_mod.{name}"), "_orig_mod"),
+    "names of LyCORIS": (renamed(lambda name: "lycoris_" + name.replace(".", "_")), "lycoris"),
+    "metadata that is a list": (told_of(lora_adapter_metadata=[]), "metadata|mapping"),
+    "metadata that is text": (told_of(lora_adapter_metadata="x"), "."),
+    "a pattern without an end": (
+        told_of(lora_adapter_metadata={"transformer.alpha_pattern": {r"([\w.]+)+!": 2}}),
+        "no end|pattern",
+    ),
+}
+
+
+@pytest.mark.parametrize("base", ["2511", "flux", "sd"])
+@pytest.mark.parametrize("damage", LORAS)
+def test_a_lora_that_cannot_be_meant_is_refused_before_a_model_loads(
+    damage, base, loras, checkpoints, call_generate, tmp_path
+):
+    change, said = LORAS[damage]
+    tensors = {name: tensor.clone() for name, tensor in load_file(loras[base]).items()}
+    with safe_open(loras[base], framework="pt") as file:
+        told = file.metadata()
+    if damage != "another byte":
+        told.pop("crc32")
+    changed = change(tensors, told)
+    tensors = changed if isinstance(changed, dict) else tensors
+    save_file(tensors, tmp_path / "l.safetensors", told)
+    command = [
+        "--pretrained_model_name_or_path",
+        checkpoints[base],
+        "--prompt",
+        "x",
+        "--device",
+        "cpu",
+    ]
+    command += ["--image", PAIRS / "coffee0_R.png"] if base == "2511" else []
+    text = call_generate(*command, "--lora", "l.safetensors", "--output", "o.png", check=False)
+    assert "l.safetensors" in text and re.search(said, text), text
+    assert not (tmp_path / "o.png").exists() and len(text) < 1500
+
+
+@pytest.mark.parametrize(("base", "other"), [("2511", "flux"), ("flux", "sd"), ("sd", "2511")])
+def test_a_lora_of_another_family_is_refused(base, other, loras, checkpoints, call_generate):
+    command = [
+        "--pretrained_model_name_or_path",
+        checkpoints[base],
+        "--prompt",
+        "x",
+        "--device",
+        "cpu",
+    ]
+    command += ["--image", PAIRS / "coffee0_R.png"] if base == "2511" else []
+    text = call_generate(*command, "--lora", loras[other], "--output", "o.png", check=False)
+    assert str(loras[other]) in text and "nothing was loaded" in text
+
+
+@pytest.mark.parametrize("base", ["2511", "flux", "sd"])
+def test_a_picture_of_somebody_else_is_not_overwritten(base, checkpoints, call_generate, tmp_path):
+    ramp = pictures.ramp()
+    ramp.save(tmp_path / "o.png")
+    before = (tmp_path / "o.png").read_bytes()
+    command = [
+        "--pretrained_model_name_or_path",
+        checkpoints[base],
+        "--prompt",
+        "x",
+        "--device",
+        "cpu",
+    ]
+    command += ["--image", PAIRS / "coffee0_R.png"] if base == "2511" else []
+    text = call_generate(*command, "--output", "o.png", check=False)
+    assert "o.png is not of generate.py" in text and (tmp_path / "o.png").read_bytes() == before

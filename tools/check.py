@@ -30,6 +30,7 @@ MOST_CHARACTERS = 20_000
 CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|\0")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 LAYERS = ("down_blocks.0.attentions.0.transformer_blocks.10.attn1.to_out.0", "x" * 40)
+ABOUT = "image_edit_lora"  # what our trainers tell about a LoRA
 SAVE = "save_pretrained('FOLDER') in Python makes a folder of plain .safetensors"
 
 
@@ -113,30 +114,44 @@ def check_patterns(patterns: Mapping[str, Any]) -> list[str]:
     return found
 
 
+PAIRED = {".lora_A": ".lora_B", ".lora_down": ".lora_up", ".lora.down": ".lora.up"}
+PAIRED |= {up: down for down, up in PAIRED.items()}
+
+
 def check_lora(file: Path) -> list[str]:
-    """Return problems of a LoRA file: not readable, not finite, changed since it was written."""
+    """Return problems of a LoRA file: not readable, not whole, not finite, hostile settings."""
     if file.suffix != ".safetensors" and file.is_file():
         return []
     try:
         with named(f"LoRA {file}"):
             with safe_open(file, framework="pt") as opened:
-                told = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            bad = [name for name, x in tensors.items() if not x.float().isfinite().all()]
-            if bad:
-                raise ValueError(f"{len(bad)} of {len(tensors)} tensors are not finite ({bad[0]})")
+                told, names = opened.metadata() or {}, list(opened.keys())
+                tensors = {name: opened.get_tensor(name) for name in names}
+            check_factors(tensors)
             if told.get("crc32", checksum(tensors)) != checksum(tensors):
                 raise ValueError("damaged: its checksum is wrong")
-            peft = dict(json.loads(told.get("lora_adapter_metadata", "{}")))
-            rules = [dict(v or {}) for name, v in peft.items() if name.endswith("_pattern")]
-            named_layers = [
-                v for n, v in peft.items() if n.endswith("modules") and isinstance(v, str)
-            ]
+            about = [json.loads(told.get(key, "{}")) for key in ("lora_adapter_metadata", ABOUT)]
+            if not all(isinstance(its, dict) for its in about):
+                raise ValueError("its metadata are no mappings of names to values")
+            expressions: list[Any] = []  # that PEFT will match with the names of layers
+            for name, value in about[0].items():
+                if name.endswith("_pattern"):
+                    expressions += dict(value or {})
+                elif name.endswith("modules") and isinstance(value, str):
+                    expressions.append(value)
     except UserError as error:
         return [str(error)]
-    return check_patterns(
-        {f"LoRA {file}: {p!r}": p for p in [*named_layers, *itertools.chain(*rules)]}
-    )
+    return check_patterns({f"LoRA {file}: {text!r}": text for text in expressions})
+
+
+def check_factors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where a tensor is not finite, or lacks its other factor."""
+    if bad := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
+        raise ValueError(f"{len(bad)} of {len(tensors)} tensors are not finite ({bad[0]})")
+    for name in tensors:
+        for end, other in PAIRED.items():
+            if end in name and name.replace(end, other) not in tensors:
+                raise ValueError(f"{name} has no {name.replace(end, other)} beside it")
 
 
 def check_texts(texts: Mapping[str, str]) -> list[str]:
