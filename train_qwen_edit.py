@@ -2856,10 +2856,12 @@ def trained_as(trainer: Trainer) -> dict[str, Any]:
         contents = [(v.caption, [index[f]["content"] for f in v.files()]) for v in sample.variants]
         seen.append((sample.dataset, sample.name, sample.held_out, contents))
     size = config.data.batch_size * config.train.gradient_accumulation_steps
+    steady = config.lr_scheduler.scheduler_type.startswith("constant")
     return {
         **{path: value for path, value in values.items() if not re.fullmatch(FREE_TO_CHANGE, path)},
         "samples (names, captions, pictures)": cache_key("samples", seen=seen),
         "samples per step": size * trainer.accelerator.num_processes,
+        "steps that the rate falls over": None if steady else trainer.total_steps(),
     }
 
 

@@ -212,7 +212,7 @@ def test_under_the_launcher_a_mistake_is_a_message(straight):
     assert "problem(s), nothing was loaded" in done.stderr
 
 
-@pytest.mark.parametrize("change", ["setting", "caption", "picture", "moved"])
+@pytest.mark.parametrize("change", ["setting", "caption", "picture", "moved", "length"])
 def test_resume_refuses_what_would_be_another_run(change, straight, trainer_of, tmp_path):
     """Before a model loads; another place of the same data is the same run."""
     shutil.copytree(straight[0] / "out", tmp_path / "out")
@@ -223,11 +223,14 @@ def test_resume_refuses_what_would_be_another_run(change, straight, trainer_of, 
         Image.new("RGB", (64, 48)).save(pairs / "coffee0_R.png")
     rate = "0.5" if change == "setting" else "0.01"
     overrides = ["--data.dataset_configs.0.train_data_dir", pairs, "--optimizer.init_args.lr", rate]
+    if change == "length":  # the rate would rise again
+        overrides += ["--train.max_train_steps", 24]
     trainer = trainer_of(*overrides, *LATEST)
     if change == "moved":
         trainer.fit()
         return assert_same_files(tmp_path / "out", straight[0] / "out")
-    named = r"optimizer\.init_args\.lr: was" if change == "setting" else "samples .*: was"
+    named = {"setting": r"optimizer\.init_args\.lr: was", "length": "falls over: was 12, is 24"}
+    named = named.get(change, "samples .*: was")
     with pytest.raises(UserError, match=named):
         trainer.fit()
     assert trainer.transformer is None
