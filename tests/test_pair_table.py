@@ -296,3 +296,19 @@ def test_the_command(photos, tmp_path):
     assert [row[0] for row in trained(tmp_path)] == ["a", "b"]
     done = run(TOOL, "--config", file, "--reference_dirs", "no", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_gap_among_references_is_named_and_a_short_row_is_not(tmp_path):
+    for name in ("t", "r", "s"):
+        picture(tmp_path / f"{name}.png")
+    rows = [
+        "target,control,control_1,prompt",
+        "t.png,,s.png,x",
+        "t.png,r.png,,x",
+        "t.png,r.png,s.png,x",
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    config = load_config(tool.Config, ["--table", str(tmp_path / "t.csv")])
+    found = tool.from_table(config)
+    assert found.broken == ["row 1: no reference before the last one"]
+    assert [len(pair.references) for pair in found.pairs] == [1, 2]

@@ -35,12 +35,14 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_qwen_edit import DatasetConfig, group_by_folder, read_captions
 from utils import (
+    FORMATS,
     Section,
     UserError,
     check_setup,
     listed,
     load_config,
     progress,
+    read_text,
     run_script,
     save_atomic,
     save_text,
@@ -87,23 +89,31 @@ COLUMNS = {  # what other trainers call them; the first one that is filled count
 NUMBERED = r"(?:(?:path_)?control|control_path|reference)_(\d+)"  # more references, one a column
 
 
+def known_of(name: str, columns: dict[Any, str]) -> tuple[str, ...]:
+    """Return the columns that may hold target, references, prompt, mask or name."""
+    return (columns[name],) if name in columns else COLUMNS[name]
+
+
 def values_of(record: dict[str, Any], columns: dict[Any, str]) -> dict[str, Any]:
     """Return a record under our names; references and prompts as lists. Raises ValueError."""
     if None in record:  # csv.DictReader
         raise ValueError("more cells than columns; quote a text with commas")
     row = {}
-    for name, known in COLUMNS.items():
-        names = (columns[name],) if name in columns else known
+    for name in COLUMNS:
+        names = known_of(name, columns)
         row[name] = next((record[n] for n in names if record.get(n) not in (None, "", [])), None)
     shown = row["references"]
     if not isinstance(shown, list):
         numbered = {int(m[1]): n for n in record if (m := re.fullmatch(NUMBERED, n))}
-        shown = [shown, *(record[numbered[i]] for i in sorted(numbered))]
-        shown = [value for value in shown if value]
+        first = [shown] if {*known_of("references", columns)} & record.keys() else []
+        shown = [*first, *(record[numbered[i]] for i in sorted(numbered))]
+        while shown and not shown[-1]:  # rows may have fewer than others
+            shown.pop()
     prompts = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
     row["prompt"] = [text for p in prompts if p and (text := str(p).strip())]
-    if not row["target"] or not shown or None in shown:
-        raise ValueError("no reference" if row["target"] else "no target")
+    if not row["target"] or not shown or not all(shown):
+        lacking = "reference before the last one" if any(shown) else "reference"
+        raise ValueError(f"no {lacking if row['target'] else 'target'}")
     return row | {"references": shown}
 
 
@@ -152,14 +162,14 @@ def from_table(config: Config) -> Found:
     table = Path(config.table or "")
     table = table if table.is_file() else config.train_data_dir / table
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if table.suffix == ".csv":
-                records: list[Any] = list(csv.DictReader(file))
-            elif table.suffix == ".json":
-                records = list(json.load(file))
-            else:
-                records = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+        text = read_text(table, 2**30)
+        if table.suffix == ".csv":
+            records: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
+        elif table.suffix == ".json":
+            records = list(json.loads(text))
+        else:
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
         return Found([], [f"table {table}: {error}"], [])
     if wrong := [i for i, record in enumerate(records, 1) if not isinstance(record, dict)]:
         return Found([], [f"table {table}: row {wrong[0]} is no record"], [])
@@ -213,7 +223,7 @@ def load_hub_dataset(name: str, split: str) -> Any:
 
 def picture_format(data: bytes) -> str:
     """Return "png", "jpeg" ... of the bytes of a picture, or "" where they are none."""
-    with contextlib.suppress(OSError), Image.open(io.BytesIO(data)) as image:
+    with contextlib.suppress(OSError), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return str(image.format).lower()
     return ""
 
