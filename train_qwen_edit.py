@@ -591,7 +591,7 @@ class DatasetConfig(Section):
     """Name of the data set, for validation.eval_dataset_id; default is its folder's."""
     train_data_dir: Path = Path()
     """Folder of the data set; it is only read."""
-    resolution: int = Field(1024, ge=64, le=8192, multiple_of=16)
+    resolution: int = Field(1024, ge=64, le=65_536, multiple_of=16)
     """Side of the square whose area the targets get, px; aspect ratios are kept (buckets)."""
     repeats: int = Field(1, ge=1, le=10_000)
     """How often an epoch visits each sample of this data set."""

@@ -71,6 +71,10 @@ def run_script(main: Callable[[], None]) -> None:
     gc.set_threshold(50_000)  # rows of large data sets are many objects, none of them garbage
     try:
         main()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            sys.stdout.flush()
+            # KEEP: DDP holds the process group; its threads may abort an interpreter that ends
+            os._exit(0)
     except UserError as error:
         text = str(error)
         if rank != "0":

@@ -98,7 +98,7 @@ def workplace(tmp_path_factory, checkpoints):
                 image.save(place / f"outputs/edits/{name}_scale{k}.png", pnginfo=chunk)
             shutil.copy(picture, place / f"outputs/{model}/{name}.png")
     train = "train_qwen_edit.py --config configs/demo_qwen_edit.yaml"
-    quick = " --train.max_train_steps 1 --validation.steps null"
+    quick = " --train.max_train_steps 2 --validation.steps null"
     run(*shlex.split(train + quick), cwd=place)
     train = f"train_pairedit.py --c demo_pairedit --preview false {FEW_STEPS}"
     run(*shlex.split(train), cwd=place)
