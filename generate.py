@@ -1128,16 +1128,15 @@ def load_edit_lora(pipeline: Any, path: Path, name: str) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors and metadata of a .safetensors file or a pickle of tensors; UserError."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()  # not a dict
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    if path.suffix == ".safetensors":
+        with named(f"LoRA {path} cannot be read"), safe_open(path, framework="pt") as file:
+            names = file.keys()  # not a dict
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    tensors = None
+    with contextlib.suppress(Exception):  # torch's advice would be to run what is in the file
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise UserError(f"LoRA {path} cannot be read: {str(error)[:200]}") from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
-        raise UserError(f"LoRA {path}: wanted a dict of tensors")
+        raise UserError(f"LoRA {path}: no pickle of tensors by their names, and of nothing else")
     return tensors, {}
 
 

@@ -548,5 +548,5 @@ def test_comments_and_trailing_commas_are_read_and_text_is_left_alone(tmp_path):
 @pytest.mark.parametrize("text", ["model: []\ndata: {}", "data: 3", "model: {lora: []}\ndata: {}"])
 def test_a_section_that_is_none_is_an_error(text, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(UserError, match="(model|data|model.lora): wanted a section"):
+    with pytest.raises(UserError, match=r"(model|data|model\.lora): wanted a section"):
         tool.convert("qwen-image-finetune", [tmp_path / "a.yaml"], lambda key, text: None)
