@@ -771,7 +771,7 @@ class Checkpoints:
             OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
         ):
             state = json.loads(read_text(folder / "state.json", 2**26))
-            whole = "training_state.pt" in state["files"]
+            whole = state.pop("hash") == cache_key("state", **state)
             whole = whole and folder.name == f"checkpoint-{int(state['step'])}"
             if whole and all(hash_file(folder / name) == h for name, h in state["files"].items()):
                 return {"step": int(state["step"]), "trained_as": dict(state["trained_as"])}
@@ -848,9 +848,9 @@ class Checkpoints:
                 write(half)
                 torch.save(training, half / "training_state.pt")
                 state = {"step": step, "files": {f.name: hash_file(f) for f in half.iterdir()}}
-                save_text(
-                    half / "state.json", json.dumps(state | {"trained_as": trained_as}, indent=2)
-                )
+                state |= {"trained_as": json.loads(json.dumps(trained_as))}
+                state["hash"] = cache_key("state", **state)
+                save_text(half / "state.json", json.dumps(state, indent=2))
                 for file in half.iterdir():
                     _fsync(file)
                 if place.exists():  # damaged
