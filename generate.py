@@ -97,6 +97,7 @@ from utils import (
 AREA_1MP = 1024 * 1024
 VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
 SETTINGS_KEY = "image_edit"  # PNG text chunk
+hash_of = functools.cache(hash_file)  # many pictures have one reference
 PUBLISHED_FLUX = "black-forest-labs/FLUX.1-dev"
 
 
@@ -460,7 +461,7 @@ def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
                 return [], [f"table: {path} must be a .csv or a .jsonl file"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         return [], [f"table: {path}: {error}"]
     good, problems = [], [] if rows else [f"table: no row in {path}"]
     for number, row in enumerate(rows, 1):
@@ -679,12 +680,6 @@ def check_results(strips: Sequence[Strip]) -> list[str]:
     return problems
 
 
-@functools.cache
-def content(file: Path) -> str:
-    """Return the hash of a file; read once."""
-    return hash_file(file)
-
-
 def picture_settings(painter: Painter, strip: Strip, scale: float) -> dict[str, Any]:
     """Return what a picture says about itself; "settings" holds all that decides its pixels.
 
@@ -694,7 +689,7 @@ def picture_settings(painter: Painter, strip: Strip, scale: float) -> dict[str, 
     other = {*JobsConfig.model_fields, "offload", "allow_pickle"}
     dump = painter.config.model_dump(mode="json", exclude=other)
     chosen = {k: v for k, v in dump.items() if not isinstance(getattr(painter.config, k), Path)}
-    images = [{"file": str(file), "blake2b": content(file)} for file in strip.images]
+    images = [{"file": str(file), "blake2b": hash_of(file)} for file in strip.images]
     about: dict[str, Any] = {"scale": scale, "seed": strip.seed, "prompt": strip.prompt}
     decides = {
         **chosen,
@@ -862,7 +857,7 @@ class Painter:
 
     def lora_hash(self, file: Path) -> str:
         """Return the hash of the file that stands for this one."""
-        return content(find_lora(file, self.allow_pickle))
+        return hash_of(find_lora(file, self.allow_pickle))
 
     @property
     def device(self) -> torch.device:
@@ -878,7 +873,7 @@ class Painter:
 
     def decides(self) -> dict[str, Any]:
         """Return what decides the pixels beside the config: precision, and the code that draws."""
-        code = [content(Path(file)) for file in (__file__, self.script.__file__)]
+        code = [hash_of(Path(file)) for file in (__file__, self.script.__file__)]
         return {"dtype": str(self.dtype), "code": code}
 
     def size(self, images: Sequence[dict[str, Any]]) -> tuple[int, int]:
@@ -1404,7 +1399,7 @@ class Inverted(NamedTuple):
 class ChangePainter(Painter):
     """Stable Diffusion 1.x. What is not given is what the LoRAs were trained with."""
 
-    family, script_name, needs = "Stable Diffusion", "train_dreambooth_pairs.py", "draw_sd"
+    family, script_name, needs = "Stable Diffusion", "train_dreambooth_pairs.py", "guided"
     config_class = ChangeConfig
 
     def __init__(self, config: ChangeConfig, script: Any) -> None:
@@ -1467,7 +1462,7 @@ class ChangePainter(Painter):
     def decides(self) -> dict[str, Any]:
         """Return what decides the pixels beside the config."""
         mask = self.config.mask
-        return super().decides() | {"mask": content(mask) if mask else None}
+        return super().decides() | {"mask": hash_of(mask) if mask else None}
 
     @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
@@ -1519,15 +1514,7 @@ class ChangePainter(Painter):
         self.switch.parts = [part]
         ids = [self.texts[p][0].expand(len(scales), -1) for p in prompts]
         embeds = [self.models["text_encoder"](x)[0].to(self.dtype) for x in ids]
-
-        def predict(latents: torch.Tensor, t: int) -> torch.Tensor:
-            self.switch.parts = [part]
-            times = torch.full((len(latents),), int(t), device=latents.device)
-            unet = self.models["unet"]
-            found = [script.predict_noise(unet, latents, times, x) for x in embeds]
-            return found[-1] + guidance * (found[0] - found[-1]) if guidance > 1 else found[0]
-
-        return predict
+        return script.guided(self.models["unet"], self.switch, part, embeds, guidance)
 
     @torch.no_grad()
     def invert(self, strip: Strip) -> Inverted:

@@ -673,6 +673,7 @@ def audit(config: Config) -> list[str]:
     if os.environ.get("RANK", "0") != "0":  # the first process looks at the pictures
         return problems
     samples, left_out, wrong = match_pictures(config)
+    problems += check_warmup(config, len(samples))
     if config.with_prior_preservation and config.class_data_dir:
         samples += single_pictures(config.class_data_dir)
     index = utils.FileIndex(config.cache_dir)
@@ -684,6 +685,23 @@ def audit(config: Config) -> list[str]:
     with contextlib.suppress(OSError):
         utils.save_text(config.output_dir / "audit.json", json.dumps(report, indent=2))
     return report["problems"]
+
+
+def steps_of(config: Config, samples: int, processes: int) -> tuple[int, int]:
+    """Return the optimizer steps of (a pass over the data, the whole run)."""
+    size = config.train_batch_size * config.gradient_accumulation_steps * processes
+    epoch = math.ceil(samples / size)
+    return epoch, config.max_train_steps or epoch * config.num_train_epochs
+
+
+def check_warmup(config: Config, samples: int) -> list[str]:
+    """Return a problem where the learning rate has no steps left to fall in."""
+    processes, kind = int(os.environ.get("WORLD_SIZE", "1")), config.lr_scheduler
+    warmup, steps = config.lr_warmup_steps, steps_of(config, samples, processes)[1]
+    if kind.startswith("constant") or not 0 < steps <= warmup:
+        return []
+    text = f"lr_warmup_steps: {warmup} of the {steps} steps of this run"
+    return [f"{text}; lr_scheduler {kind} needs some after them"]
 
 
 def check_base(name: str) -> list[str]:
@@ -936,6 +954,20 @@ def ddpm_path(photo: torch.Tensor, levels: Levels, noises: torch.Tensor) -> Late
     return [*(math.sqrt(a) * photo + math.sqrt(1 - a) * noise for (_, a, _), noise in pairs), photo]
 
 
+def guided(
+    unet: Any, switch: AdapterSwitch, part: BatchPart, texts: Sequence[Any], guidance: float
+) -> Predict:
+    """Return what predicts noise with the embeddings of a prompt and (guidance > 1) a negative."""
+
+    def predict(latents: torch.Tensor, t: int) -> torch.Tensor:
+        switch.parts = [part]
+        times = torch.full((len(latents),), int(t), device=latents.device)
+        found = [predict_noise(unet, latents, times, x) for x in texts]
+        return found[-1] + guidance * (found[0] - found[-1]) if guidance > 1 else found[0]
+
+    return predict
+
+
 def ddim_path(photo: torch.Tensor, levels: Levels, predict: Predict) -> LatentPath:
     """Return the path of a photo (B, 4, h, w) by DDIM's steps backwards."""
     path = [photo]
@@ -1075,14 +1107,7 @@ def predictor(trainer: SDTrainer, prompt: str, guidance: float) -> PredictAt:
         part: BatchPart = (Active("change", strengths),) if strengths.any() else ()
         prompts = [prompt, ""] if guidance > 1 else [prompt]
         texts = [trainer.embeds([p] * len(strengths), [part]) for p in prompts]
-
-        def predict(latents: torch.Tensor, t: int) -> torch.Tensor:
-            trainer.switch.parts = [part]
-            times = torch.full((len(latents),), int(t), device=latents.device)
-            found = [predict_noise(trainer.models["unet"], latents, times, x) for x in texts]
-            return found[-1] + guidance * (found[0] - found[-1]) if guidance > 1 else found[0]
-
-        return predict
+        return guided(trainer.models["unet"], trainer.switch, part, texts, guidance)
 
     return predict_at
 
@@ -1285,14 +1310,9 @@ class SDTrainer:
         self.class_samples: list[Sample] = []
         with self.accelerator.main_process_first():
             index = utils.FileIndex(self.cache_dir)  # KEEP: inside, to see what process 0 recorded
-            samples, _, unmatched = match_pictures(config)
-            self.samples, _, problems = check_samples(config, samples, index)
-            problems = unmatched + problems
-            steps, kind = self.total_steps(), config.lr_scheduler
-            if 0 < steps <= config.lr_warmup_steps and not kind.startswith("constant"):
-                text = f"lr_warmup_steps: {config.lr_warmup_steps} of the {steps} steps of this run"
-                problems.append(f"{text}; lr_scheduler {kind} needs some after them")
-            if problems:
+            samples, _, problems = match_pictures(config)
+            self.samples, _, bad = check_samples(config, samples, index)
+            if problems := problems + bad:
                 raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
             self.folder = fetch_sd(config.pretrained_model_name_or_path)
             self.vae_hash = fingerprint([self.folder / "vae"])
@@ -1305,11 +1325,11 @@ class SDTrainer:
 
     def epoch_steps(self) -> int:
         """Return the optimizer steps of a pass over the data."""
-        return math.ceil(len(self.samples) / self.config.train_batch_size / self.passes_per_step)
+        return steps_of(self.config, len(self.samples), self.accelerator.num_processes)[0]
 
     def total_steps(self) -> int:
         """Return max_train_steps, or what num_train_epochs come to."""
-        return self.config.max_train_steps or self.epoch_steps() * self.config.num_train_epochs
+        return steps_of(self.config, len(self.samples), self.accelerator.num_processes)[1]
 
     def key_of(self, sample: Sample) -> str:
         """Return the name of a sample's entry."""

@@ -620,14 +620,6 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def load_base(folder: Path) -> Any:
-    """In fp32, without need of torchvision."""
-    processor = load_processor(folder / "processor")
-    return diffusers.QwenImageEditPlusPipeline.from_pretrained(
-        folder, processor=processor, dtype=torch.float32
-    )
-
-
 def rebuild_qwen(
     output_dir: Path, seed: int = 0, autoencoder_steps: int = 1200, copy_steps: int = 3000
 ) -> None:

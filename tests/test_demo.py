@@ -104,7 +104,8 @@ def test_the_base_is_small_and_of_the_true_classes():
     assert not [file for file in configs if "_name_or_path" in file.read_text()]
     assert sum(file.stat().st_size for file in files) <= 8e6
     assert script.detect_flavour(str(BASE)).name == "edit-v3"
-    pipeline = rebuild.load_base(BASE)
+    kind, processor = diffusers.QwenImageEditPlusPipeline, script.load_processor(BASE / "processor")
+    pipeline = kind.from_pretrained(BASE, processor=processor, dtype=torch.float32)
     assert type(pipeline) is diffusers.QwenImageEditPlusPipeline
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     assert 1.5e6 < parameters < 2.5e6

@@ -132,12 +132,13 @@ def test_settings_that_do_not_go_together_are_named(changes, name, flags, tmp_pa
 
 
 @pytest.mark.parametrize("length", [{"max_train_steps": 4}, {"max_train_steps": None}])
-def test_a_schedule_that_is_all_warmup_is_named(length, make):
-    """However many pictures the steps of num_train_epochs come from."""
-    trainer = make(**length, lr_scheduler="polynomial", lr_warmup_steps=900)
-    trainer.setup_accelerator()
-    with pytest.raises(UserError, match=r"lr_warmup_steps: 900 of the \d+ steps"):
-        trainer.find_data()
+def test_a_schedule_that_is_all_warmup_is_named(length, problems_of):
+    """However the steps are counted; the 3 pairs are 2 batches, num_train_epochs is 1."""
+    steps = length["max_train_steps"] or 2
+    for warmup, there in ((steps, True), (steps - 1, False)):
+        found = problems_of(**length, lr_scheduler="polynomial", lr_warmup_steps=warmup)
+        assert (f"lr_warmup_steps: {warmup} of the {steps} steps" in found) == there
+    assert not problems_of(**length, lr_scheduler="constant_with_warmup", lr_warmup_steps=900)
 
 
 def test_lists_can_be_given_with_spaces_or_commas_and_the_rank_by_its_short_name(flags, tmp_path):

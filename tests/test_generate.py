@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest.mock import ANY
 
 import diffusers
 import numpy as np
@@ -196,6 +197,10 @@ def test_a_text_of_several_lines_stays_whole(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text('image,prompt\na.png,"make it snow\nand rain"\nb.png,one, two\n')
     [row], problems = generate.read_jobs(table)
+    (tmp_path / "large.csv").write_text(
+        f"image,prompt\na.png,{'x' * 2**18}\n"
+    )  # for the csv module
+    assert generate.read_jobs(tmp_path / "large.csv") == ([], [ANY])
     assert row["prompt"] == "make it snow\nand rain"
     assert len(problems) == 1 and "quote" in problems[0] and "row 2" in problems[0]
     lines = json.dumps({"image": "a.png", "prompt": "one\u2028two"}, ensure_ascii=False)

@@ -33,6 +33,7 @@ EVIL = "</script><script>document.title='taken'</script> \"'><img src=x onerror=
 def browser(tmp_path_factory):
     """Headless Chromium that notes every error."""
     if not (CHROMIUM and DRIVER):
+        # optional on a user's machine, as it comes from the system; .ci/run installs it
         pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM

@@ -205,7 +205,9 @@ def test_a_plan_of_stable_diffusion_counts_a_pass(checkpoints):
 
 
 def test_a_plan_of_a_fork_by_its_path(tmp_path):
-    done = run("tools/plan.py", "train_dreambooth_pairs.py", "--config",
-               "configs/demo_dreambooth.yaml", "--cache_dir", tmp_path)  # fmt: skip
+    config = ["--config", "configs/demo_dreambooth.yaml", "--cache_dir", tmp_path]
+    done = run("tools/plan.py", "--script", "train_dreambooth_pairs.py", *config)
     assert "57 layers" in done.stdout and "H100" in done.stdout
-    assert run("tools/plan.py", "nothing.py", check=False).returncode == 2
+    for flags, said in ((["--script", "nothing.py"], "nothing.py"), ([], "--script")):
+        done = run("tools/plan.py", *flags, *config, check=False)
+        assert done.returncode == 2 and said in done.stderr

@@ -1,13 +1,14 @@
 """What a run would be: data, tokens, memory, disk and time. Loads no model, downloads none.
 
     python train_qwen_edit.py --config configs/x.yaml --plan      # the same for the other trainers
-    python tools/plan.py my_fork.py --config my.yaml              # any of them, or a fork
+    python tools/plan.py --script my_fork.py --config my.yaml     # any of them, or a fork
 
 Every figure is computed from shapes and settings; peaks are estimates.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import shutil
 import sys
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import FileIndex, UserError, load_config, load_script, read_model_json, run_script
+from utils import FileIndex, load_config, load_script, read_model_json, run_script
 
 TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}  # 16 bit, dense, as published
 CONTEXT_GB = 1.0  # what CUDA and its libraries keep for themselves
@@ -482,11 +483,12 @@ def plan_sd(script: Any, config: Any) -> str:
 
 
 def main() -> None:
-    """Load the script that is named first, and plan a run of its config."""
-    if not sys.argv[1:] or sys.argv[1].startswith("-"):
-        raise UserError("usage: python tools/plan.py SCRIPT --config FILE")
-    script = load_script(Path(sys.argv[1]))
-    print(plan(script, load_config(script.Config, sys.argv[2:], check=script.audit)))
+    """Load the script, and plan a run of its config."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--script", type=Path, required=True, help="a training script, or a fork")
+    given, settings = parser.parse_known_args()
+    script = load_script(given.script)
+    print(plan(script, load_config(script.Config, settings, check=script.audit)))
 
 
 if __name__ == "__main__":
