@@ -738,13 +738,13 @@ def check_samples(config: Config, samples: list[Sample], index: utils.FileIndex)
     files = sorted({file for sample in samples for file in sample.files})
     problems = index.update(files, utils.look_at_picture)
     readable = {f for f in files if not (problems and index.update([f], utils.look_at_picture))}
-    long = [f for f in files if f in readable and not 1 / 3 <= index.aspect(f) <= 3]
+    long = [f for f in files if f in readable and not 1 / 3 <= index[f]["aspect"] <= 3]
     notes = [f"{file} is longer than 3:1; its ends are cut off" for file in long]
     samples = [sample for sample in samples if readable.issuperset(sample.files)]
     for first, other in (pair for s in samples for pair in itertools.pairwise(s.files)):
         if index[first]["pixels"] == index[other]["pixels"]:
             problems.append(f"{first} and {other} are the same picture: no change to learn")
-        elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
+        elif abs(math.log(index[first]["aspect"] / index[other]["aspect"])) > 0.02:
             notes.append(f"{other} has another shape than {first}; both are cropped")
     return [fit_sample(config, sample, index) for sample in samples], notes, problems
 
@@ -1179,7 +1179,7 @@ def save_result(trainer: SDTrainer, calibrated: bool) -> None:
         factor = full_change(trainer)
         log.info("calibrated: one full change is %.3g times the trained strength", factor)
     tensors, about = adapter_tensors(trainer.models, "change", factor), about_run(trainer, factor)
-    utils.save_lora(config.output_dir / LORA_FILE, tensors, image_edit_lora=about)
+    utils.save_tensors(config.output_dir / LORA_FILE, tensors, image_edit_lora=about)
     if config.export == "kohya":
         save_kohya(config.output_dir / KOHYA_FILE, tensors)
     utils.save_text(config.output_dir / "README.md", CARD.format(**about, file=LORA_FILE))
@@ -1361,7 +1361,7 @@ class SDTrainer:
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
         vae = load_part(self.folder, "vae", self.dtype, self.device) if todo else None
         for key in utils.progress(todo, "encode pictures"):
-            utils.write_entry(self.cache_dir, key, encode_sample(vae, jobs[key]))
+            utils.save_tensors(utils.entry_path(self.cache_dir, key), encode_sample(vae, jobs[key]))
         del vae
         release_memory()
         self.accelerator.wait_for_everyone()
@@ -1434,7 +1434,7 @@ class SDTrainer:
                 stopped = train_loop(self, stop)
             if main:
                 save_result(self, calibrated=not stopped)
-                self.run_log.report()
+                utils.from_tool("page", "write_report", None, config.output_dir)
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         what, file = "stopped" if stopped else "done", config.output_dir / LORA_FILE
@@ -1472,7 +1472,7 @@ class SDTrainer:
 
             def write(folder: Path) -> None:
                 tensors = adapter_tensors(self.models, "change", 1.0)
-                utils.save_lora(folder / LORA_FILE, tensors, image_edit_lora=about_run(self))
+                utils.save_tensors(folder / LORA_FILE, tensors, image_edit_lora=about_run(self))
 
             self.checkpoints.save(self.global_step, self.trained_as, training, write)
 

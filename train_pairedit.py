@@ -467,7 +467,7 @@ def save_slider(path: Path, transformer: Any, name: str, about: dict[str, Any]) 
     settings["target_modules"] = sorted(layers)
     plain = str | int | float | bool | list | dict | None
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
-    utils.save_lora(path, tensors, lora_adapter_metadata=adapter, image_edit_lora=about)
+    utils.save_tensors(path, tensors, lora_adapter_metadata=adapter, image_edit_lora=about)
 
 
 def save_original(path: Path, transformer: Any, name: str) -> None:
@@ -587,7 +587,7 @@ def find_pairs(config: Config, dataset: str, index: utils.FileIndex) -> Found:
             samples.append(Sample(name, pair, size))
             if first != last and index[first]["pixels"] == index[last]["pixels"]:
                 problems.append(f"{first} and {last} are the same picture: no change to learn")
-            elif abs(math.log(index.aspect(first) / index.aspect(last))) > 0.02:
+            elif abs(math.log(index[first]["aspect"] / index[last]["aspect"])) > 0.02:
                 odd.append(f"{last} has another shape than {first}; both are cropped to one size")
     return samples, odd, problems
 
@@ -1227,13 +1227,13 @@ class PairEditTrainer:
             for pair in utils.progress(pairs, "encode pictures"):
                 latents = [encode_pixels(vae, to_pixels(image)) for image in fit_pictures(pair)]
                 tokens = pack_tokens(torch.cat(latents))
-                utils.write_entry(self.cache_dir, todo[pair], {"tokens": tokens})
+                utils.save_tensors(utils.entry_path(self.cache_dir, todo[pair]), {"tokens": tokens})
             del vae  # KEEP: the encoders are never in memory together
             accelerator.free_memory()
         if prompts := [job for job in todo if isinstance(job, str)]:
             how = self.config.max_sequence_length, self.dtype, self.device
             for prompt, text in encode_texts(self.folder, prompts, *how).items():
-                utils.write_entry(self.cache_dir, todo[prompt], text)
+                utils.save_tensors(utils.entry_path(self.cache_dir, todo[prompt]), text)
             accelerator.free_memory()
         accelerator.wait_for_everyone()
         return len(todo)
@@ -1337,7 +1337,7 @@ def train_run(trainer: PairEditTrainer, run: Run, start: Any, stop: utils.StopSi
         accelerator.trackers = []  # the next run has its own
         if main:
             command = write_card(trainer)
-            run_log.report()
+            utils.from_tool("page", "write_report", None, folder)
             log.info("written: %s; to look: %s", folder, command)
     return stopped
 

@@ -404,7 +404,7 @@ def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
     weights = strengthen(
         {f"transformer.{n}": t.detach().float().cpu().clone() for n, t in tensors.items()}, strength
     )
-    utils.save_lora(path, weights, lora_adapter_metadata=adapter, image_edit_lora=about)
+    utils.save_tensors(path, weights, lora_adapter_metadata=adapter, image_edit_lora=about)
 
 
 def start_from_lora(transformer: Any, lora: LoraConfig) -> None:
@@ -987,7 +987,7 @@ def check_frames(data: PairData) -> list[str]:
         for variant in sample.variants:
             target, shown = variant.target, [r.path for r in variant.references]
             for path in (*shown * strict, *filter(None, [variant.mask])):
-                if not aligns(index.aspect(path), index.aspect(target)):
+                if not aligns(index[path]["aspect"], index[target]["aspect"]):
                     text = "another aspect than its target; masks and reference_strict want one"
                     wrong.add(f"{path}: {text} frame")
             pixels = index[target]["pixels"]
@@ -1558,7 +1558,7 @@ def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> 
     for label, kinds in (("pictures", ("latent", "region")), ("prompts", ("prompt",))):
         keys = [key for key in mine if jobs[key].kind in kinds]
         for key in utils.progress(keys, f"encode {label}", disable=not keys):
-            utils.write_entry(trainer.cache_dir, key, {jobs[key].kind: trainer.encode(jobs[key])})
+            utils.save_tensors(places[key], {jobs[key].kind: trainer.encode(jobs[key])})
         trainer.unload("vae", "text_encoder")  # KEEP: they are never in memory together
     index.update((places[key] for key in mine), lambda path: {})
     accelerator.wait_for_everyone()
@@ -2427,7 +2427,7 @@ class QwenImageEditTrainer:
         with contextlib.suppress(UserError):  # missing or damaged: encode it
             return self.data.read(job)
         tensors = {job.kind: self.encode(job, *devices)}
-        utils.write_entry(self.cache_dir, job.key(self.data.encoders), tensors)
+        utils.save_tensors(utils.entry_path(self.cache_dir, job.key(self.data.encoders)), tensors)
         return self.data.read(job)
 
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
@@ -2733,7 +2733,7 @@ class QwenImageEditTrainer:
                 stopped = train_loop(self, loader, run_log, stop)
             if main:
                 self._save_adapters(output_dir)
-                run_log.report()
+                utils.from_tool("page", "write_report", None, output_dir)
             self.optimizer.eval()  # what predict() and save_lora() meet is what was saved
             accelerator.wait_for_everyone()
             accelerator.end_training()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -23,22 +24,22 @@ import shutil
 import signal
 import stat
 import sys
-import tempfile
 import time
 import types
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -46,11 +47,12 @@ from tqdm.auto import tqdm
 
 MAX_PIXELS = 2**28  # of a picture that is read; a larger one takes more than 1 GB of memory
 CACHE_FORMAT = 3  # raise it when entries change their meaning: old ones are then built again
-NOT_ASKED_FOR = ("ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # never EPS: it runs Ghostscript
-OTHER_PICTURES = r".*\.(heic|heif|jxl|psd|svg|eps|tga|ppm|exr|jp2|dng|cr2|nef|arw|ico|pdf)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for name in FORMATS))
-SRGB = ImageCms.createProfile("sRGB")
+
+_SORTED = json.JSONEncoder(sort_keys=True, default=str)
+Facts = dict[str, Any]
+Rows = Sequence[Sequence[Image.Image | None]]
 
 log = logging.getLogger("utils")
 
@@ -64,10 +66,11 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes its message and exit code 2, Ctrl-C exit code 130."""
+    name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    again = "resume_from_checkpoint: latest goes on" if "train_" in name else "run it again"
     if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C: file names could not be written out
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    rank = os.environ.get("RANK", "0")
     gc.set_threshold(50_000)  # rows of large data sets are many objects, none of them garbage
     try:
         main()
@@ -75,31 +78,25 @@ def run_script(main: Callable[[], None]) -> None:
             sys.stdout.flush()
             # KEEP: DDP holds the process group; its threads may abort an interpreter that ends
             os._exit(0)
+        return
     except UserError as error:
-        text = str(error)
-        if rank != "0":
-            time.sleep(3)  # let process 0 report in full before the launcher ends it
-            text = f"process {rank}: {text.splitlines()[0]}"
-        print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code, text = 2, f"{name}: {error}"
     except BrokenPipeError:  # `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (OSError, RuntimeError, SafetensorError) as error:
         full = re.search("No space left|Disk quota|file write failed", str(error))
-        if not full and not (isinstance(error, OSError) and error.filename):
+        if not full and not getattr(error, "filename", None):
             raise
-        place = Path(getattr(error, "filename", None) or tempfile.gettempdir())
-        place = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
-        room = f"; {shutil.disk_usage(place).free / 1e6:.0f} MB are free in {place}" if full else ""
-        again = "what was saved is complete, and resume_from_checkpoint: latest goes on with it"
-        print(f"\n{Path(sys.argv[0]).name}: {error}{room} ({again})", file=sys.stderr)
-        sys.exit(2)
+        room = from_tool("check", "room", "", error) if full else ""
+        code, text = 2, f"{name}: {error}{room} (what was saved is complete; {again})"
     except KeyboardInterrupt:
-        trains = Path(sys.argv[0]).name.startswith("train_")
-        again = "training goes on with resume_from_checkpoint: latest" if trains else "run it again"
-        print(f"\nstopped; what was saved is complete ({again})", file=sys.stderr)
-        sys.exit(130)
+        code, text = 130, f"stopped; what was saved is complete ({again})"
+    if rank != "0":
+        time.sleep(3)  # let process 0 report in full before the launcher ends it
+        text = f"process {rank}: {text.splitlines()[0]}"
+    print(f"\n{text}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def listed(problems: Sequence[str], shown: int = 10) -> str:
@@ -110,10 +107,10 @@ def listed(problems: Sequence[str], shown: int = 10) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return ", did you mean '...'?", or the list of the names there are."""
-    names = list(names)
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
+    there = list(names)
+    if close := difflib.get_close_matches(name, there, n=1, cutoff=0.4):
         return f", did you mean '{close[0]}'?"
-    return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
+    return f" (there is: {', '.join(there[:10]) or 'none'}{', ...' if len(there) > 10 else ''})"
 
 
 @contextlib.contextmanager
@@ -131,9 +128,7 @@ def named(what: str) -> Iterator[None]:
 class StopSignal:
     """A context in which the first SIGTERM or Ctrl-C sets `requested`; a second stops at once."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._process = os.getpid()
+    requested = False
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker: it goes on until the loop has ended
@@ -145,6 +140,7 @@ class StopSignal:
         print(f"\n{signal.Signals(number).name}: {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> StopSignal:
+        self._process = os.getpid()
         self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -177,13 +173,13 @@ class Section(
     @classmethod
     def _plain_path(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[info.field_name or ""].annotation
-        if Path not in (kind, *get_args(kind)):
-            return value
-        if value == "":  # Path("") is the working directory
-            raise ValueError("empty; name a place, or leave it out")
-        values = value if isinstance(value, list) else [value]
-        homes = [Path(v).expanduser() if isinstance(v, str) else v for v in values]
-        return homes if isinstance(value, list) else homes[0]
+        if Path in (kind, *get_args(kind)):
+            if value == "":  # Path("") is the working directory
+                raise ValueError("empty; name a place, or leave it out")
+            if isinstance(value, list):
+                return [Path(v).expanduser() if isinstance(v, str) else v for v in value]
+            return Path(value).expanduser() if isinstance(value, str) else value
+        return value
 
     @model_validator(mode="after")
     def _follows_rules(self) -> Any:
@@ -237,14 +233,6 @@ def _assign(data: Any, key: str, value: Any) -> None:
     data[place] = value
 
 
-def _explain(cls: type[Section], data: Any, error: Any) -> list[str]:
-    """Return what a pydantic error says, one line each."""
-    try:
-        return load_tool("settings").explain(cls, data, error)
-    except UserError:  # this file was copied alone
-        return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}"]
-
-
 def _value(text: str) -> Any:
     """Read null, `{...}` and `[...]` as YAML does; all else stays text."""
     with contextlib.suppress(yaml.YAMLError):
@@ -256,27 +244,19 @@ def _value(text: str) -> Any:
 def parse_args(argv: Sequence[str]) -> dict[str, list[list[str]]]:
     """Parse ["--a", "1", "2", "--a=3", "--b"] to {"a": [["1", "2"], ["3"]], "b": [[]]}."""
     given: dict[str, list[list[str]]] = {}
-    values: list[str] = []
     for arg in argv:
         if arg.startswith("--") or arg == "-h":
             key, equals, text = ("help" if arg == "-h" else arg[2:]).partition("=")
-            if not key:
-                raise UserError(f"{arg} names no setting")
-            values = [text] if equals else []
-            given.setdefault(key, []).append(values)
+            given.setdefault(key, []).append([text] if equals else [])
         elif not given:
             raise UserError(f"expected --name value, got '{arg}'")
         else:
-            values.append(arg)
+            given[key][-1].append(arg)
     return given
 
 
 def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str]) -> list[str]:
-    """Put the values of flags into `data`; return the problems.
-
-    Of a repeated flag the last value counts, but for the settings in `lists`, which collect all. A
-    flag without a value is true.
-    """
+    """Put flags into `data`, the last of equal ones or, in `lists`, all; return the problems."""
     problems = []
     for key, found in given.items():
         values = [_value(text) for text in found[-1]] or ["true"]
@@ -296,9 +276,9 @@ def read_config(text: str) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file. Raises UserError."""
     with named(f"--config {text or '(no file named)'}"):
         data = yaml.load(read_text(Path(text).expanduser()), _Loader) or {}
-        if not isinstance(data, dict):
-            raise ValueError("the file must hold `name: value` pairs")
-    return data
+        if isinstance(data, dict):
+            return data
+        raise ValueError("the file must hold `name: value` pairs")
 
 
 def load_config(
@@ -319,15 +299,15 @@ def load_config(
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
-        problems += [line for item in error.errors() for line in _explain(cls, data, item)]
+        problems += from_tool("settings", "explain", [str(error)], cls, data, error)
     else:
         if shown and not problems:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             sys.exit(0)
         problems = problems or (check(config) if check else [])
     if problems:
-        count = f"{len(problems)} problem(s), nothing was loaded"
-        raise UserError(f"{count}\n{listed(problems, len(problems))}")
+        text = listed(problems, len(problems))
+        raise UserError(f"{len(problems)} problem(s), nothing was loaded\n{text}")
     return config
 
 
@@ -342,9 +322,23 @@ def load_script(path: Path) -> types.ModuleType:
     return module
 
 
+@functools.cache
 def load_tool(name: str) -> types.ModuleType:
     """Import tools/<name>.py beside this file. Raises UserError where it was not copied along."""
     return load_script(Path(__file__).parent / "tools" / f"{name}.py")
+
+
+def from_tool(name: str, function: str, otherwise: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of a tool that a run does not need; `otherwise`, said, without the tool."""
+    if (Path(__file__).parent / "tools" / f"{name}.py").is_file():
+        return getattr(load_tool(name), function)(*args, **kwargs)
+    log.warning("tools/%s.py was not copied along: no %s()", name, function)
+    return otherwise
+
+
+def check_setup(**what: Any) -> list[str]:
+    """Return what tools/check.py finds wrong before a model loads; see problems() there."""
+    return from_tool("check", "problems", [], **what)
 
 
 # --- 3. randomness: every draw is a function of (seed, purpose, index) ----------------------------
@@ -384,12 +378,8 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
         prefix, here = Path(os.path.relpath(place, folder)).as_posix() + "/", Path(place)
         for name in sorted(name for name in names if not name.startswith(".")):
             stem, _, end = (prefix.removeprefix("./") + name).rpartition(".")
-            if re.search("[\ud800-\udfff]", name):  # bytes that are no UTF-8
-                raise UserError(f"{place}: a file is called {name!a}: rename it")
             if f".{end.lower()}" in IMAGE_SUFFIXES:
                 found.setdefault(unicodedata.normalize("NFC", stem), []).append(here / name)
-            elif re.fullmatch(OTHER_PICTURES, name.lower()):
-                log.warning("%s is left out: convert it to PNG or JPEG", Path(place, name))
     return found
 
 
@@ -444,14 +434,14 @@ class FileIndex:
             if not stamp or self._facts.get(str(path), ("", {}))[0] != stamp:
                 new.append((path, stamp))
 
-        def attempt(path: Path) -> dict[str, Any] | str:
+        def attempt(entry: tuple[Path, str]) -> dict[str, Any] | str:
             try:
-                return look(path)
+                return look(entry[0])
             except (OSError, ValueError, UserError) as error:
                 return str(error)
 
         with ThreadPoolExecutor() as pool:
-            looks = pool.map(attempt, (path for path, _ in new))
+            looks = pool.map(attempt, new)
             seen = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
         rows = [(str(p), s, f) for (p, s), f in zip(new, seen, strict=True) if isinstance(f, dict)]
         self._facts |= {path: (stamp, facts) for path, stamp, facts in rows}
@@ -465,10 +455,6 @@ class FileIndex:
     def __getitem__(self, path: Path) -> dict[str, Any]:
         """Return the facts last recorded, without a look at the disk."""
         return self._facts[str(path)][1]
-
-    def aspect(self, path: Path) -> float:
-        """Return width / height of a picture."""
-        return self[path]["width"] / self[path]["height"]
 
 
 def _fsync(path: Path) -> None:
@@ -495,61 +481,19 @@ def save_text(path: Path, text: str) -> None:
     save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def check_setup(**what: Any) -> list[str]:
-    """Return what tools/check.py finds wrong; beside a script copied alone there is none."""
-    try:
-        return load_tool("check").problems(**what)
-    except UserError as error:
-        log.info("%s: %s are not checked", error, ", ".join(what))
-        return []
-
-
-def to_srgb(image: Image.Image) -> Image.Image:
-    """Return the picture in sRGB where it has a colour profile of another space."""
-    if not image.info.get("icc_profile"):
-        return image
-    profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-    if "sRGB" in ImageCms.getProfileDescription(profile):
-        return image
-    transparent = "A" in image.getbands() or "transparency" in image.info
-    alpha = image.convert("RGBA").getchannel("A") if transparent else None
-    mode = {"1": "L", "LA": "L"}.get(image.mode, image.mode)
-    opaque = image.convert(mode if mode in ("L", "CMYK", "LAB") else "RGB")
-    image = ImageCms.profileToProfile(opaque, profile, SRGB, outputMode="RGB") or opaque
-    if alpha:
-        image.putalpha(alpha)
-    return image
-
-
 def to_rgb(file: Image.Image) -> Image.Image:
-    """Return a picture as upright 8-bit sRGB: EXIF turned, profile applied, alpha on white.
-
-    Of 16 bits, 65,535 is white. Raises ValueError where it has frames, or values without a white.
-    """
-    if file.width * file.height > MAX_PIXELS:
-        raise ValueError(f"{file.width} x {file.height} px: shrink it, or raise utils.MAX_PIXELS")
-    if max(file.size) > 100 * min(file.size):
-        raise ValueError(f"{file.width} x {file.height} px: longer than 100:1")
-    frames = getattr(file, "n_frames", 1)
-    if frames > 1 and file.format != "MPO":  # MPO: a phone's JPEG
-        raise ValueError(f"{frames} frames or pages; save the one that is meant")
-    rawmode = str(getattr(file, "tile", None))  # "RGB;16B": 16 bits, of which Pillow keeps 8
-    image: Image.Image = ImageOps.exif_transpose(file)
-    deep = image.mode.startswith("I;16") or ";16" in rawmode
-    if image.mode in ("I", "F") and not deep:
-        raise ValueError("32-bit values, of which none is white; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
-    image = to_srgb(image)
+    """Return a picture as upright 8-bit sRGB, alpha on white; odd ones by tools/pictures.py."""
+    if file.width * file.height > MAX_PIXELS or max(file.size) > 100 * min(file.size):
+        limits = f"at most {MAX_PIXELS:,} px (utils.MAX_PIXELS) and 100:1 are read"
+        raise ValueError(f"{file.width} x {file.height} px; {limits}")
+    tagged_srgb = b"sRGB" in file.info.get("icc_profile", b"sRGB").replace(b"\0", b"")
+    deep = file.mode[0] in "IF" or ";16" in str(getattr(file, "tile", None))
+    odd = deep or not tagged_srgb or getattr(file, "n_frames", 1) > 1
+    image = load_tool("pictures").plain(file) if odd else ImageOps.exif_transpose(file)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = image.convert("RGB")
-    if deep and 0 < np.asarray(image).max() < 64:
-        raise ValueError(
-            "its 16-bit values end below 16,384, as 12- and 14-bit data do; scale them"
-        )
-    return image
+    return image.convert("RGB")
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -565,57 +509,37 @@ def open_rgb(path: Path) -> Image.Image:
 
 
 def look_at_picture(path: Path) -> dict[str, Any]:
-    """Return width, height (upright), and hashes of the file and of its pixels.
-
-    One picture may lie there in two formats. Raises UserError.
-    """
+    """Return width, height, aspect (upright), hashes of file and pixels. Raises UserError."""
     image = open_rgb(path)
     pixels = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
-    size = {"width": image.width, "height": image.height}
+    size = {"width": image.width, "height": image.height, "aspect": image.width / image.height}
     return {**size, "content": hash_file(path), "pixels": pixels}
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image | None]],
-    heads: Sequence[str] = (),
-    captions: Sequence[str] = (),
-    cell_px: int = 256,
+    rows: Rows, heads: Sequence[str] = (), captions: Sequence[str] = (), cell_px: int = 256
 ) -> Image.Image:
-    """Draw rows of pictures on white, each fitted to a cell; heads above, captions under rows.
-
-    None leaves a cell empty; text that is too long is cut with an ellipsis.
-    """
+    """Draw rows of pictures, fitted to cells (None: empty); heads above, captions under rows."""
     font, gap, line = ImageFont.load_default(size=15), 8, 24
     fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
-    below = gap + (line if captions else 0)
-    heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
-    width = max(map(len, rows)) * (cell_px + gap) + gap
-    top = line if heads else gap
-    sheet = Image.new("RGB", (width, top + sum(heights)), "white")
+    height = max((image.height for row in fitted for image in row if image), default=0)
+    across, down = cell_px + gap, height + gap + (line if captions else 0)
+    width, top = max(map(len, rows)) * across + gap, line if heads else gap
+    sheet = Image.new("RGB", (width, top + len(rows) * down), "white")
     draw = ImageDraw.Draw(sheet)
-
-    def write(x: int, y: int, text: str, colour: str, width_px: float) -> None:
-        text = " ".join(text.split())
-        if (length := font.getlength(text)) > width_px:
-            text = text[: int(len(text) * width_px / length) - 1] + "…"
-        draw.text((x, y), text, colour, font)
-
     for x, head in enumerate(heads):
-        write(gap + x * (cell_px + gap), 3, head, "black", cell_px)
+        draw.text((gap + x * across, 3), head[: cell_px // 8], "black", font)  # 8 px a letter
     for y, row in enumerate(fitted):
         for x, image in enumerate(row):
             if image:
-                sheet.paste(image, (gap + x * (cell_px + gap), top))
-        top += heights[y]
+                sheet.paste(image, (gap + x * across, top + y * down))
         if captions:
-            write(gap, top - below + 3, captions[y], "dimgray", width - 2 * gap)
+            text = " ".join(captions[y].split())[: width // 8]
+            draw.text((gap, top + y * down + height + 3), text, "dimgray", font)
     return sheet
 
 
 # --- 5. cache (a safetensors file per entry, named by what went into it), base models -------------
-
-
-_SORTED = json.JSONEncoder(sort_keys=True, default=str)
 
 
 def cache_key(kind: str, **inputs: object) -> str:
@@ -638,28 +562,20 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def write_entry(cache_dir: Path, key: str, tensors: dict[str, torch.Tensor]) -> Path:
-    """Write an entry atomically, with a checksum; several processes may write the same one."""
-    path = entry_path(cache_dir, key)
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **told: object) -> None:
+    """Write a safetensors file atomically; metadata: a checksum, and what is told, as JSON."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_atomic(path, lambda file: save_file(tensors, file, metadata={"crc32": checksum(tensors)}))
-    return path
-
-
-def save_lora(path: Path, tensors: dict[str, torch.Tensor], **told: object) -> None:
-    """Write a LoRA atomically, with its checksum and what is told about it (JSON) as metadata."""
-    metadata = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
-    metadata |= {"format": "pt", "crc32": checksum(tensors)}
-    save_atomic(path, lambda file: save_file(tensors, file, metadata))
+    about = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
+    about |= {"format": "pt", "crc32": checksum(tensors)}
+    save_atomic(path, lambda file: save_file(tensors, file, about))
 
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
     """Read an entry's tensors. Raises UserError, with its name, where missing or damaged."""
-    with named(f"cache entry {path} (cache_embeddings.py --verify mends it)"):
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            expected = (file.metadata() or {}).get("crc32")
-        if checksum(tensors) != expected:
+    what = f"cache entry {path} (cache_embeddings.py --verify mends it)"
+    with named(what), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if checksum(tensors) != (file.metadata() or {}).get("crc32"):
             raise ValueError("its checksum is wrong")
     return tensors
 
@@ -669,11 +585,8 @@ def fetch_checkpoint(name: str, *patterns: str) -> Path:
     place = Path(name).expanduser()
     if place.is_dir():
         return place
-    if place.is_file():
-        way = f"DiffusionPipeline.from_single_file({name!r}).save_pretrained('FOLDER')"
-        raise UserError(f"{name} is one file; make a folder of it: python -c with diffusers, {way}")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"no folder {name}")
+    if place.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(from_tool("check", "no_checkpoint", f"no folder {name}", place))
     from huggingface_hub import snapshot_download
 
     wanted = ["model_index.json", *patterns] if patterns else None
@@ -697,15 +610,10 @@ def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Return the peak memory so far, GB: of the GPU, or of the process on a CPU."""
+    """Return the peak memory of the GPU so far, GB; without one what the process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    with contextlib.suppress(ImportError):  # Windows has none
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac, else KiB
-        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-    return 0.0
+    return psutil.Process().memory_info().rss / 1e9
 
 
 # --- 6. a run: its checkpoints, its record, its log -----------------------------------------------
@@ -716,17 +624,16 @@ def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    for name in [name for name in os.environ if name.startswith(NOT_ASKED_FOR)]:
-        log.warning("%s=%s has no effect here", name, os.environ.pop(name))
+    for name in [n for n in os.environ if re.match("ACCELERATE_(DYNAMO|GRADIENT_ACC)", n)]:
+        del os.environ[name]
+    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+    # KEEP: quantised weights are buffers; sending them would hang validation
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         cpu=not torch.accelerator.is_available(),
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
-            # KEEP: quantised weights are buffers; sending them would hang validation
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
+        kwargs_handlers=[timeout, buffers],
         **settings,
     )
 
@@ -734,8 +641,7 @@ def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
 class Checkpoints:
     """The checkpoint-<step>/ folders of a run: complete or absent, every file hash-checked.
 
-    state.json holds the step, the hashes, and `trained_as`: what decides the result (settings,
-    data), which a run that goes on must share.
+    state.json holds step, hashes, and `trained_as`: the settings and data that decide the result.
     """
 
     def __init__(self, output_dir: Path, limit: int | None = None) -> None:
@@ -748,14 +654,11 @@ class Checkpoints:
         writer = self.output_dir / ".writer"
         try:
             with FileLock(self.output_dir / ".lock", timeout=0):
-                save_text(writer, f" (process {os.getpid()} on {platform.node()})")
-                try:
-                    yield
-                finally:
-                    writer.unlink(missing_ok=True)
+                save_text(writer, f"process {os.getpid()} on {platform.node()}")
+                yield
         except Timeout as error:
-            who = "another run" + (writer.read_text(encoding="utf-8") if writer.exists() else "")
-            text = f"{who} writes into {self.output_dir}; wait for it or name another folder"
+            who = writer.read_text(encoding="utf-8") if writer.exists() else "it has just begun"
+            text = f"another run ({who}) writes into {self.output_dir}; wait, or name another"
             raise UserError(text) from error
 
     def folders(self) -> list[Path]:
@@ -767,9 +670,7 @@ class Checkpoints:
     @staticmethod
     def state(folder: Path) -> dict[str, Any] | None:
         """Return state.json of a checkpoint; None where a file is missing or altered."""
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
-        ):
+        with contextlib.suppress(Exception):  # whatever is wrong with it
             state = json.loads(read_text(folder / "state.json", 2**26))
             whole = state.pop("hash") == cache_key("state", **state)
             whole = whole and folder.name == f"checkpoint-{int(state['step'])}"
@@ -802,15 +703,12 @@ class Checkpoints:
             return None
         newer = [f.name for f in there if int(f.name.rpartition("-")[2]) > found["step"]]
         if newer and wanted != "latest":
-            text = "are newer: delete them, or name another output folder"
-            raise UserError(f"{folder}: {', '.join(newer)} {text}")
+            raise UserError(f"{folder}: {', '.join(newer)} are newer; delete them")
         before, keys = found["trained_as"], trained_as.keys() | found["trained_as"].keys()
         was_is = {key: (before.get(key), trained_as.get(key)) for key in sorted(keys)}
         if changed := [f"{k}: was {a}, is {b}" for k, (a, b) in was_is.items() if a != b]:
-            raise UserError(
-                f"{folder} was trained with other settings; set them back, or start anew without "
-                f"resume_from_checkpoint\n{listed(changed)}"
-            )
+            text = "was trained with other settings; set them back, or do not resume from it"
+            raise UserError(f"{folder} {text}\n{listed(changed)}")
         return folder, found["step"]
 
     def set_aside(self, *patterns: str) -> None:
@@ -828,35 +726,26 @@ class Checkpoints:
         log.warning(text, self.output_dir, place.name)
 
     def save(
-        self,
-        step: int,
-        trained_as: dict[str, Any],
-        training: dict[str, Any],
-        write: Callable[[Path], object],
+        self, step: int, trained_as: Facts, training: Facts, write: Callable[[Path], object]
     ) -> None:
-        """Write checkpoint-<step>/: training_state.pt and what `write(folder)` adds to it.
-
-        Older ones go when it is safe. Raises UserError where it cannot be written.
-        """
+        """Write checkpoint-<step>/: training_state.pt, and what `write(folder)` adds; then prune."""
         place = self.output_dir / f"checkpoint-{step}"
         half = place.with_name(f".{place.name}.tmp")
         shutil.rmtree(half, ignore_errors=True)  # left by a run that was killed here
-        room = "what was saved before is complete; make room, then resume_from_checkpoint latest"
         try:
-            with named(f"{place} cannot be written ({room})"):
-                half.mkdir(parents=True)
-                write(half)
-                torch.save(training, half / "training_state.pt")
-                state = {"step": step, "files": {f.name: hash_file(f) for f in half.iterdir()}}
-                state |= {"trained_as": json.loads(json.dumps(trained_as))}
-                state["hash"] = cache_key("state", **state)
-                save_text(half / "state.json", json.dumps(state, indent=2))
-                for file in half.iterdir():
-                    _fsync(file)
-                if place.exists():  # damaged
-                    shutil.rmtree(place)
-                half.rename(place)
-                _fsync(place.parent)
+            half.mkdir(parents=True)
+            write(half)
+            torch.save(training, half / "training_state.pt")
+            state = {"step": step, "files": {f.name: hash_file(f) for f in half.iterdir()}}
+            state |= {"trained_as": json.loads(json.dumps(trained_as))}
+            state["hash"] = cache_key("state", **state)
+            save_text(half / "state.json", json.dumps(state, indent=2))
+            for file in half.iterdir():
+                _fsync(file)
+            if place.exists():  # damaged
+                shutil.rmtree(place)
+            half.rename(place)
+            _fsync(place.parent)
         finally:
             shutil.rmtree(half, ignore_errors=True)
         kept = self.folders()
@@ -866,31 +755,23 @@ class Checkpoints:
 
 
 def run_record(output_dir: Path, config: Section, script: Path) -> None:
-    """Write run.json (argv, config, versions, git, hashes), config.yaml, the script and utils.py.
-
-    In a copy-and-modify project the code is part of the config.
-    """
+    """Write run.json (argv, config, versions), config.yaml, the script and utils.py."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    code = {path.name: path for path in (script.resolve(), Path(__file__).resolve())}
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "optimum-quanto"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    packages = {package.name: package.version for package in metadata.distributions()}
     cpu = f"cpu, {torch.get_num_threads()} threads"
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
         "config": config.model_dump(mode="json"),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "code_blake2b": {name: hash_file(path) for name, path in code.items()},
     }
     save_text(output_dir / "run.json", json.dumps(record, indent=2))
     text = yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True)
     save_text(output_dir / "config.yaml", text)
-    for name, path in code.items():
-        if path != (output_dir / name).resolve():
-            shutil.copyfile(path, output_dir / name)
+    for path in (script.resolve(), Path(__file__).resolve()):  # they are part of the config
+        if path != (output_dir / path.name).resolve():
+            shutil.copyfile(path, output_dir / path.name)
 
 
 class RunLog:
@@ -921,10 +802,3 @@ class RunLog:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images(shown, step=step, **layout)
-
-    def report(self) -> None:
-        """Draw report.html with tools/page.py; say the command where that was not copied along."""
-        try:
-            load_tool("page").write_report(self.output_dir)
-        except UserError:
-            log.info("curves and pictures: python tools/page.py report %s", self.output_dir)

@@ -9,9 +9,11 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import logging
 import netrc
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,11 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import UserError, checksum, named, read_model_json, read_text
 
 MOST_CHARACTERS = 20_000
+OTHER_PICTURES = r".*\.(heic|heif|jxl|psd|svg|eps|tga|ppm|exr|jp2|dng|cr2|nef|arw|ico|pdf)"
 CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|\0")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 LAYERS = ("down_blocks.0.attentions.0.transformer_blocks.10.attn1.to_out.0", "x" * 40)
 ABOUT = "image_edit_lora"  # what our trainers tell about a LoRA
 SAVE = "save_pretrained('FOLDER') in Python makes a folder of plain .safetensors"
+
+log = logging.getLogger("check")
 
 
 def problems(
@@ -54,7 +59,8 @@ def problems(
     loras: files in .safetensors (others are left alone).
     """
     found = check_parts(*model) if model else []
-    found += check_places(writes or {}, apart or {}, reads)
+    reads = [*dict.fromkeys(reads)]
+    found += check_places(writes or {}, apart or {}, reads) + check_names(reads)
     for name, device in (devices or {}).items():
         found += check_device(name, device)
     found += [text for package in packages for text in check_package(package)]
@@ -170,11 +176,31 @@ def check_places(
 ) -> list[str]:
     """Return problems of folders: nothing can be written there, or one holds another."""
     found = [text for name, place in writes.items() for text in check_writable(name, place)]
-    places = [*writes.items(), *apart.items(), *(("", place) for place in dict.fromkeys(reads))]
+    places = [*writes.items(), *apart.items(), *(("", place) for place in reads)]
     for (name, place), (_, other) in itertools.combinations(places, 2):
         a, b = place.resolve(), other.resolve()
         if name and (a.is_relative_to(b) or b.is_relative_to(a)):
             found.append(f"{name}: {place} and {other} lie in one another; move one")
+    return found
+
+
+def room(error: Exception) -> str:
+    """Return how much is free where a file could not be written."""
+    place = Path(getattr(error, "filename", None) or tempfile.gettempdir()).absolute()
+    folder = next(place for place in (place, *place.parents) if place.is_dir())
+    return f"; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"
+
+
+def check_names(reads: Iterable[Path]) -> list[str]:
+    """Return problems of files' names; say which pictures are of a kind that is not read."""
+    found = []
+    for folder, _, names in itertools.chain(*map(os.walk, reads)):
+        other = [name for name in names if re.fullmatch(OTHER_PICTURES, name.lower())]
+        for name in other:
+            log.warning("%s is left out: convert it to PNG or JPEG", Path(folder, name))
+        if not "".join(names).isprintable():
+            odd = [name for name in names if re.search("[\ud800-\udfff]", name)]  # no UTF-8
+            found += [f"{folder}: a file is called {name!a}: rename it" for name in odd]
     return found
 
 
@@ -213,6 +239,14 @@ def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
             text = str(error)
             found.append(text if text.startswith(setting) else f"{setting}: {text}")
     return found
+
+
+def no_checkpoint(place: Path) -> str:
+    """Return what to say of a place that is no folder."""
+    if not place.is_file():
+        return f"no folder {place}"
+    way = f"DiffusionPipeline.from_single_file({str(place)!r}).save_pretrained('FOLDER')"
+    return f"{place} is one file; make a folder of it: python -c with diffusers, {way}"
 
 
 def check_part(place: Path, kind: str) -> None:

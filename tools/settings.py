@@ -114,8 +114,13 @@ def default_of(field: Any) -> str:
     )
 
 
-def explain(cls: type[Section], data: Any, error: Any) -> list[str]:
-    """Return what a pydantic error says, one line each, with the path as the config has it."""
+def explain(cls: type[Section], data: Any, errors: Any) -> list[str]:
+    """Return what a ValidationError says, one line each, with the path as the config has it."""
+    return [line for error in errors.errors() for line in explain_one(cls, data, error)]
+
+
+def explain_one(cls: type[Section], data: Any, error: Any) -> list[str]:
+    """Return what one of pydantic's errors says, one line each."""
     place: list[str] = []
     for part in error["loc"]:  # pydantic adds the tags of union members
         data = dict(enumerate(data)) if isinstance(data, list) else data
