@@ -18,6 +18,7 @@ Shapes: H W pixels of one picture, (3, H, W) in 0..1, fp32; D numbers of an embe
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
@@ -32,27 +33,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pydantic import Field, field_validator
 
-from utils import (
-    FileIndex,
-    Section,
-    UserError,
-    check_setup,
-    fetch_checkpoint,
-    hash_file,
-    list_images,
-    load_config,
-    load_tool,
-    look_at_picture,
-    nearest,
-    open_rgb,
-    progress,
-    run_script,
-    save_atomic,
-    save_text,
-)
+import utils
+from utils import FORMATS, Section, UserError, load_config, load_tool, nearest, open_rgb, progress
 
 SETTINGS_KEY = "image_edit"  # PNG text chunk
-hash_of = functools.cache(hash_file)  # many results have one reference
+hash_of = functools.cache(utils.hash_file)  # many results have one reference
 
 
 # --- 1. metrics -----------------------------------------------------------------------------------
@@ -280,12 +265,10 @@ class Result(NamedTuple):
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return what a finished picture says about itself; {} if there is none, or from elsewhere."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
-            return dict(json.loads(text))
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
-        return {}
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+        text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
+        return dict(json.loads(text))
+    return {}
 
 
 def reference_of(about: dict[str, Any]) -> Path | None:
@@ -304,7 +287,7 @@ def by_stem(folder: Path, suffix: str = "") -> dict[str, Path]:
     """
     found = {
         stem.removesuffix(suffix): files
-        for stem, files in list_images(folder).items()
+        for stem, files in utils.list_images(folder).items()
         if stem.endswith(suffix)
     }
     if not found:
@@ -419,17 +402,18 @@ def check_comparison(config: Config) -> list[str]:
     """Return everything that is wrong; every picture is read once."""
     rows, _, problems = find_comparisons(config)
     files = {path for row in rows for path in (row.edited, row.before, row.after, row.mask) if path}
-    problems += FileIndex(None).update(sorted(files), look_at_picture)
+    problems += utils.FileIndex(None).update(sorted(files), utils.look_at_picture)
     if config.html:
         load_tool("page")  # raises UserError where it was not copied along
-    places = {} if problems else {"results": output_folder(config)}
-    for folder in places.values():
-        there = [
-            f for end in ("csv", "png", "html") if (f := folder / f"evaluation.{end}").exists()
-        ]
-        if there and not (folder / "evaluation.json").exists():
-            problems.append(f"{there[0]} is not of evaluate.py; name another output_dir")
-    return problems + check_setup(devices={"device": config.device}, writes=places)
+    if problems:
+        return problems + utils.check_setup(devices={"device": config.device})
+    folder = output_folder(config)
+    there = [f for f in folder.glob("evaluation.*") if f.suffix in (".csv", ".png", ".html")]
+    if there and not (folder / "evaluation.json").exists():
+        problems = [f"{there[0]} is not of evaluate.py; name another output_dir"]
+    return problems + utils.check_setup(
+        devices={"device": config.device}, writes={"results": folder}
+    )
 
 
 def output_folder(config: Config) -> Path:
@@ -496,7 +480,7 @@ def load_embedder(
 
     name, tokenizer = getattr(config, flag), None
     try:
-        file = fetch_checkpoint(name, "config.json") / "config.json"
+        file = utils.fetch_checkpoint(name, "config.json") / "config.json"
         family = json.loads(file.read_text(encoding="utf-8")).get("model_type", "")
         if not family.startswith(kind):
             raise UserError(f"it is a network of type {family}")
@@ -781,9 +765,9 @@ def evaluate(config: Config, rows: list[Result], notes: list[str]) -> dict[str, 
     }
     folder = output_folder(config)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    save_text(folder / "evaluation.json", text)
-    save_atomic(folder / "evaluation.csv", lambda file: write_csv(file, report["rows"]))
-    save_atomic(folder / "evaluation.png", lambda file: draw_report(file, report))
+    utils.save_text(folder / "evaluation.json", text)
+    utils.save_atomic(folder / "evaluation.csv", lambda file: write_csv(file, report["rows"]))
+    utils.save_atomic(folder / "evaluation.png", lambda file: draw_report(file, report))
     print_summary(report)
     if config.html:
         page, title = load_tool("page"), folder.resolve().name
@@ -801,4 +785,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

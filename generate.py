@@ -66,6 +66,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from utils import (
+    FORMATS,
     FileIndex,
     Section,
     UserError,
@@ -711,12 +712,10 @@ def picture_settings(painter: Painter, strip: Strip, scale: float) -> dict[str, 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return what a finished picture says about itself; {} if there is none, or from elsewhere."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
-            return dict(json.loads(text))
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
-        return {}
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+        text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
+        return dict(json.loads(text))
+    return {}
 
 
 def save_picture(path: Path, image: Image.Image, about: dict[str, Any]) -> None:

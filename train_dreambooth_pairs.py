@@ -682,7 +682,7 @@ def audit(config: Config) -> list[str]:
     report["problems"] = problems + wrong + bad
     if report["notes"]:
         log.warning("note\n%s", listed(report["notes"]))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(UserError):
         utils.save_text(config.output_dir / "audit.json", json.dumps(report, indent=2))
     return report["problems"]
 
@@ -738,8 +738,8 @@ def check_samples(config: Config, samples: list[Sample], index: utils.FileIndex)
     files = sorted({file for sample in samples for file in sample.files})
     problems = index.update(files, utils.look_at_picture)
     readable = {f for f in files if not (problems and index.update([f], utils.look_at_picture))}
-    long = [f for f in files if f in readable and not 1 / 3 <= index[f]["aspect"] <= 3]
-    notes = [f"{file} is longer than 3:1; its ends are cut off" for file in long]
+    seen = [("samples", index[f], config.resolution**2, False) for f in files if f in readable]
+    notes = utils.from_tool("check", "notes", [], seen)
     samples = [sample for sample in samples if readable.issuperset(sample.files)]
     for first, other in (pair for s in samples for pair in itertools.pairwise(s.files)):
         if index[first]["pixels"] == index[other]["pixels"]:

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 import utils
@@ -579,17 +579,18 @@ def find_pairs(config: Config, dataset: str, index: utils.FileIndex) -> Found:
     if not pairs and not problems:
         problems.append(f"{dataset}: no pair in {', '.join(map(str, folders))}")
     problems += index.update((f for pair in pairs.values() for f in pair), utils.look_at_picture)
-    samples = []
+    samples, seen = [], []
     for name, pair in pairs.items():
         first, last = pair[0], pair[-1]
         with contextlib.suppress(KeyError):  # unreadable: not in the index
             size = nearest_bucket(index[first]["width"], index[first]["height"], config.resolution)
             samples.append(Sample(name, pair, size))
+            seen.append((dataset, index[first], config.resolution**2, False))
             if first != last and index[first]["pixels"] == index[last]["pixels"]:
                 problems.append(f"{first} and {last} are the same picture: no change to learn")
             elif abs(math.log(index[first]["aspect"] / index[last]["aspect"])) > 0.02:
                 odd.append(f"{last} has another shape than {first}; both are cropped to one size")
-    return samples, odd, problems
+    return samples, odd + utils.from_tool("check", "notes", [], seen), problems
 
 
 def check_checkpoint(name: str) -> list[str]:
@@ -602,7 +603,7 @@ def check_checkpoint(name: str) -> list[str]:
         return [f"pretrained_model_name_or_path: {error}"]
     if kind != "FluxPipeline":
         return [f"pretrained_model_name_or_path: {name} is a {kind}; wanted FluxPipeline"]
-    return utils.check_setup(model=("pretrained_model_name_or_path", name, FLUX_PARTS))
+    return utils.check_setup(model=("pretrained_model_name_or_path", name, FLUX_PARTS | TEXT_PARTS))
 
 
 def audit(config: Config) -> list[str]:
@@ -659,18 +660,10 @@ class BaseConfig(Section):
 
 PUBLISHED_MODEL = "black-forest-labs/FLUX.1-dev"
 PUBLISHED_TRANSFORMER = {"guidance_embeds": True}  # the rest of its config are the class's defaults
-TEXT_PARTS = {
-    "text_encoder": "CLIPText",
-    "text_encoder_2": "T5",
-    "tokenizer": "",
-    "tokenizer_2": "",
+TEXT_PARTS = {  # of a checkpoint: how the name of its class begins
+    **{"text_encoder": "CLIPText", "text_encoder_2": "T5", "tokenizer": "", "tokenizer_2": ""}
 }
-FLUX_PARTS = {
-    **TEXT_PARTS,
-    "scheduler": "FlowMatch",
-    "transformer": "Flux",
-    "vae": "AutoencoderKL$",
-}
+FLUX_PARTS = {"scheduler": "FlowMatch", "transformer": "Flux", "vae": "AutoencoderKL$"}
 # differs from the other scripts: FLUX packs 2 x 2 latents of 8 px
 SIZE_MULTIPLE = 16
 
@@ -805,7 +798,7 @@ def fill_parts(
     from_pretrained(dtype=dtype) bit for bit. Raises UserError: weights are missing or damaged.
     """
     files: dict[str, Path] = {}  # of each tensor
-    try:
+    with utils.named(str(folder)):
         for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
@@ -822,8 +815,6 @@ def fill_parts(
             if name[-1].isdigit() and precision != "no_change":
                 quantize_block(model.get_submodule(name), precision)
             return_freed_memory()
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
-        raise UserError(f"{folder}: {error}") from error
     model.eval().requires_grad_(False)
 
 

@@ -20,12 +20,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import csv
 import ctypes
 import functools
 import gc
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -48,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, PrivateAttr
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -401,9 +399,7 @@ def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
     settings |= {alpha: settings["r"], "target_modules": sorted(layers), "exclude_modules": None}
     plain = str | int | float | bool | list | dict | None
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
-    weights = strengthen(
-        {f"transformer.{n}": t.detach().float().cpu().clone() for n, t in tensors.items()}, strength
-    )
+    weights = strengthen({f"transformer.{n}": t.float() for n, t in tensors.items()}, strength)
     utils.save_tensors(path, weights, lora_adapter_metadata=adapter, image_edit_lora=about)
 
 
@@ -414,10 +410,8 @@ def start_from_lora(transformer: Any, lora: LoraConfig) -> None:
     if not lora.pretrained_weight:
         return
     where = f"model.lora.pretrained_weight {lora.pretrained_weight}"
-    try:
+    with utils.named(where):
         stored = load_file(lora.pretrained_weight)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{where}: {error}") from error
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
     wanted = get_peft_model_state_dict(transformer)
     sizes = [{(n, *t.shape) for n, t in each.items()} for each in (tensors, wanted)]
@@ -730,6 +724,7 @@ class Row(NamedTuple):
 
     files: dict[str, Path]  # role -> file
     captions: list[str] | None = None  # None: they are in files
+    record: Any = None  # of a table: the row as it stands
 
 
 def links(ds: DatasetConfig) -> Iterator[tuple[str, str, str]]:
@@ -740,13 +735,6 @@ def links(ds: DatasetConfig) -> Iterator[tuple[str, str, str]]:
         kind = kinds.get(place.rpartition(".")[2])
         if kind and name:
             yield place, kind, name
-
-
-def folders_of(ds: DatasetConfig) -> list[Path]:
-    """Return the folders that are read with all below them."""
-    inside = [ds.target_dir, *ds.reference_dirs, ds.mask_dir]
-    inside = inside if ds.target_dir else [Path()] if ds.image_configs else []
-    return [ds.train_data_dir / folder for folder in inside if folder is not None]
 
 
 def used_roles(ds: DatasetConfig) -> list[str]:
@@ -810,78 +798,28 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
 
 def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:
     """Return the caption file of a row: beside its target, or else its first reference."""
-    beside = files["target"].with_suffix(ds.caption_ext)
-    if beside.exists():
-        return beside
-    other = files["reference 1"].with_suffix(ds.caption_ext)
-    return other if other.exists() else beside
+    beside = [files[role].with_suffix(ds.caption_ext) for role in ("target", "reference 1")]
+    return beside[1] if beside[1].exists() and not beside[0].exists() else beside[0]
 
 
 def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
-    """Read a CSV or JSONL table; relative paths are from train_data_dir or the table's folder."""
-    table = Path(ds.table or "")
-    table = table if table.is_file() else ds.train_data_dir / table
+    """Read a table with tools/pair_rows.py; relative paths: in train_data_dir, or beside it."""
+    found = utils.load_tool("pair_rows").read_table(Path(ds.table or ""), ds.train_data_dir)
     rows: dict[str, Row] = {}
-    problems: list[str] = []
-    try:
-        text = io.StringIO(utils.read_text(table, 2**30), newline="")
-        lines = csv.DictReader(text) if table.suffix == ".csv" else map(json.loads, text)
-        records: list[Any] = list(lines)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        return {}, [f"table {table}: {error}"]
-    columns = {str(name) for record in records if isinstance(record, dict) for name in record}
-    if "target" not in columns:
-        there = f"its columns are {', '.join(sorted(columns))}" if records else "it has no rows"
-        return {}, [f"table {table}: no column 'target': {there}"]
-    for number, record in enumerate(records, 1):
-        try:
-            row = table_row(record, (ds.train_data_dir, table.parent))
-            name = row.files["target"].stem
-            rows[f"{name}#{number}" if name in rows else name] = row
-        except (OSError, TypeError, ValueError) as error:
-            problems.append(f"{table}: row {number}: {error}")
-    known = r"target|references|reference_\d+|prompt|mask"
-    if unread := sorted(name for name in columns if not re.fullmatch(known, name)):
-        log.warning("table %s: columns not read: %s", table, ", ".join(unread))
-    return rows, problems
-
-
-def table_row(record: Any, roots: Sequence[Path]) -> Row:
-    """Return the row of a record. Raises ValueError where it is none, or a file is missing."""
-    if not isinstance(record, dict) or None in record:  # None: csv.DictReader
-        raise ValueError("no record, or more cells than columns (quote a text with commas)")
-    shown = record.get("references") or []
-    shown = [shown] if isinstance(shown, str) else [*shown]
-    numbered = sorted(column for column in record if re.fullmatch(r"reference_\d+", column))
-    cells = [record[column] for column in sorted(numbered, key=len)]
-    while cells and not cells[-1]:  # rows may have fewer than others
-        cells.pop()
-    shown += cells
-    if not record.get("target") or not shown or not all(shown):
-        lacking = "reference before the last one" if any(shown) else "reference"
-        raise ValueError(f"no {lacking if record.get('target') else 'target'}")
-    named = {f"reference {i}": value for i, value in enumerate(shown, 1)}
-    named |= {"target": record["target"], "mask": record.get("mask")}
-    files = {}
-    for role, value in named.items():
-        places = [root / str(value) for root in roots if value]
-        if there := [place for place in places if place.is_file()]:
-            files[role] = there[0]
-        elif value:
-            raise ValueError(f"no file {places[0]}")
-    prompts = record.get("prompt") or []
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    return Row(files, [str(prompt).strip() for prompt in prompts])
+    for number, pair in enumerate(found.pairs, 1):
+        files = {f"reference {i}": file for i, file in enumerate(pair.references, 1)}
+        files |= {"target": pair.target} | ({"mask": pair.mask} if pair.mask else {})
+        name = pair.target.stem
+        rows[f"{name}#{number}" if name in rows else name] = Row(files, pair.prompts, pair.record)
+    return rows, found.problems + [f"{ds.table}: {text}" for text in found.broken]
 
 
 def read_captions(path: Path, lines: bool) -> list[str]:
-    """Read the captions of a file: its lines, or the whole text as one. Raises ValueError."""
-    try:
+    """Read the captions of a file: its lines, or the whole text as one. Raises UserError."""
+    with utils.named(f"caption {path} cannot be read"):
         text = utils.read_text(path).strip()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"caption {path} cannot be read: {error}") from error
     if not text:
-        raise ValueError(f"caption {path} is empty")
+        raise UserError(f"caption {path} is empty")
     return [line.strip() for line in text.splitlines() if line.strip()] if lines else [text]
 
 
@@ -958,7 +896,7 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
                 there = ", ".join(map(str, row.files.values()))
                 raise ValueError(f"'{name}' lacks its {', '.join(lacking)} (there is {there})")
             variants[name] = tuple(make(config, ds, row))
-        except ValueError as error:
+        except (UserError, ValueError) as error:
             broken.append(str(error))
     # not trained: the named ones and a share drawn by the seed, or all
     chance = functools.partial(uniform, "holdout", config.seed, ds.name)
@@ -998,19 +936,12 @@ def check_frames(data: PairData) -> list[str]:
 
 def notes_on(data: PairData) -> list[str]:
     """Return what is done to samples unasked, and the setting that changes it."""
-    counts: Counter[tuple[str, int]] = Counter()
-    for sample in data.samples:
-        ds = data.config.data.dataset_configs[sample.dataset]
-        facts = data.index[sample.variants[0].target]
-        area_px, aspect = facts["width"] * facts["height"], facts["width"] / facts["height"]
-        if area_px * 2 < ds.resolution**2:
-            counts["enlarged to more than twice their pixels: resolution", sample.dataset] += 1
-        if not 1 / 3 <= aspect <= 3:
-            counts["longer than 3:1, cut at their ends: crop them yourself", sample.dataset] += 1
-        if len(sample.variants) > 1 and ds.target_dir and ds.caption_lines is None:
-            counts["with a caption per line of their file: caption_lines", sample.dataset] += 1
-    where = "data.dataset_configs"
-    return [f"{where}.{ds}: {n} sample(s) {text}" for (text, ds), n in sorted(counts.items())]
+    seen = []
+    for s in data.samples:
+        ds, facts = data.config.data.dataset_configs[s.dataset], data.index[s.variants[0].target]
+        lines = ds.target_dir and ds.caption_lines is None and len(s.variants) > 1
+        seen.append((f"data.dataset_configs.{s.dataset}", facts, ds.resolution**2, lines))
+    return utils.from_tool("check", "notes", [], seen)
 
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
@@ -1044,7 +975,7 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     report = {"samples": len(samples), "notes": notes, "problems": problems, "skipped": skipped}
     if notes:
         log.warning("note\n%s", listed(notes))
-    with contextlib.suppress(OSError):  # an unwritable output_dir is reported by audit()
+    with contextlib.suppress(UserError):  # an unwritable output_dir is reported by audit()
         path = config.logging.output_dir / "audit.json"
         utils.save_text(path, json.dumps(report, indent=2, ensure_ascii=False))
     if skipped:
@@ -1152,7 +1083,10 @@ def audit(config: Config) -> list[str]:
         devices["cache.text_encoder_device"] = cache.text_encoder_device
         writes["cache.cache_dir"] = cache.cache_dir
     packages = [] if tracker in ("none", "all") else [tracker]
-    reads = itertools.chain(*map(folders_of, config.data.dataset_configs))
+    reads = []
+    for ds in config.data.dataset_configs:
+        own = [ds.target_dir, *ds.reference_dirs, ds.mask_dir] if ds.target_dir else [Path()]
+        reads += [ds.train_data_dir / d for d in own if d is not None and not ds.table]
     problems += utils.check_setup(writes=writes, reads=reads, devices=devices, packages=packages)
     flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
@@ -1599,7 +1533,7 @@ def fill_parts(
     from_pretrained(dtype=dtype) bit for bit. Raises UserError: weights are missing or damaged.
     """
     files: dict[str, Path] = {}  # of each tensor
-    try:
+    with utils.named(str(folder)):
         for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
@@ -1616,8 +1550,6 @@ def fill_parts(
             if name[-1].isdigit() and precision != "no_change":
                 quantize_block(model.get_submodule(name), precision)
             return_freed_memory()
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
-        raise UserError(f"{folder}: {error}") from error
     model.eval().requires_grad_(False)
 
 
@@ -2283,9 +2215,8 @@ class QwenImageEditTrainer:
         how: dict[str, Any] = {"dtype": self.weight_dtype, "use_safetensors": True}
         if "scheduler" in parts and self.scheduler is None:
             kind: Any = diffusers.FlowMatchEulerDiscreteScheduler
-            self.scheduler = kind.from_pretrained(
-                self.checkpoint("scheduler"), subfolder="scheduler"
-            )
+            folder = self.checkpoint("scheduler")
+            self.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
         if "vae" in parts and self.vae is None:
             kind = diffusers.AutoencoderKLQwenImage
             self.vae = kind.from_pretrained(self.checkpoint("vae"), subfolder="vae", **how)
@@ -2322,8 +2253,7 @@ class QwenImageEditTrainer:
     def unload(self, *parts: str) -> None:
         """Forget components ("vae", "text_encoder", "transformer") and free their memory."""
         for part in parts:
-            names = ("qwen_vl", "text_pipeline") if part == "text_encoder" else (part,)
-            for name in names:
+            for name in ("qwen_vl", "text_pipeline") if part == "text_encoder" else (part,):
                 setattr(self, name, None)
         gc.collect()
         torch.cuda.empty_cache()
@@ -2623,10 +2553,9 @@ class QwenImageEditTrainer:
         batch = self.to_device(batch)
         if not isinstance(batch["control_latent"], list):
             batch["control_latent"] = [batch["control_latent"]]
-        embeds = batch["prompt_embed"].to(self.weight_dtype)
+        batch["prompt_embed"] = embeds = batch["prompt_embed"].to(self.weight_dtype)
         if "zeroed" in batch:  # caption_dropout_mode: zero
-            embeds = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
-        batch["prompt_embed"] = embeds
+            batch["prompt_embed"] = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
         loss = self._compute_loss(batch)
         return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()
 

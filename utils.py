@@ -85,10 +85,9 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = re.search("No space left|Disk quota|file write failed", str(error))
-        if not full and not getattr(error, "filename", None):
+        room = from_tool("check", "room", "", error)
+        if not room and not getattr(error, "filename", None):
             raise
-        room = from_tool("check", "room", "", error) if full else ""
         code, text = 2, f"{name}: {error}{room} (what was saved is complete; {again})"
     except KeyboardInterrupt:
         code, text = 130, f"stopped; what was saved is complete ({again})"
@@ -122,7 +121,7 @@ def named(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # each library that reads them has classes of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {reason}{from_tool('check', 'room', '', error)}") from error
 
 
 class StopSignal:
@@ -136,8 +135,8 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        text = "finishing this step, then saving (again: stop at once)"
-        print(f"\n{signal.Signals(number).name}: {text}", file=sys.stderr, flush=True)
+        text = f"{signal.Signals(number).name}: finishing this step, then saving"
+        print(f"\n{text} (again: stop at once)", file=sys.stderr, flush=True)
 
     def __enter__(self) -> StopSignal:
         self._process = os.getpid()
@@ -408,9 +407,9 @@ def hash_file(path: Path) -> str:
 
 
 class FileIndex:
-    """Remembers facts about files (content hash, width ...) by path, size and modification time.
+    """Facts about files (hash, width ...) by path, size and time, in `folder/index.jsonl`.
 
-    Kept in `folder/index.jsonl`, where any number of processes append; `None` keeps it in memory.
+    Any number of processes may append to it; `None` keeps it in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -466,14 +465,16 @@ def _fsync(path: Path) -> None:
 
 def save_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)`, fsync, rename: a crash leaves the old or the whole new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        _fsync(temporary)
-        temporary.replace(path)
+        with named(f"{path} cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            _fsync(temporary)
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_text(path: Path, text: str) -> None:
@@ -650,7 +651,6 @@ class Checkpoints:
     @contextlib.contextmanager
     def only_run(self) -> Iterator[None]:
         """Keep other runs out of output_dir inside `with`. Raises UserError where one writes."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         writer = self.output_dir / ".writer"
         try:
             with FileLock(self.output_dir / ".lock", timeout=0):
@@ -685,7 +685,7 @@ class Checkpoints:
             return torch.load(folder / "training_state.pt", "cpu", weights_only=True)
 
     def find(self, wanted: str | None, trained_as: dict[str, Any]) -> tuple[Path, int] | None:
-        """Return (folder, step) of the newest valid checkpoint ("latest") or of the one named.
+        """Return (folder, step) of the newest valid checkpoint ("latest") or the named one.
 
         Raises UserError where that is missing, damaged or older than others, or settings differ.
         """
@@ -722,28 +722,24 @@ class Checkpoints:
         place.mkdir()
         for path in old:
             path.rename(place / path.name)
-        text = "%s holds an earlier run: it is now in %s (to go on with it, move it back)"
-        log.warning(text, self.output_dir, place.name)
+        log.warning("an earlier run is now in %s (to go on with it, move it back)", place)
 
     def save(
         self, step: int, trained_as: Facts, training: Facts, write: Callable[[Path], object]
     ) -> None:
-        """Write checkpoint-<step>/: training_state.pt, and what `write(folder)` adds; then prune."""
+        """Write checkpoint-<step>/: training_state.pt, and what `write(folder)` adds; prune."""
         place = self.output_dir / f"checkpoint-{step}"
         half = place.with_name(f".{place.name}.tmp")
         shutil.rmtree(half, ignore_errors=True)  # left by a run that was killed here
         try:
             half.mkdir(parents=True)
-            write(half)
-            torch.save(training, half / "training_state.pt")
+            write(half)  # by save_atomic(), as all here
+            save_atomic(half / "training_state.pt", lambda file: torch.save(training, file))
             state = {"step": step, "files": {f.name: hash_file(f) for f in half.iterdir()}}
             state |= {"trained_as": json.loads(json.dumps(trained_as))}
             state["hash"] = cache_key("state", **state)
             save_text(half / "state.json", json.dumps(state, indent=2))
-            for file in half.iterdir():
-                _fsync(file)
-            if place.exists():  # damaged
-                shutil.rmtree(place)
+            shutil.rmtree(place, ignore_errors=True)  # it is damaged
             half.rename(place)
             _fsync(place.parent)
         finally:
@@ -756,7 +752,6 @@ class Checkpoints:
 
 def run_record(output_dir: Path, config: Section, script: Path) -> None:
     """Write run.json (argv, config, versions), config.yaml, the script and utils.py."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     packages = {package.name: package.version for package in metadata.distributions()}
     cpu = f"cpu, {torch.get_num_threads()} threads"
     record = {

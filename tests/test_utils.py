@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 from unittest.mock import Mock
@@ -286,8 +287,9 @@ def test_checkpoints_are_found_pruned_and_refused(tmp_path):
             checkpoints.find(wanted, trained_as)
     with checkpoints.only_run(), pytest.raises(UserError, match=str(tmp_path)):
         Checkpoints(tmp_path).only_run().__enter__()
-    with pytest.raises(UserError, match=r"checkpoint-11.*disk full"):  # complete or absent
-        checkpoints.save(11, {}, {}, Mock(side_effect=OSError("disk full")))
+    write = partial(utils.save_atomic, write=Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(UserError, match=r"checkpoint-11.*No space left.* MB are free in"):
+        checkpoints.save(11, {}, {}, lambda folder: write(folder / "x"))  # complete or absent
     assert {path.name for path in tmp_path.iterdir()} - {".writer"} == {*names, ".lock"}
     checkpoints.set_aside()
     assert not checkpoints.folders() and (tmp_path / "earlier-1/checkpoint-9").is_dir()

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,11 +185,30 @@ def check_places(
     return found
 
 
+def notes(samples: Iterable[tuple[str, Mapping[str, Any], float, Any]]) -> list[str]:
+    """Return what is done to samples unasked: a line per data set, with their number.
+
+    samples: (data set, what look_at_picture() says, area in training in px, caption lines?).
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    for place, facts, area_px, lines in samples:
+        if facts["width"] * facts["height"] * 2 < area_px:
+            found[place, "are enlarged to more than twice their pixels; see resolution"] += 1
+        if not 1 / 3 <= facts["aspect"] <= 3:
+            found[place, "are longer than 3:1 and cut at their ends; crop them yourself"] += 1
+        if lines:
+            found[place, "have a caption per line of their file; see caption_lines"] += 1
+    return [f"{place}: {n} sample(s) {text}" for (place, text), n in sorted(found.items())]
+
+
 def room(error: Exception) -> str:
-    """Return how much is free where a file could not be written."""
+    """Return how much is free where a file could not be written; "" where that is not why."""
+    if not re.search("No space left|Disk quota|File too large|file write failed", str(error)):
+        return ""
     place = Path(getattr(error, "filename", None) or tempfile.gettempdir()).absolute()
     folder = next(place for place in (place, *place.parents) if place.is_dir())
-    return f"; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"
+    free = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"
+    return f"; {free}; make room, then go on"
 
 
 def check_names(reads: Iterable[Path]) -> list[str]:
