@@ -331,7 +331,7 @@ def from_tool(name: str, function: str, otherwise: Any, *args: Any, **kwargs: An
     """Call a function of a tool that a run does not need; `otherwise`, said, without the tool."""
     if (Path(__file__).parent / "tools" / f"{name}.py").is_file():
         return getattr(load_tool(name), function)(*args, **kwargs)
-    log.warning("tools/%s.py was not copied along: no %s()", name, function)
+    log.warning("%s() is left out: tools/%s.py was not copied along", function, name)
     return otherwise
 
 
@@ -567,7 +567,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **told: object) -
     """Write a safetensors file atomically; metadata: a checksum, and what is told, as JSON."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
-    about |= {"format": "pt", "crc32": checksum(tensors)}
+    about |= {"crc32": checksum(tensors)} | ({"format": "pt"} if told else {})
     save_atomic(path, lambda file: save_file(tensors, file, about))
 
 
@@ -587,7 +587,7 @@ def fetch_checkpoint(name: str, *patterns: str) -> Path:
     if place.is_dir():
         return place
     if place.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(from_tool("check", "no_checkpoint", f"no folder {name}", place))
+        raise UserError(from_tool("check", "no_checkpoint", f"no folder {name}", name))
     from huggingface_hub import snapshot_download
 
     wanted = ["model_index.json", *patterns] if patterns else None

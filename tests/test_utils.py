@@ -200,7 +200,7 @@ def test_every_kind_of_picture_opens_as_upright_rgb(mode, tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.txt"
     utils.save_text(file, "old")
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(UserError, match=r"a.txt cannot be written: .*no number"):
         utils.save_atomic(file, lambda half: half.write_text("half") and int("no number"))
     assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
 

@@ -61,7 +61,8 @@ def problems(
     """
     found = check_parts(*model) if model else []
     reads = [*dict.fromkeys(reads)]
-    found += check_places(writes or {}, apart or {}, reads) + check_names(reads)
+    found += check_places(writes or {}, apart or {}, reads)
+    found += check_names([*reads, *(apart or {}).values()])
     for name, device in (devices or {}).items():
         found += check_device(name, device)
     found += [text for package in packages for text in check_package(package)]
@@ -261,12 +262,12 @@ def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
     return found
 
 
-def no_checkpoint(place: Path) -> str:
+def no_checkpoint(name: str) -> str:
     """Return what to say of a place that is no folder."""
-    if not place.is_file():
-        return f"no folder {place}"
-    way = f"DiffusionPipeline.from_single_file({str(place)!r}).save_pretrained('FOLDER')"
-    return f"{place} is one file; make a folder of it: python -c with diffusers, {way}"
+    if not Path(name).expanduser().is_file():
+        return f"no folder {name}"
+    way = f"DiffusionPipeline.from_single_file({name!r}).save_pretrained('FOLDER')"
+    return f"{name} is one file; make a folder of it: python -c with diffusers, {way}"
 
 
 def check_part(place: Path, kind: str) -> None:
