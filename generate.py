@@ -44,6 +44,7 @@ import csv
 import functools
 import gc
 import importlib
+import io
 import json
 import math
 import os
@@ -62,7 +63,7 @@ import yaml
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pydantic import AfterValidator, BeforeValidator, Field, create_model
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from utils import (
@@ -89,6 +90,7 @@ from utils import (
     progress,
     read_config,
     read_model_json,
+    read_text,
     run_script,
     save_atomic,
     shuffled,
@@ -428,11 +430,10 @@ def find_lora(path: Path, allow_pickle: bool | None = None) -> Path:
 
 def read_about(path: Path) -> dict[str, Any]:
     """Return what a trainer of ours wrote into a LoRA; {} if it cannot be read or is another's."""
-    try:
-        with safe_open(path.parent / f"{path.stem}.safetensors", framework="pt") as file:
-            return dict(json.loads((file.metadata() or {}).get("image_edit_lora", "{}")))
-    except (OSError, SafetensorError, ValueError, TypeError):  # check_lora() says what is wrong
-        return {}
+    # check_lora() says what is wrong
+    with contextlib.suppress(Exception), safe_open(path.with_suffix(".safetensors"), "pt") as file:
+        return dict(json.loads((file.metadata() or {}).get("image_edit_lora", "{}")))
+    return {}
 
 
 Row = dict[str, Any]  # name, images, and what a table says of prompt and seed
@@ -455,14 +456,14 @@ def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
     """Return rows of a .csv or .jsonl table; relative paths are from here, or from the table."""
     rows: list[Any] = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = list(csv.DictReader(file))
-            elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-            else:
-                return [], [f"table: {path} must be a .csv or a .jsonl file"]
-    except (OSError, ValueError, csv.Error) as error:
+        file = io.StringIO(read_text(path, 2**30), newline="")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            return [], [f"table: {path} must be a .csv or a .jsonl file"]
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         return [], [f"table: {path}: {error}"]
     good, problems = [], [] if rows else [f"table: no row in {path}"]
     for number, row in enumerate(rows, 1):
@@ -605,10 +606,8 @@ def prompt_lines(config: Any, number: int) -> list[str]:
     name = config.prompts_file[min(number, len(config.prompts_file) - 1)]
     beside = Path(__file__).parent / "configs/prompts" / name
     path = next((p for p in (Path(name), Path("configs/prompts") / name) if p.is_file()), beside)
-    try:
-        lines = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"prompts_file {name}: {error}") from error
+    with named(f"prompts_file {name}"):
+        lines = yaml.safe_load(read_text(path))
     if not isinstance(lines, list) or not lines or not all(isinstance(x, str) for x in lines):
         raise UserError(f"prompts_file {path}: wanted a YAML list of prompts")
     return lines

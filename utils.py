@@ -555,11 +555,11 @@ def entry_path(cache_dir: Path, key: str) -> Path:
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the CRC-32 of tensors in the order of their names, 8 hex digits."""
+    """Return the CRC-32 of names, shapes and values of tensors, 8 hex digits."""
     crc = 0
-    for name in sorted(tensors):
-        data = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
-        crc = zlib.crc32(data.data, crc)
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        crc = zlib.crc32(data.data, zlib.crc32(f"{name}{tensor.shape}".encode(), crc))
     return f"{crc:08x}"
 
 
