@@ -66,41 +66,27 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
+import utils
 from utils import (
     FORMATS,
-    FileIndex,
     Section,
     UserError,
-    check_setup,
-    contact_sheet,
-    draw_key,
-    fetch_checkpoint,
-    hash_file,
-    list_images,
     listed,
     load_config,
     load_script,
     load_tool,
-    look_at_picture,
     named,
     nearest,
     normal,
     open_rgb,
-    parse_args,
     progress,
-    read_config,
     read_model_json,
-    read_text,
-    run_script,
-    save_atomic,
-    shuffled,
-    uniform,
 )
 
 AREA_1MP = 1024 * 1024
 VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
 SETTINGS_KEY = "image_edit"  # PNG text chunk
-hash_of = functools.cache(hash_file)  # many pictures have one reference
+hash_of = functools.cache(utils.hash_file)  # many pictures have one reference
 PUBLISHED_FLUX = "black-forest-labs/FLUX.1-dev"
 
 
@@ -445,7 +431,7 @@ def find_rows(config: JobsConfig) -> tuple[list[Row], list[str]]:
     if config.table:
         return read_jobs(config.table)
     if config.input_dir:
-        found = list_images(config.input_dir)
+        found = utils.list_images(config.input_dir)
         rows = [{"images": [file], "name": stem} for stem, its in found.items() for file in its]
         return rows, [] if rows else [f"input_dir: no picture in {config.input_dir}"]
     assert config.output  # a rule of JobsConfig
@@ -456,7 +442,7 @@ def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
     """Return rows of a .csv or .jsonl table; relative paths are from here, or from the table."""
     rows: list[Any] = []
     try:
-        file = io.StringIO(read_text(path, 2**30), newline="")
+        file = io.StringIO(utils.read_text(path, 2**30), newline="")
         if path.suffix == ".csv":
             rows = list(csv.DictReader(file))
         elif path.suffix == ".jsonl":
@@ -526,9 +512,9 @@ def plan_jobs(painter: Painter) -> tuple[list[Strip], list[str]]:
     rows, problems = find_rows(config)
     scales = tuple(config.scales or ([1.0] if config.lora else [0.0]))
     folder = config.output_dir or (config.output or Path()).parent
-    index = FileIndex(None)
+    index = utils.FileIndex(None)
     read = dict.fromkeys(file for row in rows for file in row["images"])
-    problems += index.update(read, look_at_picture)
+    problems += index.update(read, utils.look_at_picture)
     for row in rows:
         name, images, size = row["name"], tuple(row["images"]), (config.width, config.height)
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -569,22 +555,26 @@ def plan_runs(painter: Painter, config: Any) -> tuple[list[Strip], list[str]]:
     for number, dataset in enumerate(config.datasets):
         try:
             lines = prompt_lines(config, number)
-            draws = [uniform(config.seed, "prompt", dataset, k) for k in range(config.count_gen)]
+            draws = [
+                utils.uniform(config.seed, "prompt", dataset, k) for k in range(config.count_gen)
+            ]
             prompts[dataset] = [lines[int(draw * len(lines))] for draw in draws]
         except UserError as error:
             problems.append(str(error))
             prompts[dataset] = [""] * config.count_gen
-    index = FileIndex(None)
+    index = utils.FileIndex(None)
     for run in painter.script.all_runs(config):
         photos: list[Path] = []
         if run.image_id:
             folder = config.datasets_folder / run.dataset / config.source_folder
-            photos = (list_images(folder) if folder.is_dir() else {}).get(run.image_id, [])[:1]
+            photos = (utils.list_images(folder) if folder.is_dir() else {}).get(run.image_id, [])[
+                :1
+            ]
             if not photos:
                 problems.append(
                     f"no picture {run.image_id}.* in {folder}; its size is the result's"
                 )
-            problems += index.update(photos, look_at_picture)
+            problems += index.update(photos, utils.look_at_picture)
         size = config.resolution, config.resolution
         with contextlib.suppress(KeyError):  # a picture that could not be read
             size = painter.size([index[photo] for photo in photos])
@@ -607,7 +597,7 @@ def prompt_lines(config: Any, number: int) -> list[str]:
     beside = Path(__file__).parent / "configs/prompts" / name
     path = next((p for p in (Path(name), Path("configs/prompts") / name) if p.is_file()), beside)
     with named(f"prompts_file {name}"):
-        lines = yaml.safe_load(read_text(path))
+        lines = yaml.safe_load(utils.read_text(path))
     if not isinstance(lines, list) or not lines or not all(isinstance(x, str) for x in lines):
         raise UserError(f"prompts_file {path}: wanted a YAML list of prompts")
     return lines
@@ -616,7 +606,7 @@ def prompt_lines(config: Any, number: int) -> list[str]:
 def picture_seeds(config: Any) -> list[int]:
     """Return the seeds: counted up, or drawn without repetition."""
     if config.use_random_seed:
-        return shuffled(32769, config.seed, "picture seeds")[: config.count_gen]
+        return utils.shuffled(32769, config.seed, "picture seeds")[: config.count_gen]
     return [config.start_seed_gen + i for i in range(config.count_gen)]
 
 
@@ -654,7 +644,7 @@ def prompt_in_name(prompt: str, limit: int = 120) -> str:
     """Return a prompt for a file name: white space is _; cut to `limit` bytes it gets a hash."""
     name = "_".join(prompt.split())
     plain = re.sub(r"[/\\\0]", "-", name).encode()[:limit].decode(errors="ignore")
-    return plain if plain == name else f"{plain}-{draw_key(prompt):016x}"
+    return plain if plain == name else f"{plain}-{utils.draw_key(prompt):016x}"
 
 
 # --- 4. drawing: what is missing, then sheets and pages -------------------------------------------
@@ -725,7 +715,7 @@ def save_picture(path: Path, image: Image.Image, about: dict[str, Any]) -> None:
     options: dict[str, Any] = {"format": "PNG", "pnginfo": info}
     if path.suffix == ".jpg":
         options = {"format": "JPEG", "quality": 95, "comment": text.encode()}
-    save_atomic(path, lambda file: image.save(file, **options))
+    utils.save_atomic(path, lambda file: image.save(file, **options))
 
 
 def draw_strips(painter: Painter, strips: Sequence[Strip], html: bool) -> None:
@@ -772,7 +762,7 @@ def write_sheet(sheet: Path, strips: Sequence[Strip], decides: list[Any]) -> Non
     rows = [columns_of(strip, any(len(s.images) > 1 for s in strips)) for strip in strips]
     heads = max((list(row) for row in rows), key=len)
     captions = [f"{strip.name}, seed {strip.seed}: {strip.prompt}" for strip in strips]
-    about = {"pictures": f"{draw_key(json.dumps([decides, heads, captions])):016x}"}
+    about = {"pictures": f"{utils.draw_key(json.dumps([decides, heads, captions])):016x}"}
     if read_settings(sheet) == about:
         return
 
@@ -780,7 +770,7 @@ def write_sheet(sheet: Path, strips: Sequence[Strip], decides: list[Any]) -> Non
         return ImageOps.contain(open_rgb(file), (256, 256)) if file else None  # never all whole
 
     pictures = [[cell(row.get(head)) for head in heads] for row in rows]
-    save_picture(sheet, contact_sheet(pictures, heads, captions), about)
+    save_picture(sheet, utils.contact_sheet(pictures, heads, captions), about)
 
 
 def write_pages(strips: Sequence[Strip]) -> None:
@@ -828,7 +818,7 @@ class Painter:
     def problems(self, strips: Sequence[Strip]) -> list[str]:
         """Return what can be known to be wrong before a model loads."""
         texts = {f"prompt of {strip.name}": strip.prompt for strip in strips}
-        problems = check_setup(devices={"device": self.config.device}, texts=texts)
+        problems = utils.check_setup(devices={"device": self.config.device}, texts=texts)
         problems += self.wrong_loras + (wrong := self.check_base())
         model = None
         try:
@@ -841,7 +831,7 @@ class Painter:
         for file in sorted(files | {strip.inversion for strip in strips if strip.inversion}):
             try:
                 path = find_lora(file, self.allow_pickle)
-                problems += (unsound := check_setup(loras=[path]))
+                problems += (unsound := utils.check_setup(loras=[path]))
                 self.check_lora(path, None if unsound else model)
             except UserError as error:
                 text = "; ".join(line.strip(" -") for line in str(error).splitlines())
@@ -987,17 +977,10 @@ class EditPainter(Painter):
 
     def check_lora(self, file: Path, model: Any) -> None:
         """Compare names and shapes of a LoRA with the transformer. Raises UserError."""
-        from diffusers import QwenImageEditPlusPipeline
-
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                tensors = QwenImageEditPlusPipeline.lora_state_dict(str(file), use_safetensors=True)
-        except Exception as error:  # converters raise many kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"LoRA {file} cannot be read: {reason}") from error
+        tensors = edit_tensors(file, model) if model else {}
         layers = dict(model.named_modules()) if model else {}
         wrong = []
-        for name, tensor in tensors.items() if model else ():
+        for name, tensor in tensors.items():
             layer = re.split(r"\.(?:lora_|lokr_|alpha|diff|dora)", name)[0]
             shape = getattr(layers.get(layer.removeprefix("transformer.")), "weight", tensor).shape
             axis = 1 if ".lora_A." in name else 0
@@ -1026,7 +1009,7 @@ class EditPainter(Painter):
         """Load the pipeline with all LoRAs (named lora0, lora1 ...)."""
         import diffusers
 
-        folder = fetch_checkpoint(self.config.pretrained_model_name_or_path)
+        folder = utils.fetch_checkpoint(self.config.pretrained_model_name_or_path)
         processor = self.script.load_processor(folder / "processor")
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, processor=processor, dtype=self.dtype, use_safetensors=True
@@ -1101,19 +1084,36 @@ class EditPainter(Painter):
         return [cut(image, aspect) for image, aspect in zip(images, aspects, strict=True)]
 
 
+def edit_tensors(path: Path, transformer: Any) -> Parts:
+    """Return a file's tensors under diffusers' names, with alpha folded in. Raises UserError."""
+    import diffusers
+
+    tensors, _ = read_tensors(path)
+    if any(re.search("lokr_|magnitude|dora", name) for name in tensors):
+        with named(f"LoRA {path} cannot be read"), warnings.catch_warnings(action="ignore"):
+            kind = diffusers.QwenImageEditPlusPipeline
+            return kind.lora_state_dict(str(path), use_safetensors=True)
+    return {
+        f"transformer.{layer}.lora_{end}.weight": factor
+        for layer, factors in read_factors(path, transformer, "QwenImageEditPlusPipeline").items()
+        for end, factor in zip("AB", factors, strict=True)
+    }
+
+
 def load_edit_lora(pipeline: Any, path: Path, name: str) -> None:
     """Call load_lora_weights; it refuses LoKr files, which the transformer takes."""
-    with safe_open(path, framework="pt") as file:
-        lokr = any(".lokr_" in key for key in file.keys())  # noqa: SIM118 (not a dict)
-    if not lokr:
-        pipeline.load_lora_weights(str(path), adapter_name=name)
-        return
-    tensors, metadata = pipeline.lora_state_dict(
-        str(path), use_safetensors=True, return_lora_metadata=True
+    names = [*read_tensors(path)[0]]
+    if any(".lokr_" in key for key in names):
+        how: dict[str, Any] = {"use_safetensors": True, "return_lora_metadata": True}
+        tensors, metadata = pipeline.lora_state_dict(str(path), **how)
+        how = {"adapter_name": name, "metadata": metadata, "_pipeline": pipeline}
+        return pipeline.load_lora_into_transformer(tensors, pipeline.transformer, **how)
+    known = (
+        r"transformer\..*\.lora_[AB]\.weight|transformer\..*magnitude.*|(diffusion_model|lora_u).*"
     )
-    pipeline.load_lora_into_transformer(
-        tensors, pipeline.transformer, adapter_name=name, metadata=metadata, _pipeline=pipeline
-    )
+    stock = all(re.fullmatch(known, key) for key in names)
+    source = str(path) if stock else edit_tensors(path, pipeline.transformer)
+    pipeline.load_lora_weights(source, adapter_name=name)
 
 
 # --- 7. FLUX.1: files of sliders ------------------------------------------------------------------
@@ -1138,6 +1138,10 @@ FACTORS = {
     ".lora_down.weight": "down",
     ".lora_B.weight": "up",
     ".lora_up.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
     ".alpha": "alpha",
 }
 LOST = re.compile(r"dora|^lora_te|^text_encoder|diff")  # what diffusers' conversion leaves out
@@ -1152,8 +1156,10 @@ def sort_keys(tensors: Parts, transformer: Any) -> tuple[dict[str, Parts], list[
     """
     names: dict[str, str] = {}
     for path, _ in transformer.named_modules():
-        original = "lora_unet_" + path.replace(".", "_")
-        names |= dict.fromkeys((path, f"transformer.{path}", original), path)
+        for before in ("", "transformer.", "diffusion_model.", "base_model.model."):
+            names[f"{before}{path}"] = path
+        for before in ("lora_unet_", "lora_transformer_", "lycoris_"):
+            names[before + path.replace(".", "_")] = path
     found: dict[str, Parts] = {}
     left = []
     for key, tensor in tensors.items():
@@ -1179,11 +1185,13 @@ def lora_strength(layer: str, parts: Parts, settings: dict[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def read_slider(path: Path, transformer: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def read_factors(
+    path: Path, transformer: Any, pipeline: str = "FluxPipeline"
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return {layer: (down (r, in), up (out, r))} of a file, fp32; its strength is folded into up.
 
     Takes diffusers/PEFT files, those of PairEdit and Concept Sliders (lora_unet_*), and what
-    FluxPipeline.lora_state_dict converts (kohya, XLabs, Black Forest Labs ...).
+    `pipeline.lora_state_dict` converts (kohya, XLabs, Black Forest Labs ...).
 
     Raises:
         UserError: not readable, or tensors in it that are no part of a LoRA for this transformer.
@@ -1194,9 +1202,9 @@ def read_slider(path: Path, transformer: Any) -> dict[str, tuple[torch.Tensor, t
     found, left = sort_keys(tensors, transformer)
     if left and not any(LOST.search(key) for key in left):
         with contextlib.suppress(Exception):  # converters raise many kinds; `left` tells the user
-            converted, alphas = diffusers.FluxPipeline.lora_state_dict(
-                dict(tensors), return_alphas=True
-            )
+            kind = getattr(diffusers, pipeline)
+            converted = kind.lora_state_dict(dict(tensors), return_alphas=True)
+            converted, alphas = converted if isinstance(converted, tuple) else (converted, None)
             found, left = sort_keys(converted | (alphas or {}), transformer)
     left += [layer for layer, parts in found.items() if not {"down", "up"} <= parts.keys()]
     if left or not found:
@@ -1277,7 +1285,7 @@ class SliderPainter(Painter):
         """Return what can be known to be wrong before a model loads."""
         problems, steps = super().problems(strips), self.config.num_inference_steps
         if self.config.base_model_precision == "nf4-bnb":
-            problems += check_setup(packages=["bitsandbytes"])
+            problems += utils.check_setup(packages=["bitsandbytes"])
         for start in sorted({lora.start for strip in strips for lora in strip.loras}):
             if not 0 <= start < steps:
                 text = f"the slider would act from step {start}, but there are 0..{steps - 1}"
@@ -1296,13 +1304,13 @@ class SliderPainter(Painter):
         """Compare a LoRA with the transformer. Raises UserError."""
         if model:
             switch = self.script.AdapterSwitch()
-            self.script.add_slider(model, switch, "checked", read_slider(file, model), 1.0)
+            self.script.add_slider(model, switch, "checked", read_factors(file, model), 1.0)
 
     @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
         """Encode the prompts, then load the VAE and the transformer."""
         script, config, device = self.script, self.config, self.device
-        self.folder = fetch_checkpoint(config.pretrained_model_name_or_path, "*/*")
+        self.folder = utils.fetch_checkpoint(config.pretrained_model_name_or_path, "*/*")
         length = config.max_sequence_length
         self.texts = script.encode_texts(self.folder, prompts, length, self.dtype, device)
         gc.collect()  # KEEP: the encoders are never in memory together with the transformer
@@ -1324,7 +1332,7 @@ class SliderPainter(Painter):
             for layer in self.script.adapted_layers(self.transformer, name).values():
                 del layer.down[name], layer.up[name]
         for name, path in wanted.items():
-            factors = read_slider(find_lora(path, self.allow_pickle), self.transformer)
+            factors = read_factors(find_lora(path, self.allow_pickle), self.transformer)
             self.script.add_slider(self.transformer, self.switch, name, factors, 1.0)
         self.attached = wanted
 
@@ -1581,8 +1589,8 @@ KINDS = {"FluxPipeline": SliderPainter, "StableDiffusionPipeline": ChangePainter
 
 def settings_given(argv: Sequence[str]) -> dict[str, Any]:
     """Return the settings of the file and of the flags, as text. Raises UserError."""
-    given = parse_args(argv)
-    file = read_config("".join(given["config"][-1])) if "config" in given else {}
+    given = utils.parse_args(argv)
+    file = utils.read_config("".join(given["config"][-1])) if "config" in given else {}
     return file | {name.partition(".")[0]: "".join(texts[-1]) for name, texts in given.items()}
 
 
@@ -1640,7 +1648,7 @@ def help_text(wanted: str, script: Callable[[type[Painter]], Any]) -> str:
 def main() -> None:
     """Read the settings, check the strips, draw the pictures."""
     argv = sys.argv[1:]
-    flags = parse_args(argv)
+    flags = utils.parse_args(argv)
 
     def script_of(kind: type[Painter], path: Any = None) -> Any:
         own = "".join(flags["script"][-1]) if "script" in flags else path
@@ -1678,7 +1686,7 @@ def main() -> None:
         job.update(painter=painter, strips=strips, html=config.html)
         problems += painter.problems(strips) + check_results(strips)
         folder = strips[0].files[0].parent if strips else Path()  # the others lie beside it
-        return problems or check_setup(writes={"results": folder})
+        return problems or utils.check_setup(writes={"results": folder})
 
     try:
         load_config(runs_class(script) if runs else kind.config_class, argv, check)
@@ -1688,4 +1696,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

@@ -121,7 +121,7 @@ def named(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # each library that reads them has classes of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}{from_tool('check', 'room', '', error)}") from error
+        raise UserError(f"{what}: {reason}{from_tool('check', 'room', '', error, what)}") from error
 
 
 class StopSignal:
@@ -766,7 +766,7 @@ def run_record(output_dir: Path, config: Section, script: Path) -> None:
     save_text(output_dir / "config.yaml", text)
     for path in (script.resolve(), Path(__file__).resolve()):  # they are part of the config
         if path != (output_dir / path.name).resolve():
-            shutil.copyfile(path, output_dir / path.name)
+            save_atomic(output_dir / path.name, functools.partial(shutil.copyfile, path))
 
 
 class RunLog:

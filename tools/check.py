@@ -202,14 +202,17 @@ def notes(samples: Iterable[tuple[str, Mapping[str, Any], float, Any]]) -> list[
     return [f"{place}: {n} sample(s) {text}" for (place, text), n in sorted(found.items())]
 
 
-def room(error: Exception) -> str:
+def room(error: Exception, what: str = "") -> str:
     """Return how much is free where a file could not be written; "" where that is not why."""
-    if not re.search("No space left|Disk quota|File too large|file write failed", str(error)):
+    if not re.search(
+        "No space left|Disk quota|File too large|file write failed|unexpected pos", str(error)
+    ):
         return ""
-    place = Path(getattr(error, "filename", None) or tempfile.gettempdir()).absolute()
+    place = what.partition(" cannot be written")[0] or getattr(error, "filename", None)
+    place = Path(place or tempfile.gettempdir()).absolute()
     folder = next(place for place in (place, *place.parents) if place.is_dir())
-    free = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}"
-    return f"; {free}; make room, then go on"
+    free_mb = shutil.disk_usage(folder).free / 1e6
+    return f"; the disk is full: {free_mb:.1f} MB are free in {folder}; make room, then go on"
 
 
 def check_names(reads: Iterable[Path]) -> list[str]:
