@@ -798,8 +798,10 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
 
 def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:
     """Return the caption file of a row: beside its target, or else its first reference."""
-    beside = [files[role].with_suffix(ds.caption_ext) for role in ("target", "reference 1")]
-    return beside[1] if beside[1].exists() and not beside[0].exists() else beside[0]
+    beside = files["target"].with_suffix(ds.caption_ext)
+    if not beside.exists() and (other := files["reference 1"].with_suffix(beside.suffix)).exists():
+        return other
+    return beside
 
 
 def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
@@ -834,9 +836,9 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
     if not captions:
         raise ValueError(f"no prompt for {files['target']}: fill its column, or set caption")
     for caption in captions:
-        variant = Variant(files["target"], shown, shown, caption, ds.resolution)
-        rate = config.data.caption_dropout_rate
-        yield variant._replace(mask=files.get("mask"), caption_dropout=rate)
+        how: Any = {"mask": files.get("mask")}
+        how["caption_dropout"] = config.data.caption_dropout_rate
+        yield Variant(files["target"], shown, shown, caption, ds.resolution, **how)
 
 
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
@@ -1229,19 +1231,18 @@ class Frame(NamedTuple):
     box: tuple[float, ...] | None = None  # None: the middle
     flip: bool = False
 
-    def on_target(self, whole: Picture) -> Picture:
+    def on_target(self, whole: Picture, size: tuple[int, int] | None = None) -> Picture:
         """Return a picture at the target's size: with its crop, or the middle of another frame."""
         same = aligns(whole.aspect, self.aspect)
         box = (same and self.box) or cover_box(whole.aspect, self.size[0] / self.size[1])
-        return whole._replace(size=self.size, box=box, flip=self.flip and same)
+        return Picture(whole.source, whole.content, size or self.size, box, self.flip and same)
 
     def show(self, whole: Picture, area: int | str, strict: bool = True) -> Picture:
         """Return a reference of an area ("1mp", "target", px): the target's crop, or all of it."""
         area_px = {"1mp": AREA_1MP, "target": math.prod(self.size)}.get(str(area), area)
         # KEEP: aligned references get the target's crop, or the edit no longer lies on its pixels
         if strict and aligns(whole.aspect, self.aspect):
-            size = pick_size(float(area_px), self.size[0] / self.size[1])
-            return self.on_target(whole)._replace(size=size)
+            return self.on_target(whole, pick_size(float(area_px), self.size[0] / self.size[1]))
         return whole._replace(size=pick_size(float(area_px), whole.aspect))
 
 

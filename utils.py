@@ -299,6 +299,8 @@ def load_config(
         config = cls.model_validate(data)
     except ValidationError as error:
         problems += from_tool("settings", "explain", [str(error)], cls, data, error)
+    except OSError as error:  # of a rule that looks at a path
+        problems.append(str(error))
     else:
         if shown and not problems:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
@@ -417,10 +419,8 @@ class FileIndex:
         self._file = folder / "index.jsonl" if folder else None
         if self._file and self._file.exists():
             lines = self._file.read_text(encoding="utf-8", errors="replace").split("\n")
-            whole = [line for line in lines if line.startswith('["') and line.endswith("}]")]
-            with contextlib.suppress(ValueError, TypeError, RecursionError):  # not of this program
-                for path, stamp, facts in json.loads(f"[{','.join(whole)}]"):
-                    self._facts[path] = stamp, dict(facts)
+            whole = [x[9:] for x in lines if x[:8] == f"{zlib.crc32(x[9:].encode()):08x}"]
+            self._facts = {path: (s, f) for path, s, f in json.loads(f"[{','.join(whole)}]")}
 
     def update(self, paths: Iterable[Path], look: Callable[[Path], dict[str, Any]]) -> list[str]:
         """Record `look(path)` of every file that is new or has changed; return what it raised."""
@@ -448,7 +448,8 @@ class FileIndex:
             if self._file and rows:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 with self._file.open("a", encoding="utf-8") as file:
-                    file.write("\n".join(["", *map(json.dumps, rows), ""]))
+                    texts = map(json.dumps, rows)
+                    file.writelines(f"\n{zlib.crc32(t.encode()):08x} {t}\n" for t in texts)
         return [problem for problem in seen if isinstance(problem, str)]
 
     def __getitem__(self, path: Path) -> dict[str, Any]:
