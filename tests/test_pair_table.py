@@ -18,7 +18,7 @@ tool = load_script(TOOL)
 
 def picture(path, grey=None, size=(64, 48)):
     """A picture of one grey; by default each path has its own."""
-    grey = zlib.crc32(str(path).encode()) % 255 if grey is None else grey
+    grey = zlib.crc32(f"{path.parent.name}/{path.name}".encode()) % 255 if grey is None else grey
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (grey, grey, grey)).save(path)
     return path
