@@ -336,8 +336,8 @@ def match(rows: list[Result], folders: dict[str, Any], notes: list[str]) -> list
     rows = [row._replace(before=before) for row, before in zip(rows, befores, strict=True)]
     for kind, files in folders.items():
         if lost := [row.name for row in rows if row.name not in files]:
-            some = ", ".join(sorted({*lost})[:5])
-            notes.append(f"{len(lost)} picture(s) left out: no {kind} of that name ({some})")
+            some = ", ".join(sorted({*lost})[:5]) + ")" + nearest(lost[0], files)
+            notes.append(f"{len(lost)} picture(s) left out: no {kind} of that name ({some}")
         rows = [row._replace(**{kind: files[row.name]}) for row in rows if row.name in files]
     return [row._replace(prompt=row.prompt or caption_of(row.after)) for row in rows]
 

@@ -697,7 +697,7 @@ class Checkpoints:
                 break
             if wanted != "latest":
                 names = nearest(named.name, [f.name for f in there])
-                raise UserError(f"resume_from_checkpoint: no valid checkpoint {named}{names}")
+                raise UserError(f"resume_from_checkpoint: no latest, null or valid {named}{names}")
             log.warning("%s is damaged; looking for an older one", folder)
         if not found:
             log.info("%s: starting from step 0", self.output_dir)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_generate import trained
 
+import evaluate
 import train_dreambooth_pairs
 import train_pairedit
 import train_qwen_edit
@@ -508,3 +509,53 @@ def test_a_picture_of_somebody_else_is_not_overwritten(base, checkpoints, call_g
     command += ["--image", PAIRS / "coffee0_R.png"] if base == "2511" else []
     text = call_generate(*command, "--output", "o.png", check=False)
     assert "o.png is not of generate.py" in text and (tmp_path / "o.png").read_bytes() == before
+
+
+# -- messages
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "said"),
+    [
+        ("qwen", {"optimizer.init_args": "{lr: fast}"}, "optimizer .*'lr': 'fast'"),
+        ("qwen", {"train.resume_from_checkpoint": "false"}, "no latest, null or valid .*false"),
+        ("sd", {"resume_from_checkpoint": "false"}, "no latest, null or valid .*false"),
+        ("pairedit", {"resume_from_checkpoint": "false"}, "resume_from_checkpoint: .*'latest'"),
+        ("pairedit", {"learning_rate": "fast"}, "learning_rate: .*number"),
+        ("sd", {"learning_rate": "fast"}, "learning_rate: .*number"),
+    ],
+)
+def test_values_that_are_none_are_named(kind, flags, said, audit, world, checkpoints):
+    """By the audit, or by the first thing that fit() does."""
+    if text := audit(kind, **flags):
+        assert re.search(said, text)
+        return
+    argv = ["--config", str(world / "config.yaml"), *(f"--{n}={v}" for n, v in flags.items())]
+    script = TRAINERS[kind]
+    trainer = {"qwen": "QwenImageEditTrainer", "sd": "SDTrainer", "pairedit": "PairEditTrainer"}[
+        kind
+    ]
+    with pytest.raises(UserError, match=said):
+        getattr(script, trainer)(load_config(script.Config, argv, script.audit)).fit()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_wandb_without_a_key_is_named_at_the_start(kind, audit, monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    setting = "logging.report_to" if kind == "qwen" else "report_to"
+    assert "wandb has no key" in audit(kind, **{setting: "wandb"})
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert audit(kind, **{setting: "wandb"}) == ""
+
+
+def test_masks_of_other_names_are_named_with_what_is_there(tmp_path):
+    for name in ("out/a.png", "after/a.png", "before/a.png", "masks/a_mask.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PAIRS / "coffee0_T.png", tmp_path / name)
+    argv = [f"--{side}_dir={tmp_path / side}" for side in ("before", "after")]
+    argv += [f"--edited_dir={tmp_path / 'out'}", f"--mask_dir={tmp_path / 'masks'}"]
+    with pytest.raises(UserError, match=r"no mask of that name \(a\) \(there is: a_mask\)"):
+        load_config(evaluate.Config, argv, evaluate.check_comparison)
