@@ -61,28 +61,33 @@ def start(folder, base):
     print(f"{time.process_time():.1f} s CPU, {peak_mb:.0f} MB")
 
 
+def told(*arguments):
+    """The last line of a process of this file."""
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split(
+        "\n"
+    )[-2]
+
+
 def main():
     from utils import run_script
 
     if sys.argv[1] == "base":  # here: a process that it starts would inherit its peak of memory
         import tiny
 
-        tiny.build_all(Path(sys.argv[2]))
+        print(tiny.build_all(Path(sys.argv[2]))["2511"])
         return
     if sys.argv[1] == "start":
         run_script(lambda: start(Path(sys.argv[2]), sys.argv[3]))
         return
     with tempfile.TemporaryDirectory() as place:
-        base = Path(place, "bases/2511")
-        subprocess.run([sys.executable, __file__, "base", base.parent], check=True)
+        base = told("base", Path(place, "bases"))
         for count in map(int, sys.argv[1:]):
             folder = Path(place, f"{count}/data")
             folder.mkdir(parents=True)
             make_pairs(folder, count)
-            command = [sys.executable, __file__, "start", folder, base]
             for which in ("first", "second"):
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                print(f"{count} pairs, {which} start: {done.stdout.splitlines()[-1]}", flush=True)
+                print(f"{count} pairs, {which} start: {told('start', folder, base)}", flush=True)
 
 
 if __name__ == "__main__":
