@@ -1434,15 +1434,11 @@ class SDTrainer:
                 stopped = train_loop(self, stop)
             if main:
                 save_result(self, calibrated=not stopped)
-                utils.from_tool("page", "write_report", None, config.output_dir)
+                utils.from_tool("after", "tell", None, config.output_dir, stopped)
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         what, file = "stopped" if stopped else "done", config.output_dir / LORA_FILE
-        base = config.pretrained_model_name_or_path
-        show = (
-            f"python generate.py --pretrained_model_name_or_path {base} --lora {file} --prompt ..."
-        )
-        log.info("%s at step %d: %s; look at it: %s", what, self.global_step, file, show)
+        log.info("%s at step %d: %s", what, self.global_step, file)
 
     @functools.cached_property
     def trained_as(self) -> dict[str, Any]:
@@ -1480,7 +1476,7 @@ class SDTrainer:
     @utils.named("the checkpoint does not fit this run")
     def restore(self, folder: Path, step: int) -> None:
         """Set adapters, optimizer and schedule to those of a checkpoint."""
-        saved = self.checkpoints.load(folder)
+        saved = torch.load(folder / "training_state.pt", "cpu", weights_only=True)
         for parameter, value in zip(self.trained, saved["adapters"], strict=True):
             parameter.copy_(value)
         self.optimizer.load_state_dict(saved["optimizer"])

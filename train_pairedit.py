@@ -1296,7 +1296,6 @@ class PairEditTrainer:
                 step, folder = start[1] if start else 0, run_folder(self.config, run)
                 log.info("%s: step %d of %d", folder, step, self.total_steps())
                 if step < self.total_steps() and train_run(self, run, start, stop):
-                    log.info("stopped; to go on: --resume_from_checkpoint latest")
                     break
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -1311,7 +1310,8 @@ def train_run(trainer: PairEditTrainer, run: Run, start: Any, stop: utils.StopSi
         if stop.agreed(accelerator, True):  # it came while models were loaded or a preview drawn
             return True
         if start:
-            state = trainer.checkpoints.load(start[0])
+            with utils.named(f"{start[0]} cannot be read"):
+                state = torch.load(start[0] / "training_state.pt", "cpu", weights_only=True)
             for parameter, value in zip(trainer.trained, state["adapters"], strict=True):
                 parameter.data.copy_(value)
             trainer.optimizer.load_state_dict(state["optimizer"])
@@ -1328,8 +1328,7 @@ def train_run(trainer: PairEditTrainer, run: Run, start: Any, stop: utils.StopSi
         accelerator.trackers = []  # the next run has its own
         if main:
             command = write_card(trainer)
-            utils.from_tool("page", "write_report", None, folder)
-            log.info("written: %s; to look: %s", folder, command)
+            utils.from_tool("after", "tell", None, folder, stopped, command)
     return stopped
 
 

@@ -2663,7 +2663,7 @@ class QwenImageEditTrainer:
                 stopped = train_loop(self, loader, run_log, stop)
             if main:
                 self._save_adapters(output_dir)
-                utils.from_tool("page", "write_report", None, output_dir)
+                utils.from_tool("after", "tell", None, output_dir, stopped)
             self.optimizer.eval()  # what predict() and save_lora() meet is what was saved
             accelerator.wait_for_everyone()
             accelerator.end_training()
@@ -2718,7 +2718,7 @@ class QwenImageEditTrainer:
         """Go on from adapter, optimizer, schedule and step of a checkpoint."""
         from peft.utils import get_peft_model_state_dict
 
-        saved = self.checkpoints.load(folder)
+        saved = torch.load(folder / "training_state.pt", "cpu", weights_only=True)
         adapter = get_peft_model_state_dict(self.transformer)
         if adapter.keys() != saved["adapter"].keys():
             raise ValueError(f"{folder} has other adapted layers")

@@ -52,7 +52,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for nam
 
 _SORTED = json.JSONEncoder(sort_keys=True, default=str)
 Facts = dict[str, Any]
-Rows = Sequence[Sequence[Image.Image | None]]
 
 log = logging.getLogger("utils")
 
@@ -82,7 +81,7 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         code, text = 2, f"{name}: {error}"
     except BrokenPipeError:  # `... --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush(sys.stdout)
         sys.exit(0)
     except (OSError, RuntimeError, SafetensorError) as error:
         room = from_tool("check", "room", "", error)
@@ -96,6 +95,11 @@ def run_script(main: Callable[[], None]) -> None:
         text = f"process {rank}: {text.splitlines()[0]}"
     print(f"\n{text}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _hush(*streams: Any) -> None:
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def listed(problems: Sequence[str], shown: int = 10) -> str:
@@ -125,7 +129,7 @@ def named(what: str) -> Iterator[None]:
 
 
 class StopSignal:
-    """A context in which the first SIGTERM or Ctrl-C sets `requested`; a second stops at once."""
+    """A context in which the first SIGTERM, SIGHUP or Ctrl-C sets `requested`; a second stops."""
 
     requested = False
 
@@ -135,12 +139,17 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        text = f"{signal.Signals(number).name}: finishing this step, then saving"
-        print(f"\n{text} (again: stop at once)", file=sys.stderr, flush=True)
+        try:
+            name = signal.Signals(number).name
+            print(f"\n{name}: saving after this step (again: stop at once)", file=sys.stderr)
+        except OSError:  # the terminal is gone
+            _hush(sys.stdout, sys.stderr)
 
     def __enter__(self) -> StopSignal:
         self._process = os.getpid()
-        self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
+        numbers -= {n for n in numbers if signal.getsignal(n) == signal.SIG_IGN}  # as nohup has it
+        self._before = {n: signal.signal(n, self._handle) for n in numbers}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -373,10 +382,10 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
     """Return {relative stem ("sub/a"): image files}, with nested folders, without hidden names."""
     found: dict[str, list[Path]] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
-        above = {Path(place).resolve(), *Path(place).resolve().parents}  # a link may lead back
-        there = sorted(name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in there if Path(place, name).resolve() not in above]
-        prefix, here = Path(os.path.relpath(place, folder)).as_posix() + "/", Path(place)
+        here = Path(place)
+        above = {here.resolve(), *here.resolve().parents}  # a link may lead back
+        folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() not in above)
+        prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
         for name in sorted(name for name in names if not name.startswith(".")):
             stem, _, end = (prefix.removeprefix("./") + name).rpartition(".")
             if f".{end.lower()}" in IMAGE_SUFFIXES:
@@ -519,7 +528,7 @@ def look_at_picture(path: Path) -> dict[str, Any]:
 
 
 def contact_sheet(
-    rows: Rows, heads: Sequence[str] = (), captions: Sequence[str] = (), cell_px: int = 256
+    rows: Any, heads: Sequence[str] = (), captions: Sequence[str] = (), cell_px: int = 256
 ) -> Image.Image:
     """Draw rows of pictures, fitted to cells (None: empty); heads above, captions under rows."""
     font, gap, line = ImageFont.load_default(size=15), 8, 24
@@ -623,8 +632,7 @@ def memory_gb(device: torch.device) -> float:
 
 def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
     """Make an Accelerator that is the script's own: `accelerate config` adds nothing to it."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     for name in [n for n in os.environ if re.match("ACCELERATE_(DYNAMO|GRADIENT_ACC)", n)]:
         del os.environ[name]
@@ -678,12 +686,6 @@ class Checkpoints:
             if whole and all(hash_file(folder / name) == h for name, h in state["files"].items()):
                 return {"step": int(state["step"]), "trained_as": dict(state["trained_as"])}
         return None
-
-    @staticmethod
-    def load(folder: Path) -> dict[str, Any]:
-        """Return the training state of a checkpoint, on the CPU. Raises UserError."""
-        with named(f"{folder} cannot be read"):
-            return torch.load(folder / "training_state.pt", "cpu", weights_only=True)
 
     def find(self, wanted: str | None, trained_as: dict[str, Any]) -> tuple[Path, int] | None:
         """Return (folder, step) of the newest valid checkpoint ("latest") or the named one.
@@ -745,8 +747,7 @@ class Checkpoints:
             _fsync(place.parent)
         finally:
             shutil.rmtree(half, ignore_errors=True)
-        kept = self.folders()
-        kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts for nothing
+        kept = self.folders()[: self.folders().index(place) + 1]  # a later one is damaged
         for old in kept[: -self.limit] if self.limit else []:
             shutil.rmtree(old)
 
@@ -775,9 +776,8 @@ class RunLog:
 
     def __init__(self, accelerator: Any, output_dir: Path, config: Section, step: int) -> None:
         self.accelerator, self.output_dir = accelerator, output_dir
-        about = {"config": config.model_dump_json()}
+        self.file, about = output_dir / "metrics.jsonl", {"config": config.model_dump_json()}
         accelerator.init_trackers(output_dir.name, about, {"wandb": {"dir": str(output_dir)}})
-        self.file = output_dir / "metrics.jsonl"
         if accelerator.is_main_process:  # a run that goes on keeps the lines up to this step
             text = self.file.read_text(encoding="utf-8") if step and self.file.exists() else ""
             lines = re.finditer(r'\{"step": (\d+).*\}\n', text)  # not what a kill cut off

@@ -247,7 +247,7 @@ def stopped(config, run_, number=signal.SIGTERM, rank=None):
     return STOPPED.format(root=str(ROOT), run=run_, signal=int(number), config=config, rank=rank)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_run_goes_on_bit_for_bit_and_the_later_ones_follow(
     number, straight, again, tmp_path, monkeypatch
 ):

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import select
 import shutil
 import signal
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from PIL import Image
 from qwen import assert_same_files, curve
 
 import train_qwen_edit as script
-from utils import Checkpoints, UserError, load_config, read_entry
+from utils import Checkpoints, StopSignal, UserError, load_config, read_entry
 
 LORAS = [script.LORA_FILE, script.EMA_FILE]
 TARGETS = ["to_q", "to_k", "to_out.0", "to_add_out", "img_mlp.net.2", "txt_mlp.net.2", "img_mod.1"]
@@ -164,6 +167,49 @@ def test_killed_and_stopped_and_resumed_it_ends_bit_equal(straight, rerun, tmp_p
         assert curve(out, "lr")[step] == curve(expected, "lr")[step]
     sheets = [place / "samples/step_000012.png" for place in (out, expected)]
     assert sheets[0].read_bytes() == sheets[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_gone_loses_nothing(straight, tmp_path):
+    """The window closes in step 4: SIGHUP comes, and nothing can be printed any more."""
+    program = stopping(tmp_path, IN_STEP.format(4), "SIGHUP")
+    closing = "script.train_step = closed(script.train_step)"
+    text = program.read_text().replace("utils.run_script(", f"{closing}\nutils.run_script(")
+    gone = """
+def closed(step):
+    def wait(trainer, batches):
+        if trainer.global_step == 4:
+            import time
+            open({ready!r}, "w").close()
+            time.sleep(1.5)
+        return step(trainer, batches)
+    return wait
+"""
+    ready = tmp_path / "ready"
+    program.write_text(gone.format(ready=str(ready)) + text)
+    ours, theirs = os.openpty()
+    flags = ["--config", straight[1], "--logging.output_dir", tmp_path / "out"]
+    command = [sys.executable, program, *flags, "--cache.cache_dir", tmp_path / "cache"]
+    child = subprocess.Popen(list(map(str, command)), stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    while not ready.exists() and child.poll() is None:
+        if select.select([ours], [], [], 0.1)[0]:
+            said += os.read(ours, 65536)
+    os.close(ours)  # from here on every print fails
+    assert child.wait(60) == 0, said.decode()
+    assert Checkpoints.state(Checkpoints(tmp_path / "out").folders()[-1])["step"] == 5
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow
