@@ -502,7 +502,8 @@ def prompts_of(painter: Painter, row: Row) -> list[str]:
                 raise UserError(f"{beside}: {error}") from error
     if usual is None and not any(map(str.strip, prompts)):
         text = "no prompt (--prompt, a prompt column, a .txt beside the image)"
-        raise UserError(f"{row['name']}: {text}")
+        learnt = [f"; LoRA: {about['prompts']}" for about in painter.about if "prompts" in about]
+        raise UserError(f"{row['name']}: {text}{''.join(learnt[:1])}")
     return prompts or [usual or ""]
 
 

@@ -618,7 +618,7 @@ def match_pictures(config: Config) -> Found:
             problems.append(f"{', '.join(map(str, twice[0]))}: same stem; keep one")
         elif len(there) < least:
             lacking = [d for d, f in zip(folders, stems, strict=True) if stem not in f]
-            text = f"no picture {stem}.* in {', '.join(map(str, lacking))}"
+            text = f"no picture {stem}.* in {', '.join(map(str, lacking))}; on_missing: skip"
             (notes if config.on_missing == "skip" else problems).append(text)
         else:
             scales, times = zip(*((scale, file) for scale, [file] in there), strict=True)

@@ -895,7 +895,9 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
             continue  # pictures that nothing uses
         try:
             if lacking:
-                there = ", ".join(map(str, row.files.values()))
+                there = (
+                    ", ".join(map(str, row.files.values())) + "; on_missing: skip goes without it"
+                )
                 raise ValueError(f"'{name}' lacks its {', '.join(lacking)} (there is {there})")
             variants[name] = tuple(make(config, ds, row))
         except (UserError, ValueError) as error:
@@ -961,7 +963,7 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     idle = config.validation.steps and samples and not any(held_out) and not edits
     rules = {
         "validation.steps: nothing to draw; name holdout, eval_dataset_id or samples": idle,
-        "data.dataset_configs: no data set is named": not found,
+        "data.dataset_configs: no data set is named (--config FILE? see configs/)": not found,
         "data.dataset_configs: every sample is held out": samples and all(held_out),
         "loss.mask: file, but no sample has a mask": config.loss.mask == "file" and not masks,
     }
