@@ -2,7 +2,7 @@
 
 Page: docs/train_dreambooth_pairs.md
 
-    accelerate launch train_dreambooth_pairs.py --pretrained_model_name_or_path DIR \\
+    python train_dreambooth_pairs.py --pretrained_model_name_or_path DIR \\
         --use_image_pairs --before_data_dir data/before --after_data_dir data/after --output_dir out
     ... --pair_objective difference             # what a pair teaches: a function of OBJECTIVES
     ... --sequence_dirs a b c --sequence_scales -1,0,1      # more than two times

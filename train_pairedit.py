@@ -2,7 +2,7 @@
 
 Page: docs/train_pairedit.md
 
-    accelerate launch train_pairedit.py --config configs/pairedit_age.yaml     # or --c pairedit_age
+    python train_pairedit.py --config configs/pairedit_age.yaml     # or --c pairedit_age
     ... --python_name train_image_wocontent     # an ablation: a name of LOSSES
     ... --python_name train_image_real          # inversion LoRA of single photos (image_ids)
     ... --python_name slider_text               # from two prompts, without pictures

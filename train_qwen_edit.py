@@ -2,8 +2,8 @@
 
 Page: docs/train_qwen_edit.md
 
-    accelerate launch train_qwen_edit.py --config configs/demo_qwen_edit.yaml          # CPU demo
-    accelerate launch train_qwen_edit.py --config configs/x.yaml                       # one GPU
+    python train_qwen_edit.py --config configs/demo_qwen_edit.yaml          # CPU demo
+    python train_qwen_edit.py --config configs/x.yaml                       # one GPU
     accelerate launch --multi_gpu --num_processes 2 train_qwen_edit.py --config configs/x.yaml
     ... --train.resume_from_checkpoint latest        # go on after a stop
     ... --plan | --print_config | --help | --help loss
