@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from pydantic import Field, field_validator
 
 import utils
-from utils import FORMATS, Section, UserError, load_config, load_tool, nearest, open_rgb, progress
+from utils import Section, UserError, load_config, load_tool, nearest, open_rgb, progress
 
 SETTINGS_KEY = "image_edit"  # PNG text chunk
 hash_of = functools.cache(utils.hash_file)  # many results have one reference
@@ -265,9 +265,9 @@ class Result(NamedTuple):
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return what a finished picture says about itself; {} if there is none, or from elsewhere."""
-    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-        text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
-        return dict(json.loads(text))
+    with contextlib.suppress(Exception), utils.open_regular(path) as file:
+        info = Image.open(file, formats=utils.FORMATS).info
+        return dict(json.loads(info.get(SETTINGS_KEY) or info.get("comment", "{}")))
     return {}
 
 
@@ -303,6 +303,8 @@ def named_folders(texts: list[str]) -> list[tuple[str, Path]]:
     found = []
     for text in texts:
         name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        if not path:
+            raise UserError(f"'{text}' names no folder")
         found.append((name or (Path(path).name if len(texts) > 1 else ""), Path(path)))
     return found
 
@@ -317,10 +319,15 @@ def find_results(config: Config, series: str, folder: Path, edited: bool) -> lis
         about: Any = {"name": stem} if edited else read_settings(path)
         if "name" not in about or stem.startswith("evaluation"):
             continue  # a sheet, from elsewhere, or our own
-        name = about["name"].removesuffix(config.before_suffix).removesuffix(config.after_suffix)
-        run, scale, seed, prompt = map(about.get, ("run", "scale", "seed", "prompt"))
-        row = Result(run or "", scale, name, seed, config.prompt or prompt, path)
-        rows.append(row._replace(before=reference_of(about)))
+        with utils.named(f"{path}: its settings are not as generate.py writes them"):
+            name = about["name"].removesuffix(config.before_suffix)
+            name = name.removesuffix(config.after_suffix)
+            run, scale, seed, prompt = map(about.get, ("run", "scale", "seed", "prompt"))
+            if not math.isfinite(float(scale or 0)):
+                raise ValueError(f"scale {scale}")
+            scale, prompt = scale and float(scale), "".join(config.prompt or prompt or "") or None
+            row = Result(run or "", scale, name, seed, prompt, path)
+            rows.append(row._replace(before=reference_of(about)))
     if not rows:
         raise UserError(f"{folder}: nothing of generate.py (else: --edited_dir)")
     if len({row.series for row in rows}) == 1:
@@ -402,14 +409,19 @@ def check_comparison(config: Config) -> list[str]:
     """Return everything that is wrong; every picture is read once."""
     rows, _, problems = find_comparisons(config)
     files = {path for row in rows for path in (row.edited, row.before, row.after, row.mask) if path}
-    problems += utils.FileIndex(None).update(sorted(files), utils.look_at_picture)
+    index = utils.FileIndex(None)
+    problems += index.update(sorted(files), utils.look_at_picture)
+    problems += [] if problems else utils.from_tool("check", "check_shapes", [], rows, index)
     if config.html:
         load_tool("page")  # raises UserError where it was not copied along
     if problems:
         return problems + utils.check_setup(devices={"device": config.device})
     folder = output_folder(config)
     there = [f for f in folder.glob("evaluation.*") if f.suffix in (".csv", ".png", ".html")]
-    if there and not (folder / "evaluation.json").exists():
+    with contextlib.suppress(OSError, ValueError):
+        ours = '"columns"' in utils.read_text(folder / "evaluation.json", 2**30)
+        there = [] if ours else [folder / "evaluation.json"]
+    if there:
         problems = [f"{there[0]} is not of evaluate.py; name another output_dir"]
     return problems + utils.check_setup(
         devices={"device": config.device}, writes={"results": folder}

@@ -68,19 +68,15 @@ from tqdm.auto import tqdm
 
 import utils
 from utils import (
-    FORMATS,
     Section,
     UserError,
     listed,
     load_config,
-    load_script,
     load_tool,
     named,
     nearest,
     normal,
     open_rgb,
-    progress,
-    read_model_json,
 )
 
 AREA_1MP = 1024 * 1024
@@ -159,6 +155,9 @@ class JobsConfig(Section):
             "output_dir: is missing; input_dir and table need it": many and not self.output_dir,
             "output_dir: goes with input_dir or table": self.output_dir and not many,
             "output: goes with image or prompt": output and many,
+            "output_dir: lies in input_dir, and would be read next time": self.input_dir
+            and self.output_dir
+            and self.output_dir.resolve().is_relative_to(self.input_dir.resolve()),
             "output: is missing": not output and not many,
             png: output and output.suffix != ".png",
             f"input_dir: no folder {self.input_dir}": self.input_dir
@@ -207,7 +206,7 @@ class SliderConfig(JobsConfig):
     """Side of the square whose area the pictures get, px; photos keep their aspect (buckets)."""
     num_inference_steps: int = Field(28, ge=1, le=1000)
     """Euler steps of a picture; more is slower and finer."""
-    guidance_scale: float = 3.5
+    guidance_scale: float = Field(3.5, ge=0, le=100)
     """Embedded guidance of FLUX.1-dev; has no effect on models without it."""
     max_sequence_length: int = Field(512, ge=1, le=512)
     """T5 tokens of a prompt; padded to it, as the pipeline does."""
@@ -252,7 +251,7 @@ class ChangeConfig(JobsConfig):
     null: what the LoRA was trained with, else the base model's own (mostly 512)."""
     num_inference_steps: int = Field(50, ge=1, le=500)
     """DDIM steps of a picture; more is slower and finer."""
-    guidance_scale: float | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=1, le=100)
     """Classifier-free guidance; 1 is none. null: 7.5, on photos 1."""
     negative_prompt: str = ""
     """Prompt that guidance leads away from; "" is the empty prompt."""
@@ -423,7 +422,6 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 Row = dict[str, Any]  # name, images, and what a table says of prompt and seed
-COLUMNS = ("images", "image", "prompt", "name", "seed")
 
 
 def find_rows(config: JobsConfig) -> tuple[list[Row], list[str]]:
@@ -453,7 +451,7 @@ def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
         return [], [f"table: {path}: {error}"]
     good, problems = [], [] if rows else [f"table: no row in {path}"]
     for number, row in enumerate(rows, 1):
-        if wrong := check_row(row):
+        if wrong := utils.from_tool("check", "check_row", [], row):
             problems += [f"{path} row {number}: {problem}" for problem in wrong]
             continue
         images = row.get("images") or row.get("image")
@@ -463,26 +461,6 @@ def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
         name = str(row.get("name") or "+".join(file.stem for file in files))
         good.append({**row, "images": files, "name": name})
     return good, problems
-
-
-def check_row(row: Any) -> list[str]:
-    """Return the problems of one row of a table."""
-    if not isinstance(row, dict):
-        return [f'wanted {{"images": [...], "prompt": "..."}}, got {str(row)[:40]}']
-    problems = ["more cells than columns; quote a text with commas"] if None in row else []
-    strange = sorted(row.keys() - {*COLUMNS, None})
-    problems += [f"unknown column '{key}'{nearest(key, COLUMNS)}" for key in strange]
-    images = row.get("images") or row.get("image")
-    names = images if isinstance(images, list) else [images]
-    names = [name for text in names for name in (text.split(";") if isinstance(text, str) else [0])]
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        problems.append("no image, or one without a name")
-    if not isinstance(row.get("prompt") or "", str):
-        problems.append(f"prompt {row['prompt']} is no text")
-    seed = str(row.get("seed") or 0).strip()
-    if not seed.isdecimal() or int(seed) >= 2**63:
-        problems.append(f"seed '{seed}' is no whole number below 2^63")
-    return problems
 
 
 def prompts_of(painter: Painter, row: Row) -> list[str]:
@@ -660,13 +638,13 @@ def check_results(strips: Sequence[Strip]) -> list[str]:
     seen += Counter(sheet.resolve() for sheet in {strip.sheet for strip in strips} if sheet)
     read = {image.resolve() for strip in strips for image in strip.images}
     long = {path for path in seen if len(os.fsencode(path.name)) > NAME_BYTES}
-    folders = [path for path in seen.keys() - long if path.is_dir()]
+    folders = [path for path in seen.keys() - long if path.exists() and not path.is_file()]
     files = sorted(path for path in seen.keys() - long - read if path.is_file())
     foreign = [path for path in files if not read_settings(path)]
     problems = [f"two results are called {path}" for path, count in seen.items() if count > 1]
     problems += [f"{path} would be overwritten: it is read" for path in sorted(read & seen.keys())]
     problems += [f"{path} is not of generate.py; name another place" for path in foreign]
-    problems += [f"{path} is a folder; wanted the name of a picture" for path in folders]
+    problems += [f"{path} is no file; wanted the name of a picture" for path in folders]
     problems += [f"{path}: a name has at most {NAME_BYTES} bytes here" for path in sorted(long)]
     return problems
 
@@ -702,9 +680,9 @@ def picture_settings(painter: Painter, strip: Strip, scale: float) -> dict[str, 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return what a finished picture says about itself; {} if there is none, or from elsewhere."""
-    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-        text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
-        return dict(json.loads(text))
+    with contextlib.suppress(Exception), utils.open_regular(path) as file:
+        info = Image.open(file, formats=utils.FORMATS).info
+        return dict(json.loads(info.get(SETTINGS_KEY) or info.get("comment", "{}")))
     return {}
 
 
@@ -733,7 +711,7 @@ def draw_strips(painter: Painter, strips: Sequence[Strip], html: bool) -> None:
     if todo:
         painter.load(list(dict.fromkeys(strip.prompt for strip in todo)))
     options: dict[str, Any] = {"total": len(missing), "unit": "picture", "disable": not missing}
-    with progress(None, "generate", **options) as bar:
+    with utils.progress(None, "generate", **options) as bar:
         for strip in todo:
             pairs = zip(strip.scales, strip.files, strict=True)
             places = {scale: file for scale, file in pairs if file in missing}
@@ -974,7 +952,7 @@ class EditPainter(Painter):
     def empty_model(self) -> Any:
         """Return the transformer without weights."""
         name = self.config.pretrained_model_name_or_path
-        return self.script.empty_transformer(read_model_json(name, "transformer/config.json"))
+        return self.script.empty_transformer(utils.read_model_json(name, "transformer/config.json"))
 
     def check_lora(self, file: Path, model: Any) -> None:
         """Compare names and shapes of a LoRA with the transformer. Raises UserError."""
@@ -1131,6 +1109,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
         raise UserError(f"LoRA {path}: no pickle of tensors by their names, and of nothing else")
+    with named(f"LoRA {path}"):
+        utils.from_tool("check", "check_factors", None, tensors)
     return tensors, {}
 
 
@@ -1226,7 +1206,7 @@ def flux_layers(script: ModuleType, name: str) -> Any:
     """Return a checkpoint's transformer without weights; the published one needs no network."""
     if name == PUBLISHED_FLUX and not Path(name).is_dir():
         return script.empty_flux(script.PUBLISHED_TRANSFORMER)
-    return script.empty_flux(read_model_json(name, "transformer/config.json"))
+    return script.empty_flux(utils.read_model_json(name, "transformer/config.json"))
 
 
 # --- 8. FLUX.1: sliders ---------------------------------------------------------------------------
@@ -1424,8 +1404,8 @@ class ChangePainter(Painter):
         """Return the side of the base model's own pictures, px; 512 where it does not say."""
         name = self.config.pretrained_model_name_or_path
         try:
-            latents_px = read_model_json(name, "unet/config.json")["sample_size"]
-            halvings = len(read_model_json(name, "vae/config.json")["block_out_channels"]) - 1
+            latents_px = utils.read_model_json(name, "unet/config.json")["sample_size"]
+            halvings = len(utils.read_model_json(name, "vae/config.json")["block_out_channels"]) - 1
             return max(64, latents_px * 2**halvings // 64 * 64)
         except (UserError, KeyError, TypeError):
             return 512
@@ -1454,7 +1434,9 @@ class ChangePainter(Painter):
         from accelerate import init_empty_weights
 
         name = self.config.pretrained_model_name_or_path
-        unet, text = (read_model_json(name, f"{x}/config.json") for x in ("unet", "text_encoder"))
+        unet, text = (
+            utils.read_model_json(name, f"{x}/config.json") for x in ("unet", "text_encoder")
+        )
         with init_empty_weights():
             return {
                 "unet": diffusers.UNet2DConditionModel.from_config(unet),
@@ -1476,7 +1458,7 @@ class ChangePainter(Painter):
         """Load all parts of the model, and the LoRAs into them (named lora0, lora1 ...)."""
         script, dtype, device = self.script, self.dtype, self.device
         folder = script.fetch_sd(self.config.pretrained_model_name_or_path)
-        self.schedule = read_model_json(str(folder), "scheduler/scheduler_config.json")
+        self.schedule = utils.read_model_json(str(folder), "scheduler/scheduler_config.json")
         every = dict.fromkeys([*prompts, self.config.negative_prompt])
         self.texts = script.encode_prompts(folder, list(every), dtype, device)
         self.vae = script.load_part(folder, "vae", dtype, device)
@@ -1601,7 +1583,9 @@ def pick_painter(given: dict[str, Any]) -> type[Painter]:
     if name == PUBLISHED_FLUX:
         return SliderPainter
     with contextlib.suppress(UserError):  # which the check of the settings will tell
-        kind = read_model_json(name, "model_index.json").get("_class_name", "") if name else ""
+        kind = (
+            utils.read_model_json(name, "model_index.json").get("_class_name", "") if name else ""
+        )
     if kind:
         return KINDS.get(kind, EditPainter)
     for painter in (ChangePainter, SliderPainter):
@@ -1653,7 +1637,7 @@ def main() -> None:
 
     def script_of(kind: type[Painter], path: Any = None) -> Any:
         own = "".join(flags["script"][-1]) if "script" in flags else path
-        script = load_script(Path(own or Path(__file__).parent / kind.script_name))
+        script = utils.load_script(Path(own or Path(__file__).parent / kind.script_name))
         if not hasattr(script, kind.needs):
             text = f"no training script of {kind.family}; wanted {kind.script_name} or a fork of it"
             raise UserError(f"--script {script.__file__}: {text}")

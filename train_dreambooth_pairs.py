@@ -1048,13 +1048,18 @@ def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file:
                 for theirs, ours in LORA_NAMES.items():
                     known = known.replace(theirs, ours)
                 tensors[known] = opened.get_tensor(key).float()
+        if not any("_lora_A" in key for key in tensors):
+            raise ValueError("it holds no factor of a LoRA")
         for part, model in models.items():
+            if peft.get(f"{part}.alpha_pattern"):
+                raise ValueError(f"{part}.alpha_pattern in its metadata is not read here")
+            root = math.sqrt if peft.get(f"{part}.use_rslora") else float
             for path, _ in list(model.named_modules()):
                 known = f"{part}.{path_in_file(part, path)}".replace(".", "_")
                 down, up = (tensors.pop(f"{known}_lora_{side}_weight", None) for side in "AB")
                 if down is not None and up is not None:
                     usual = peft.get(f"{part}.lora_alpha", len(down))
-                    strength = float(tensors.pop(f"{known}_alpha", usual)) / len(down)
+                    strength = float(tensors.pop(f"{known}_alpha", usual)) / root(len(down))
                     set_adapter(adaptable(model, switch, path), name, down, up, strength)
         if tensors:
             raise ValueError(f"no such layers\n{listed(sorted(tensors), 3)}")
@@ -1096,7 +1101,7 @@ class ResultsConfig(Section):
     """LoRA strengths drawn on the validation sheet."""
     validation_inference_steps: int = Field(25, ge=1, le=1000)
     """DDIM steps of a validation image."""
-    validation_guidance_scale: float = Field(7.5, ge=1)
+    validation_guidance_scale: float = Field(7.5, ge=1, le=100)
     """Classifier-free guidance of the validation images; 1 is none."""
 
 

@@ -67,7 +67,7 @@ class VariantConfig(Section):
     """First of the N steps whose noise level is trained; 0 is pure noise."""
     end_step: int = Field(27, ge=0)
     """Last of the N steps whose noise level is trained (included)."""
-    guidance_scale: float = 3.5
+    guidance_scale: float = Field(3.5, ge=0, le=100)
     """Embedded guidance of FLUX.1-dev, in training and in pictures."""
 
 
@@ -503,7 +503,7 @@ class RunsConfig(Section):
     """Number of the first version (repeat of a training with other draws)."""
     train_count: int = Field(1, ge=1, le=1000)
     """Number of versions, repeats of a training with other draws."""
-    config_name: str = Field("base", pattern=r"^[^/\\]+$")
+    config_name: str = Field("base", pattern=r"^[^/\\\x00]{1,60}$")
     """Free tag in the names of runs; no slashes."""
     output_folder: Path = Path("output/models/image/")
     """Folder of all results: <output_folder>/<data set>/<run>/ holds everything a run leaves."""
@@ -617,7 +617,8 @@ def audit(config: Config) -> list[str]:
         packages=[*trackers, *nf4],
         writes={"output_folder": config.output_folder, "cache_dir": config.cache_dir},
         reads=[config.datasets_folder / d / side for d in config.datasets for side in sides],
-        texts={name: getattr(config, name) for name in prompts},
+        texts={name: getattr(config, name) for name in prompts}
+        | {f"prompt.{i}": text for i, text in enumerate(config.prompt)},
     )
     index = utils.FileIndex(config.cache_dir)
     for dataset in config.datasets:

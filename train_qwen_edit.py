@@ -458,7 +458,9 @@ def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Para
     """Make the config's optimizer. Raises UserError: no such class, or wrong arguments."""
     module, _, name = settings.class_path.rpartition(".")
     try:
-        arguments = {"lr": 1e-4, **settings.init_args}
+        arguments: Any = {"lr": 1e-4, **settings.init_args}
+        if isinstance(arguments["lr"], bool) or not arguments["lr"] > 0:
+            raise ValueError("lr must be a number above 0")
         return getattr(importlib.import_module(module), name)(parameters, **arguments)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         where = f"optimizer {settings.class_path} with {settings.init_args}"
@@ -677,7 +679,7 @@ class DataConfig(Section):
     """Chance (0 to 1), per visit, of training without the instruction."""
     caption_dropout_mode: Literal["empty", "zero"] = "empty"
     """Without the instruction: empty text, same references (as in guidance), or zeros for both."""
-    reference_area: Literal["1mp", "target"] | Annotated[int, Field(ge=1024)] = "1mp"
+    reference_area: Literal["1mp", "target"] | Annotated[int, Field(ge=1024, le=2**26)] = "1mp"
     """Area of references: 1mp as the pipelines do, "target" as large as the target, or px."""
 
 
@@ -932,6 +934,8 @@ def check_frames(data: PairData) -> list[str]:
                 if not aligns(index[path]["aspect"], index[target]["aspect"]):
                     text = "another aspect than its target; masks and reference_strict want one"
                     wrong.add(f"{path}: {text} frame")
+            if variant.mask and index[variant.mask]["brightest"] < 2:
+                wrong.add(f"{variant.mask} is black (white is 255): nothing of it would be trained")
             pixels = index[target]["pixels"]
             for path in (path for path in shown if index[path]["pixels"] == pixels):
                 wrong.add(f"{path} is the same picture as {target}: no change to learn")
@@ -1056,7 +1060,7 @@ def check_model(config: Config, precision: str) -> list[str]:
         model=("model.pretrained_model_name_or_path", name, QWEN_PARTS),
         packages=["bitsandbytes"] * nf4,
         patterns={"model.lora.target_modules": named} if isinstance(named, str) else {},
-        loras=[lora.pretrained_weight] if lora.pretrained_weight else [],
+        folded=[lora.pretrained_weight] if lora.pretrained_weight else [],
     )
 
 

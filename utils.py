@@ -48,10 +48,12 @@ from tqdm.auto import tqdm
 MAX_PIXELS = 2**28  # of a picture that is read; a larger one takes more than 1 GB of memory
 CACHE_FORMAT = 3  # raise it when entries change their meaning: old ones are then built again
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # never EPS: it runs Ghostscript
+SRGB_CRC32 = (0, 0x182EA552)  # no colour profile; sRGB IEC61966-2.1, which most programs write
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for name in FORMATS))
 
 _SORTED = json.JSONEncoder(sort_keys=True, default=str)
 Facts = dict[str, Any]
+C = TypeVar("C", bound="Section")
 
 log = logging.getLogger("utils")
 
@@ -90,7 +92,7 @@ def run_script(main: Callable[[], None]) -> None:
         code, text = 2, f"{name}: {error}{room} (what was saved is complete; {again})"
     except KeyboardInterrupt:
         code, text = 130, f"stopped; what was saved is complete ({again})"
-    if rank != "0":
+    if rank != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         time.sleep(3)  # let process 0 report in full before the launcher ends it
         text = f"process {rank}: {text.splitlines()[0]}"
     print(f"\n{text}", file=sys.stderr, flush=True)
@@ -140,8 +142,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.requested = True
         try:
-            name = signal.Signals(number).name
-            print(f"\n{name}: saving after this step (again: stop at once)", file=sys.stderr)
+            print(f"\n{signal.strsignal(number)}: saves, then stops (again: now)", file=sys.stderr)
         except OSError:  # the terminal is gone
             _hush(sys.stdout, sys.stderr)
 
@@ -194,9 +195,6 @@ class Section(
         if wrong := [problem for problem, there in self.rules().items() if there]:
             raise ValueError("\n".join(wrong))
         return self
-
-
-C = TypeVar("C", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -314,10 +312,11 @@ def load_config(
         if shown and not problems:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             sys.exit(0)
-        problems = problems or (check(config) if check else [])
+        problems = [*dict.fromkeys(problems or (check(config) if check else []))]
     if problems:
-        text = listed(problems, len(problems))
-        raise UserError(f"{len(problems)} problem(s), nothing was loaded\n{text}")
+        raise UserError(
+            f"{len(problems)} problem(s), nothing was loaded\n{listed(problems, 10**6)}"
+        )
     return config
 
 
@@ -328,7 +327,8 @@ def load_script(path: Path) -> types.ModuleType:
     spec: Any = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # KEEP: pydantic and pickle look classes up there
-    spec.loader.exec_module(module)
+    with named(f"script {path}"):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -426,7 +426,7 @@ class FileIndex:
     def __init__(self, folder: Path | None) -> None:
         self._facts: dict[str, tuple[str, dict[str, Any]]] = {}  # path: (stamp, facts)
         self._file = folder / "index.jsonl" if folder else None
-        if self._file and self._file.exists():
+        if self._file and self._file.is_file():
             lines = self._file.read_text(encoding="utf-8", errors="replace").split("\n")
             whole = [x[9:] for x in lines if x[:8] == f"{zlib.crc32(x[9:].encode()):08x}"]
             self._facts = {path: (s, f) for path, s, f in json.loads(f"[{','.join(whole)}]")}
@@ -454,7 +454,7 @@ class FileIndex:
         rows = [(str(p), s, f) for (p, s), f in zip(new, seen, strict=True) if isinstance(f, dict)]
         self._facts |= {path: (stamp, facts) for path, stamp, facts in rows}
         with contextlib.suppress(OSError):  # it is looked at again
-            if self._file and rows:
+            if self._file and rows and (self._file.is_file() or not self._file.exists()):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 with self._file.open("a", encoding="utf-8") as file:
                     texts = map(json.dumps, rows)
@@ -497,9 +497,9 @@ def to_rgb(file: Image.Image) -> Image.Image:
     if file.width * file.height > MAX_PIXELS or max(file.size) > 100 * min(file.size):
         limits = f"at most {MAX_PIXELS:,} px (utils.MAX_PIXELS) and 100:1 are read"
         raise ValueError(f"{file.width} x {file.height} px; {limits}")
-    tagged_srgb = b"sRGB" in file.info.get("icc_profile", b"sRGB").replace(b"\0", b"")
     deep = file.mode[0] in "IF" or ";16" in str(getattr(file, "tile", None))
-    odd = deep or not tagged_srgb or getattr(file, "n_frames", 1) > 1
+    profile, frames = zlib.crc32(file.info.get("icc_profile", b"")), getattr(file, "n_frames", 1)
+    odd = deep or profile not in SRGB_CRC32 or "gamma" in file.info or frames > 1
     image = load_tool("pictures").plain(file) if odd else ImageOps.exif_transpose(file)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -524,6 +524,7 @@ def look_at_picture(path: Path) -> dict[str, Any]:
     image = open_rgb(path)
     pixels = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
     size = {"width": image.width, "height": image.height, "aspect": image.width / image.height}
+    size["brightest"] = int(np.asarray(image).max())
     return {**size, "content": hash_file(path), "pixels": pixels}
 
 
@@ -634,18 +635,17 @@ def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
     """Make an Accelerator that is the script's own: `accelerate config` adds nothing to it."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    for name in [n for n in os.environ if re.match("ACCELERATE_(DYNAMO|GRADIENT_ACC)", n)]:
+    for name in [n for n in os.environ if re.match("ACCELERATE_(?!USE_)", n)]:
         del os.environ[name]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        log.warning("%s processes meet at %s", *map(os.environ.get, ("WORLD_SIZE", "MASTER_ADDR")))
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
     # KEEP: quantised weights are buffers; sending them would hang validation
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with=None if report_to == "none" else report_to,
-        project_dir=output_dir,
-        kwargs_handlers=[timeout, buffers],
-        **settings,
-    )
+    settings |= {"log_with": None if report_to == "none" else report_to}
+    settings |= {"project_dir": output_dir, "kwargs_handlers": [timeout, buffers]}
+    with named("the environment that a launcher has set (RANK, WORLD_SIZE, MASTER_ADDR ...)"):
+        return Accelerator(cpu=not torch.accelerator.is_available(), **settings)
 
 
 class Checkpoints:
@@ -716,8 +716,8 @@ class Checkpoints:
 
     def set_aside(self, *patterns: str) -> None:
         """Move what an earlier run left (checkpoints, `patterns`) into earlier-<n>/."""
-        names = ("checkpoint-*", "samples", "metrics.jsonl", "report.html", *patterns)
-        old = [path for name in names for path in self.output_dir.glob(name)]
+        names = "checkpoint-* samples metrics.jsonl report.html run.json config.yaml README.md"
+        old = [p for name in (*names.split(), *patterns) for p in self.output_dir.glob(name)]
         if not old:
             return
         numbered = (self.output_dir / f"earlier-{n}" for n in itertools.count(1))
@@ -779,7 +779,7 @@ class RunLog:
         self.file, about = output_dir / "metrics.jsonl", {"config": config.model_dump_json()}
         accelerator.init_trackers(output_dir.name, about, {"wandb": {"dir": str(output_dir)}})
         if accelerator.is_main_process:  # a run that goes on keeps the lines up to this step
-            text = self.file.read_text(encoding="utf-8") if step and self.file.exists() else ""
+            text = self.file.read_text("utf-8", "replace") if step and self.file.exists() else ""
             lines = re.finditer(r'\{"step": (\d+).*\}\n', text)  # not what a kill cut off
             save_text(self.file, "".join(line[0] for line in lines if int(line[1]) <= step))
 

@@ -13,13 +13,14 @@ import pytest
 import tiny
 import torch
 from bad_inputs import pictures
-from conftest import PAIRS, slider_settings, small_config, write_config
+from conftest import PAIRS, ROOT, run, slider_settings, small_config, write_config
 from PIL import Image, ImageCms
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_generate import trained
 
 import evaluate
+import generate
 import train_dreambooth_pairs
 import train_pairedit
 import train_qwen_edit
@@ -153,7 +154,7 @@ CAPTIONS = {
     "with a place for a picture": (b"<|image_pad|> make it blue", "control token"),
     "that ends the turn": (b"make it blue<|im_end|>", "control token"),
     "with a video": (b"<|vision_start|><|video_pad|><|vision_end|>", "control token"),
-    "with a nought": (b"make it\0blue", "control token"),
+    "with a nought": (b"make it\0blue", "is no text"),
 }
 
 
@@ -179,7 +180,8 @@ def test_a_caption_that_is_a_pipe_or_a_loop_is_named(audit, world):
 @pytest.mark.parametrize("token", ["<|endoftext|>", "</s>", "<extra_id_0>", "a\0b"])
 def test_control_tokens_in_prompts_are_named(kind, token, audit):
     name = "train_prompt" if kind == "pairedit" else "instance_prompt"
-    assert re.search(f"{name}: .* is a control token", audit(kind, **{name: f"a {token} photo"}))
+    said = "is no text" if "\0" in token else "is a control token"
+    assert re.search(f"{name}: .* {said}", audit(kind, **{name: f"a {token} photo"}))
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
@@ -559,3 +561,163 @@ def test_masks_of_other_names_are_named_with_what_is_there(tmp_path):
     argv += [f"--edited_dir={tmp_path / 'out'}", f"--mask_dir={tmp_path / 'masks'}"]
     with pytest.raises(UserError, match=r"no mask of that name \(a\) \(there is: a_mask\)"):
         load_config(evaluate.Config, argv, evaluate.check_comparison)
+
+
+# -- what a second reading found
+
+
+def lora_file(place, about=None, **tensors):
+    """A LoRA file of one layer, whole but for what is given."""
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    whole = {"lora_A": torch.ones(2, 64), "lora_B": torch.ones(64, 2), **tensors}
+    told = {"lora_adapter_metadata": json.dumps(about)} if about else None
+    tensors = {f"{name}.{end}.weight": t for end, t in whole.items() if t is not None}
+    save_file(tensors, place / "lora.safetensors", told)
+    return place / "lora.safetensors"
+
+
+WRONG_LORAS = {
+    "one dimension": ({"lora_A": torch.ones(64)}, None, "no factor"),
+    "no rank": ({"lora_A": torch.ones(0, 64), "lora_B": torch.ones(64, 0)}, None, "no factor"),
+    "whole numbers": ({"lora_A": torch.ones(2, 64, dtype=torch.int32)}, None, "int32"),
+    "huge": ({"lora_A": torch.full((2, 64), 1e30)}, None, "beyond"),
+    "another rank": ({}, {"transformer.r": 99}, "r in its metadata is 99; its factors have 2"),
+    "a text for alpha": ({}, {"transformer.lora_alpha": "x"}, "wanted a number"),
+    "huge alpha": ({}, {"transformer.lora_alpha": 1e30}, "wanted a number"),
+    "dora without magnitudes": ({}, {"transformer.use_dora": True}, "no magnitudes"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LORAS)
+def test_factors_and_settings_that_are_none_are_named(name, tmp_path):
+    tensors, about, said = WRONG_LORAS[name]
+    [problem] = utils.check_setup(loras=[lora_file(tmp_path, about, **tensors)])
+    assert said in problem and "lora.safetensors" in problem
+
+
+def test_a_lora_to_start_from_must_have_its_strength_folded_in(audit, world):
+    for about in (
+        {"transformer.r": 2, "transformer.lora_alpha": 4},
+        {"transformer.use_rslora": True},
+    ):
+        file = lora_file(world, about)
+        assert "strength" in audit("qwen", **{"model.lora.pretrained_weight": file})
+
+
+def linear_srgb():
+    """sRGB's colours without its curves, under its own name."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for tag in (b"rTRC", b"gTRC", b"bTRC"):
+        at = data.index(tag)
+        offset = int.from_bytes(data[at + 4 : at + 8], "big")
+        data[offset : offset + 12] = b"curv" + bytes(8)  # no entry: the identity
+    return bytes(data)
+
+
+def test_a_profile_is_known_by_what_it_does_not_by_its_name(tmp_path):
+    grey = Image.new("RGB", (32, 32), (50, 50, 50))
+    grey.save(tmp_path / "linear.png", icc_profile=linear_srgb())
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey.save(tmp_path / "own.png", icc_profile=own)
+    seen = {
+        n: np.asarray(utils.open_rgb(tmp_path / f"{n}.png"))[0, 0, 0] for n in ("linear", "own")
+    }
+    assert abs(int(seen["linear"]) - 122) <= 1 and seen["own"] == 50
+
+
+TABLES = {
+    "two lists": ({"references": ["a.png"], "reference_1": "b.png"}, "leave one"),
+    "one number twice": ({"reference_1": "a.png", "reference_01": "b.png"}, "twice"),
+    "two prompts": ({"reference_1": "a.png", "prompt": "x", "caption": "y"}, "prompt and caption"),
+    "a prompt that is none": ({"reference_1": "a.png", "prompt": {"a": 1}}, "is no text"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_cells_that_would_be_dropped_are_named(name, world):
+    row, said = TABLES[name]
+    folder = world / "pairs/after"
+    (folder / "t.jsonl").write_text(json.dumps({"target": "a.png", "prompt": "x", **row}))
+    found = utils.load_tool("pair_rows").read_table(folder / "t.jsonl", folder)
+    assert not found.pairs and said in found.broken[0]
+
+
+CSV = {
+    "a;b.csv": ("target;reference_1;prompt\na.png;b.png;x\n", "commas are wanted"),
+    "twice.csv": ("target,reference_1,prompt,prompt\na.png,b.png,x,y\n", "two columns"),
+    "utf16.csv": ("target,reference_1,prompt\n".encode("utf-16"), "CSV UTF-8"),
+    "table.xlsx": (b"PK\3\4", "ends in .csv"),
+    "upper.CSV": ("sep=,\r\ntarget, reference_1, prompt\r\na.png, b.png, x\r\n", None),
+}
+
+
+@pytest.mark.parametrize("name", CSV)
+def test_what_spreadsheets_write_is_read_or_named(name, world):
+    text, said = CSV[name]
+    folder = world / "pairs/after"
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = utils.load_tool("pair_rows").read_table(folder / name, folder)
+    assert said in found.problems[0] if said else found.pairs[0].prompts == ["x"]
+
+
+LAUNCHER = {
+    "left over": ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "launcher"),
+    "no number": ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc"),
+    "a device": ({"ACCELERATE_TORCH_DEVICE": "cuda:7", "ACCELERATE_DEBUG_MODE": "maybe"}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_what_a_launcher_left_is_named_or_has_no_effect(name, world, audit):
+    env, said = LAUNCHER[name]
+    assert audit("qwen") == ""
+    flags = ["--config", world / "config.yaml", "--train.max_train_steps=1"]
+    done = run(ROOT / "train_qwen_edit.py", *flags, env=env, check=False)
+    assert done.returncode == (2 if said else 0), done.stderr
+    assert "Traceback" not in done.stderr and (said or "") in done.stderr
+
+
+@pytest.mark.slow
+def test_what_an_earlier_run_or_a_person_left_is_moved_aside(world, audit):
+    assert audit("qwen") == ""
+    out = world / "out"
+    flags = ["--config", world / "config.yaml", "--train.max_train_steps=1"]
+    (out / "README.md").write_text("mine")
+    for seed in (1, 2):
+        run(ROOT / "train_qwen_edit.py", *flags, f"--seed={seed}")
+    assert (out / "earlier-1/README.md").read_text() == "mine"
+    earlier = json.loads((out / "earlier-2/run.json").read_text())
+    assert earlier["config"]["seed"] == 1
+    assert json.loads((out / "run.json").read_text())["config"]["seed"] == 2
+
+
+def test_pipes_where_results_or_records_go_are_named(world, audit):
+    os.mkfifo(world / "cache.jsonl")
+    (world / "cache").mkdir(exist_ok=True)
+    os.mkfifo(world / "cache/index.jsonl")
+    for kind in TRAINERS:
+        assert "index.jsonl is no file" in audit(kind)
+    os.mkfifo(world / "o.png")
+    assert generate.read_settings(world / "o.png") == {}
+
+
+def test_scripts_that_do_not_import_are_named(tmp_path):
+    (tmp_path / "fork.py").write_text("def f(:\n")
+    with pytest.raises(UserError, match=r"script .*fork\.py: invalid syntax"):
+        utils.load_script(tmp_path / "fork.py")
+
+
+def test_masks_that_train_nothing_are_named(world, audit):
+    (world / "masks").mkdir()
+    for name in "abc":
+        Image.new("L", (64, 32), 1).save(world / f"masks/{name}.png")
+    flags = {"loss.mask": "file", "data.dataset_configs.0.mask_dir": world / "masks"}
+    assert "a.png is black (white is 255)" in audit("qwen", **flags)
+
+
+@pytest.mark.parametrize("lr", ["0", "true", "-1", "fast"])
+def test_learning_rates_that_are_none_are_named(lr):
+    settings = train_qwen_edit.OptimizerConfig.model_validate({"init_args": {"lr": lr}})
+    with pytest.raises(UserError, match="lr"):
+        train_qwen_edit.make_optimizer(settings, [torch.nn.Parameter(torch.zeros(2))])

@@ -37,10 +37,10 @@ def draws_of(steps):
 
 
 def picture(path, grey=None, size=(64, 48)):
-    """A picture of one grey; by default each path has its own."""
-    grey = zlib.crc32(str(path).encode()) % 255 if grey is None else grey
+    """A picture of one grey; by default each path has a colour of its own."""
+    own = zlib.crc32(str(path).encode()).to_bytes(4, "big")[:3]
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (grey, grey, grey)).save(path)
+    Image.new("RGB", size, (grey,) * 3 if grey is not None else tuple(own)).save(path)
     return path
 
 

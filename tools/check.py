@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import netrc
 import os
 import re
@@ -27,11 +28,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, checksum, named, read_model_json, read_text
+from utils import UserError, checksum, named, nearest, read_model_json, read_text
 
+OURS = ("index.jsonl", "metrics.jsonl", ".lock", ".writer", "run.json", "config.yaml", "README.md")
 MOST_CHARACTERS = 20_000
+MOST_FACTOR = 1e5  # in a LoRA; what is larger draws black or grey
 OTHER_PICTURES = r".*\.(heic|heif|jxl|psd|svg|eps|tga|ppm|exr|jp2|dng|cr2|nef|arw|ico|pdf)"
-CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|\0")
+CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|</?tool_call>")
+NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # half a character, or the end of a C string
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 LAYERS = ("down_blocks.0.attentions.0.transformer_blocks.10.attn1.to_out.0", "x" * 40)
 ABOUT = "image_edit_lora"  # what our trainers tell about a LoRA
@@ -50,6 +54,7 @@ def problems(
     texts: Mapping[str, str] | None = None,
     patterns: Mapping[str, str] | None = None,
     loras: Iterable[Path] = (),
+    folded: Iterable[Path] = (),
 ) -> list[str]:
     """Return every problem, one line each.
 
@@ -57,7 +62,7 @@ def problems(
     {setting: folder that is written}; reads: folders that are read with all below them; apart:
     {setting: such a folder that no other may share}; devices: {setting: device or None}; packages:
     that must be installed; texts: {place: prompt or caption}; patterns: {setting: expression};
-    loras: files in .safetensors (others are left alone).
+    loras: files in .safetensors (others are left alone); folded: such whose alpha must be their r.
     """
     found = check_parts(*model) if model else []
     reads = [*dict.fromkeys(reads)]
@@ -67,6 +72,7 @@ def problems(
         found += check_device(name, device)
     found += [text for package in packages for text in check_package(package)]
     found += [text for file in sorted(loras) for text in check_lora(file)]
+    found += [text for file in sorted(folded) for text in check_lora(file, True)]
     return found + check_texts(texts or {}) + check_patterns(patterns or {}) + check_launcher()
 
 
@@ -105,6 +111,9 @@ def time_limit(seconds: int, what: str) -> Iterator[None]:
 def check_launcher() -> list[str]:
     """Return problems of what `accelerate config` or a launcher may have set."""
     wrong = "ACCELERATE_USE_(DEEPSPEED|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|TP)"
+    numbers = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if odd := [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()]:
+        return [f"{', '.join(odd)}: a number is wanted; unset what a launcher has left"]
     given = [name for name, value in os.environ.items() if value.lower() in ("1", "true", "yes")]
     text = "only plain data parallel runs, as `accelerate launch --multi_gpu` starts them"
     return [f"{name}: {text}" for name in given if re.fullmatch(wrong, name)]
@@ -126,7 +135,7 @@ PAIRED = {".lora_A": ".lora_B", ".lora_down": ".lora_up", ".lora.down": ".lora.u
 PAIRED |= {up: down for down, up in PAIRED.items()}
 
 
-def check_lora(file: Path) -> list[str]:
+def check_lora(file: Path, folded: bool = False) -> list[str]:
     """Return problems of a LoRA file: not readable, not whole, not finite, hostile settings."""
     if file.suffix != ".safetensors" and file.is_file():
         return []
@@ -141,6 +150,15 @@ def check_lora(file: Path) -> list[str]:
             about = [json.loads(told.get(key, "{}")) for key in ("lora_adapter_metadata", ABOUT)]
             if not all(isinstance(its, dict) for its in about):
                 raise ValueError("its metadata are no mappings of names to values")
+            check_settings(about[0], tensors)
+            for end, value in about[0].items() if folded else ():
+                of = about[0].get(f"{end.rpartition('.')[0]}.r")
+                if end.endswith((".lora_alpha", ".alpha")) and value != of:
+                    raise ValueError(
+                        f"{end} is {value}, r {of}: it would start at another strength"
+                    )
+                if end.endswith("use_rslora") and value:
+                    raise ValueError("use_rslora: it starts at another strength")
             expressions: list[Any] = []  # that PEFT will match with the names of layers
             for name, value in about[0].items():
                 if name.endswith("_pattern"):
@@ -153,20 +171,83 @@ def check_lora(file: Path) -> list[str]:
 
 
 def check_factors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError where a tensor is not finite, or lacks its other factor."""
-    if bad := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
-        raise ValueError(f"{len(bad)} of {len(tensors)} tensors are not finite ({bad[0]})")
-    for name in tensors:
-        for end, other in PAIRED.items():
-            if end in name and name.replace(end, other) not in tensors:
-                raise ValueError(f"{name} has no {name.replace(end, other)} beside it")
+    """Raise ValueError where a tensor is none of a LoRA, or lacks its other factor."""
+    if bad := [n for n, t in tensors.items() if not (t.float().abs() <= MOST_FACTOR).all()]:
+        text = f"tensors are not finite, or beyond {MOST_FACTOR:g}"
+        raise ValueError(f"{len(bad)} of {len(tensors)} {text} ({bad[0]})")
+    for name, tensor in tensors.items():
+        end = next((end for end in PAIRED if end in name), None)
+        if not end:
+            continue
+        if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
+            shape = "x".join(map(str, tensor.shape)) or "one number"
+            raise ValueError(f"{name} is no factor: {shape}, {tensor.dtype}")
+        if name.replace(end, PAIRED[end]) not in tensors:
+            raise ValueError(f"{name} has no {name.replace(end, PAIRED[end])} beside it")
+
+
+def check_settings(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where PEFT's settings of a LoRA are none, or not those of its tensors."""
+    ranks = {t.shape[0] for n, t in tensors.items() if ".lora_A" in n or "lora_down" in n}
+    for name, value in settings.items():
+        end = name.rpartition(".")[2]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if end in ("lora_alpha", "alpha", "r") and not (number and 0 < value <= MOST_FACTOR):
+            raise ValueError(f"{name} in its metadata is {value!r}; wanted a number")
+        if end == "r" and ranks and value not in ranks and not settings.get(f"{name}ank_pattern"):
+            raise ValueError(f"{name} in its metadata is {value}; its factors have {min(ranks)}")
+        if end == "use_dora" and value and not any("magnitude" in key for key in tensors):
+            raise ValueError(f"{name} in its metadata, but no magnitudes")
+
+
+def check_shapes(rows: Iterable[Any], index: Any) -> list[str]:
+    """Return problems of masks without a region; say which pictures are cropped to their result."""
+    found, turned = [], []
+    for row in rows:
+        for path in filter(None, (row.before, row.after, row.mask)):
+            aspects = index[path]["aspect"], index[row.edited]["aspect"]
+            if math.log(aspects[0]) * math.log(aspects[1]) < -0.02:  # one is turned
+                turned.append(str(path))
+        if row.mask and index[row.mask]["brightest"] < 128:
+            found.append(f"{row.mask} has no white (255): no region to look at")
+    if turned:
+        text = "%d picture(s) lie on another side than their results, and are cropped (%s)"
+        log.warning(text, len(turned), turned[0])
+    return found
+
+
+COLUMNS = ("images", "image", "prompt", "name", "seed")
+
+
+def check_row(row: Any) -> list[str]:
+    """Return the problems of one row of a table."""
+    if not isinstance(row, dict):
+        return [f'wanted {{"images": [...], "prompt": "..."}}, got {str(row)[:40]}']
+    problems = ["more cells than columns; quote a text with commas"] if None in row else []
+    strange = sorted(row.keys() - {*COLUMNS, None})
+    problems += [f"unknown column '{key}'{nearest(key, COLUMNS)}" for key in strange]
+    images = row.get("images") or row.get("image")
+    names = images if isinstance(images, list) else [images]
+    names = [name for text in names for name in (text.split(";") if isinstance(text, str) else [0])]
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        problems.append("no image, or one without a name")
+    if not isinstance(name := row.get("name") or "", str) or name == "." or not name.isprintable():
+        problems.append(f"name {name!r} is none for a file")
+    if not isinstance(row.get("prompt") or "", str):
+        problems.append(f"prompt {row['prompt']} is no text")
+    seed = str(row.get("seed") or 0).strip()
+    if not seed.isdecimal() or int(seed) >= 2**63:
+        problems.append(f"seed '{seed}' is no whole number below 2^63")
+    return problems
 
 
 def check_texts(texts: Mapping[str, str]) -> list[str]:
     """Return problems of texts: control tokens of the model, more than an encoder takes."""
     found = []
     for place, text in texts.items():
-        if token := CONTROL_TOKEN.search(text):
+        if NO_TEXT.search(text):
+            found.append(f"{place}: {ascii(text)[:80]} is no text in UTF-8")
+        elif token := CONTROL_TOKEN.search(text):
             found.append(f"{place}: {token[0]!r} is a control token of the model, not text")
         elif len(text) > MOST_CHARACTERS:
             found.append(f"{place}: {len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
@@ -233,7 +314,8 @@ def check_writable(name: str, folder: Path) -> list[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return []
+            odd = [folder / n for n in OURS if (folder / n).exists() and not (folder / n).is_file()]
+            return [f"{name}: {file} is no file; remove it" for file in odd]
     except FileExistsError:
         return [f"{name}: {folder} is a file; wanted a folder"]
     except (OSError, ValueError) as error:
@@ -243,7 +325,8 @@ def check_writable(name: str, folder: Path) -> list[str]:
 def check_device(name: str, value: str | None) -> list[str]:
     """Return problems of a device setting on this machine; None is the default device."""
     try:
-        torch.empty(0, device=value)
+        if torch.empty(0, device=value).is_meta:
+            return [f"{name}: meta computes nothing"]
     except (RuntimeError, AssertionError) as error:
         return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
     return []

@@ -54,7 +54,9 @@ def convert(source: Path, target: Path, original: bool, model: str) -> int:
         raise UserError(f"{target}: wanted a name that ends in .pt or .safetensors")
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: source and target are one file; name another target")
-    if problems := check_setup(writes={"target": target.parent}):
+    if target.exists():
+        raise UserError(f"{target} is there already; name another target")
+    if problems := check_setup(writes={"target": target.parent}, loras=[source]):
         raise UserError(problems[0])
     script = load_script(Path(__file__).resolve().parent.parent / "train_pairedit.py")
     transformer = flux_layers(script, model)

@@ -60,17 +60,26 @@ def values_of(record: dict[str, Any], columns: dict[Any, str]) -> dict[str, Any]
         raise ValueError("more cells than columns; quote a text with commas")
     row = {}
     for name in COLUMNS:
-        names = known_of(name, columns)
-        row[name] = next((record[n] for n in names if record.get(n) not in (None, "", [])), None)
+        filled = [n for n in known_of(name, columns) if record.get(n) not in (None, "", [])]
+        if len(filled) > 1 and name != "name":
+            raise ValueError(f"{' and '.join(filled)} are filled; leave one")
+        row[name] = record[filled[0]] if filled else None
     shown = row["references"]
+    places = [(int(m[1]), n) for n in record if (m := re.fullmatch(NUMBERED, n))]
+    numbered = dict(places)
+    if len(numbered) < len(places):
+        raise ValueError(f"{', '.join(sorted(n for _, n in places))}: a number stands there twice")
+    if isinstance(shown, list) and (more := [n for n in numbered.values() if record[n]]):
+        raise ValueError(f"a list of references, and {', '.join(sorted(more))}; leave one of them")
     if not isinstance(shown, list):
-        numbered = {int(m[1]): n for n in record if (m := re.fullmatch(NUMBERED, n))}
         first = [shown] if {*known_of("references", columns)} & record.keys() else []
         shown = [*first, *(record[numbered[i]] for i in sorted(numbered))]
         while shown and not shown[-1]:  # rows may have fewer than others
             shown.pop()
     prompts = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
-    row["prompt"] = [text for p in prompts if p and (text := str(p).strip())]
+    if wrong := [p for p in prompts if not isinstance(p, str | None)]:
+        raise ValueError(f"prompt {wrong[0]!r} is no text")
+    row["prompt"] = [text for p in prompts if p and (text := p.strip())]
     if not row["target"] or not shown or not all(shown):
         lacking = "reference before the last one" if any(shown) else "reference"
         raise ValueError(f"no {lacking if row['target'] else 'target'}")
@@ -105,17 +114,33 @@ def tell_unread(names: Iterable[str], columns: dict[Any, str]) -> None:
         log.warning("columns that hold nothing of a pair: %s", ", ".join(unread))
 
 
+def read_csv(text: str) -> list[Any]:
+    """Return the rows of a CSV table; spaces around the names of columns do not count."""
+    lines = io.StringIO(text.removeprefix("sep=,").lstrip("\r\n"), newline="")
+    reader = csv.DictReader(lines, skipinitialspace=True)
+    names = [name.strip() for name in reader.fieldnames or []]
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"two columns are called {twice[0]}")
+    reader.fieldnames = names
+    return list(reader)
+
+
 def read_table(table: Path, folder: Path, columns: dict[Any, str] | None = None) -> Found:
     """Read a CSV, JSONL or JSON table, under `folder` too; so are the pictures it names."""
     table = table if table.is_file() else folder / table
     try:
-        text = read_text(table, 2**30)
-        if table.suffix == ".csv":
-            records: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
-        elif table.suffix == ".json":
+        text, kind = read_text(table, 2**30), table.suffix.lower()
+        if kind == ".csv":
+            records: list[Any] = read_csv(text)
+        elif kind == ".json":
             records = list(json.loads(text))
-        else:
+        elif kind == ".jsonl":
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            raise ValueError("wanted a name that ends in .csv, .jsonl or .json")
+    except UnicodeDecodeError as error:
+        text = "it is no text in UTF-8 (in Excel: save as CSV UTF-8)"
+        return Found([], [f"table {table}: {text}: {error}"], [])
     except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
         return Found([], [f"table {table}: {error}"], [])
     if wrong := [i for i, record in enumerate(records, 1) if not isinstance(record, dict)]:
@@ -123,6 +148,7 @@ def read_table(table: Path, folder: Path, columns: dict[Any, str] | None = None)
     names = sorted({str(name) for record in records for name in record if name})
     if not {*known_of("target", columns or {})} & {*names}:
         there = f"its columns are {', '.join(names)}" if records else "it has no rows"
+        there += "; commas are wanted between columns" if re.search("[;\t]", "".join(names)) else ""
         return Found([], [f"table {table}: no column 'target': {there}"], [])
 
     def locate(value: Any, role: str, name: str) -> Path:

@@ -289,7 +289,10 @@ class Config(ChoiceConfig, FoldersConfig, ColumnsConfig, TableConfig, HubConfig)
 
 def check(config: Config) -> list[str]:
     """Return what can be known to be wrong before anything is read."""
-    return check_setup(writes={"output": config.output.parent})
+    problems = check_setup(writes={"output": config.output.parent})
+    if config.output.exists() and not read_table(config.output, config.output.parent).pairs:
+        problems.append(f"output: {config.output} is no table of this tool; name another file")
+    return problems
 
 
 def write_table(config: Config) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 SRGB = ImageCms.createProfile("sRGB")
+SRGB_GAMMA = 0.45455
 DARK = "its 16-bit values end below 16,384, as 12- and 14-bit data do; scale them"
 
 
@@ -31,18 +33,37 @@ def plain(file: Image.Image) -> Image.Image:
     return to_srgb(image)
 
 
+@functools.lru_cache
+def is_srgb(profile: bytes) -> bool:
+    """Return whether a profile leaves colours as they are (its name proves nothing)."""
+    colours = np.stack(np.meshgrid(*[np.arange(0, 256, 51, dtype=np.uint8)] * 3), -1)
+    image = Image.fromarray(colours.reshape(6, 36, 3))
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if opened.profile.xcolor_space.strip() != "RGB":
+        return False
+    found = ImageCms.profileToProfile(image, opened, SRGB)
+    return bool(np.abs(np.asarray(found).astype(int) - np.asarray(image)).max() <= 2)
+
+
 def to_srgb(image: Image.Image) -> Image.Image:
     """Return the picture in sRGB where it has a colour profile of another space."""
-    if not image.info.get("icc_profile"):
+    if not (data := image.info.get("icc_profile")):
+        gamma = image.info.get("gamma", SRGB_GAMMA)
+        if abs(gamma - SRGB_GAMMA) > 0.01 and "srgb" not in image.info:
+            raise ValueError(f"its gamma is {gamma:g}, of sRGB 0.45455; save it as sRGB")
         return image
-    profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-    if "sRGB" in ImageCms.getProfileDescription(profile):
+    if is_srgb(data):
         return image
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
     transparent = "A" in image.getbands() or "transparency" in image.info
     alpha = image.convert("RGBA").getchannel("A") if transparent else None
     mode = {"1": "L", "LA": "L"}.get(image.mode, image.mode)
     opaque = image.convert(mode if mode in ("L", "CMYK", "LAB") else "RGB")
-    image = ImageCms.profileToProfile(opaque, profile, SRGB, outputMode="RGB") or opaque
+    try:
+        image = ImageCms.profileToProfile(opaque, profile, SRGB, outputMode="RGB") or opaque
+    except ImageCms.PyCMSError as error:
+        text = f"its colour profile ({error}) is not one for {mode} pictures; save it as sRGB"
+        raise ValueError(text) from error
     if alpha:
         image.putalpha(alpha)
     return image
