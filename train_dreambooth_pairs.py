@@ -1534,11 +1534,10 @@ def main() -> None:
     """Train, or with --plan say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     argv = [arg for arg in sys.argv[1:] if arg != "--plan"]
-    config = utils.load_config(Config, argv, check=audit)
     if len(argv) < len(sys.argv) - 1:
-        print(utils.load_tool("plan").plan(sys.modules[__name__], config))
+        print(utils.load_tool("plan").planned(sys.modules[__name__], argv))
     else:
-        SDTrainer(config).fit()
+        SDTrainer(utils.load_config(Config, argv, check=audit)).fit()
 
 
 if __name__ == "__main__":

@@ -1385,11 +1385,10 @@ def main() -> None:
     """Read the config, audit, fit; with --plan only say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     argv = [arg for arg in sys.argv[1:] if arg != "--plan"]
-    config = utils.load_config(Config, with_named_config(argv), check=audit)
     if len(argv) < len(sys.argv) - 1:
-        print(utils.load_tool("plan").plan(sys.modules[__name__], config))
+        print(utils.load_tool("plan").planned(sys.modules[__name__], with_named_config(argv)))
     else:
-        PairEditTrainer(config).fit()
+        PairEditTrainer(utils.load_config(Config, with_named_config(argv), check=audit)).fit()
 
 
 if __name__ == "__main__":

@@ -338,7 +338,12 @@ def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
     from peft import LoKrConfig
     from peft import LoraConfig as PeftLoraConfig
 
-    layers = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    # the last block's text queries and outputs: nothing reads them, so they get no gradient, and
+    # KEEP: DDP waits forever for parameters that never get one
+    last = rf"transformer_blocks\.{len(transformer.transformer_blocks) - 1}"
+    dead = rf"{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
+    linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    layers = [n for n in linear if not re.fullmatch(dead, n)]
     named: Any = lora.target_modules
     named = TARGET_SETS.get(named, named) if isinstance(named, str) else list(named)
     each = [named] if isinstance(named, str) else [[name] for name in named]
@@ -350,10 +355,6 @@ def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
         )
     if isinstance(named, str):  # a pattern may fit norms, too; PEFT would refuse them
         named = [layer for layer in layers if matches(layer, named)]
-    # the last block's text queries and outputs: nothing reads them, so they get no gradient, and
-    # KEEP: DDP waits forever for parameters that never get one
-    last = rf"transformer_blocks\.{len(transformer.transformer_blocks) - 1}"
-    dead = rf"{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
     common: dict[str, Any] = {"target_modules": named, "exclude_modules": dead, "r": lora.r}
     alpha: Any = lora.lora_alpha or lora.r
     if lora.method == "lokr":
@@ -1058,7 +1059,7 @@ def check_model(config: Config, precision: str) -> list[str]:
     named = lora.target_modules
     return problems + utils.check_setup(
         model=("model.pretrained_model_name_or_path", name, QWEN_PARTS),
-        packages=["bitsandbytes"] * nf4,
+        packages=["bitsandbytes"] * nf4 + [config.optimizer.class_path],
         patterns={"model.lora.target_modules": named} if isinstance(named, str) else {},
         folded=[lora.pretrained_weight] if lora.pretrained_weight else [],
     )
@@ -2620,7 +2621,7 @@ class QwenImageEditTrainer:
             with init_empty_weights():
                 add_lora(empty, config.model.lora, config.seed)
             start_from_lora(empty, config.model.lora)
-            optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+            optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(2, 2))])
             if hasattr(optimizer, "eval") and config.train.use_ema:
                 text = f"{config.optimizer.class_path} averages by itself; leave one of the two out"
                 problems.append(f"train.use_ema: {text}")
@@ -2889,11 +2890,10 @@ def main() -> None:
     """Read the config, audit, fit; with --plan only say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     given = [arg for arg in sys.argv[1:] if arg != "--plan"]
-    config = utils.load_config(Config, given, check=audit)
     if len(given) < len(sys.argv) - 1:
-        print(utils.load_tool("plan").plan(sys.modules[__name__], config))
+        print(utils.load_tool("plan").planned(sys.modules[__name__], given))
     else:
-        QwenImageEditTrainer(config).fit()
+        QwenImageEditTrainer(utils.load_config(Config, given, check=audit)).fit()
 
 
 if __name__ == "__main__":

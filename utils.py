@@ -298,7 +298,7 @@ def load_config(
     if "help" in given:
         print(load_tool("settings").help_text(cls, "".join(given["help"][-1])))
         sys.exit(0)
-    data = read_config("".join(given.pop("config")[-1])) if "config" in given else {}
+    data = read_config(" ".join(given.pop("config")[-1])) if "config" in given else {}
     shown = given.pop("print_config", None)
     lists = {path for path, field in settings(cls) if get_origin(field.annotation) is list}
     problems = merge_overrides(data, given, lists)

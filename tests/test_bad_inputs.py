@@ -721,3 +721,25 @@ def test_learning_rates_that_are_none_are_named(lr):
     settings = train_qwen_edit.OptimizerConfig.model_validate({"init_args": {"lr": lr}})
     with pytest.raises(UserError, match="lr"):
         train_qwen_edit.make_optimizer(settings, [torch.nn.Parameter(torch.zeros(2))])
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
+def test_optimizers_that_the_loop_cannot_drive_are_named(name, audit):
+    assert f"torch.optim.{name} wants" in audit(
+        "qwen", **{"optimizer.class_path": f"torch.optim.{name}"}
+    )
+
+
+def test_layers_that_nothing_reads_are_no_targets(audit, make_trainer):
+    trainer = make_trainer(**{"model.lora.target_modules": "transformer_blocks.1.attn.add_q_proj"})
+    with pytest.raises(UserError, match="no layer matches"):
+        trainer.preflight()
+
+
+def test_a_page_of_somebody_else_stays(tmp_path):
+    page = utils.load_tool("page")
+    page.write_page(tmp_path / "a.html", "a", [])
+    page.write_page(tmp_path / "a.html", "b", [])
+    (tmp_path / "b.html").write_text("<!doctype html>\n<html>mine</html>")
+    with pytest.raises(UserError, match=r"b\.html is no page of this tool"):
+        page.write_page(tmp_path / "b.html", "b", [])

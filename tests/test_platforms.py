@@ -14,7 +14,9 @@ import builtins, os, runpy, signal, sys
 imported, opened = builtins.__import__, os.open
 
 def lacking(name, names=None, *rest, **how):
-    if name in ("resource", "fcntl") and (names or {}).get("__file__", "").startswith(ROOT):
+    place = (names or {}).get("__file__", "")
+    ours = place.startswith(ROOT) and "site-packages" not in place
+    if name in ("resource", "fcntl") and ours:
         raise ImportError(f"No module named {name!r}")  # libraries have ways of their own
     return imported(name, names, *rest, **how)
 

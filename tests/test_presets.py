@@ -85,3 +85,13 @@ def test_a_recipe_says_why_finds_its_data_and_fits_its_card(file, full_size, tmp
         twin["model"]["pretrained_model_name_or_path"] = config.model.pretrained_model_name_or_path
         twin["logging"] = config.model_dump()["logging"]
         assert twin == config.model_dump()
+
+
+def test_the_readmes_table_of_cards_says_what_the_files_say():
+    rows = re.findall(
+        r"\| (\d+) GB \|.*`(\w+\.yaml)` \| (\d+) GB \|", (ROOT / "README.md").read_text()
+    )
+    assert len(rows) >= 6 and {int(card) for card, _, _ in rows} >= {16, 24, 48, 80}
+    for card, name, peak in rows:
+        text = (ROOT / "configs" / name).read_text()
+        assert int(peak) == int(re.search(r"bout (\d+)", text)[1]) < int(card) * 1.0737 - 0.5, name

@@ -6,7 +6,9 @@ The scripts call problems() through utils.check_setup(); nothing here is needed 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -61,8 +63,9 @@ def problems(
     model: (setting, folder or Hub id, {part: what the name of its class begins with}); writes:
     {setting: folder that is written}; reads: folders that are read with all below them; apart:
     {setting: such a folder that no other may share}; devices: {setting: device or None}; packages:
-    that must be installed; texts: {place: prompt or caption}; patterns: {setting: expression};
-    loras: files in .safetensors (others are left alone); folded: such whose alpha must be their r.
+    that must be installed, or an optimizer's class; texts: {place: prompt or caption}; patterns:
+    {setting: expression}; loras: files in .safetensors (others are left alone); folded: such whose
+    alpha must be their r.
     """
     found = check_parts(*model) if model else []
     reads = [*dict.fromkeys(reads)]
@@ -76,10 +79,26 @@ def problems(
     return found + check_texts(texts or {}) + check_patterns(patterns or {}) + check_launcher()
 
 
+def check_optimizer(path: str) -> list[str]:
+    """Return problems of an optimizer that a loop of gradients cannot drive."""
+    module, _, name = path.rpartition(".")
+    with contextlib.suppress(ImportError, AttributeError, ValueError):  # said when it is made
+        step = inspect.signature(getattr(importlib.import_module(module), name).step)
+        closure = step.parameters.get("closure")
+        if closure and closure.default is inspect.Parameter.empty:
+            return [f"optimizer.class_path: {path} wants a closure, which the loop does not have"]
+        if name == "SparseAdam":
+            return [f"optimizer.class_path: {path} wants sparse gradients"]
+    return []
+
+
 def check_package(name: str) -> list[str]:
     """Return problems of a package that the settings need: not installed, or without its key."""
-    if importlib.util.find_spec(name) is None:
-        return [f"{name} is not installed: pip install {name}"]
+    root = name.partition(".")[0]
+    if root and importlib.util.find_spec(root) is None:
+        return [f"{name} is not installed: pip install {root}"]
+    if "." in name:
+        return check_optimizer(name)
     if name != "wandb" or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return []
     with contextlib.suppress(OSError, netrc.NetrcParseError):

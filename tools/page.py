@@ -49,9 +49,10 @@ def write_page(path: Path, title: str, rows: Sequence[PageRow], embed: bool = Fa
     Pictures stay where they are and are linked relative to `path`; with `embed` they are copied
     into the page, which can then be sent as one file. Nothing is loaded from elsewhere.
 
-    Raises:
-        UserError: a picture cannot be read.
+    Raises UserError: a picture cannot be read, or what lies at `path` is no page of this tool.
     """
+    if path.exists() and PAGE[:200] not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{path} is no page of this tool; move it")
     _save_page(path, title, "".join(_row_html(row, path.parent, embed) for row in rows))
 
 
