@@ -2,7 +2,7 @@
 
 Page: docs/cache_embeddings.md
 
-    accelerate launch cache_embeddings.py --config configs/x.yaml             # fill
+    python cache_embeddings.py --config configs/x.yaml             # fill
     accelerate launch --multi_gpu --num_processes 4 cache_embeddings.py --config configs/x.yaml
     python cache_embeddings.py --config configs/x.yaml --stats     # count, change nothing
     python cache_embeddings.py --config configs/x.yaml --verify    # check all, mend the damaged

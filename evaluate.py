@@ -18,6 +18,7 @@ Shapes: H W pixels of one picture, (3, H, W) in 0..1, fp32; D numbers of an embe
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
@@ -32,28 +33,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pydantic import Field, field_validator
 
-from utils import (
-    FileIndex,
-    Section,
-    UserError,
-    check_device,
-    check_writable,
-    fetch_checkpoint,
-    hash_file,
-    list_images,
-    load_config,
-    load_tool,
-    look_at_picture,
-    nearest,
-    open_rgb,
-    progress,
-    run_script,
-    save_atomic,
-    save_text,
-)
+import utils
+from utils import Section, UserError, load_config, load_tool, nearest, open_rgb, progress
 
 SETTINGS_KEY = "image_edit"  # PNG text chunk
-hash_of = functools.cache(hash_file)  # many results have one reference
+hash_of = functools.cache(utils.hash_file)  # many results have one reference
 
 
 # --- 1. metrics -----------------------------------------------------------------------------------
@@ -216,7 +200,7 @@ class Config(Section):
     """Network of the metric: a folder, or a Hub id."""
     dino_model: str = "facebook/dinov2-small"
     """Network of the metric: a folder, or a Hub id."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=4096)
     """Results that are embedded at once, by CLIP or DINO."""
     html: bool = False
     """Also write evaluation.html: before, every column, after, with a divider to drag."""
@@ -245,7 +229,6 @@ class Config(Section):
             **{f"two folders are called {n}; give NAME=FOLDER": names.count(n) > 1 for n in names},
             f"clip_model: no folder {self.clip_model}": not is_model(self.clip_model),
             f"dino_model: no folder {self.dino_model}": not is_model(self.dino_model),
-            **dict.fromkeys(check_device("device", self.device), True),
         }
 
 
@@ -282,12 +265,10 @@ class Result(NamedTuple):
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return what a finished picture says about itself; {} if there is none, or from elsewhere."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
-            return dict(json.loads(text))
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
-        return {}
+    with contextlib.suppress(Exception), utils.open_regular(path) as file:
+        info = Image.open(file, formats=utils.FORMATS).info
+        return dict(json.loads(info.get(SETTINGS_KEY) or info.get("comment", "{}")))
+    return {}
 
 
 def reference_of(about: dict[str, Any]) -> Path | None:
@@ -306,7 +287,7 @@ def by_stem(folder: Path, suffix: str = "") -> dict[str, Path]:
     """
     found = {
         stem.removesuffix(suffix): files
-        for stem, files in list_images(folder).items()
+        for stem, files in utils.list_images(folder).items()
         if stem.endswith(suffix)
     }
     if not found:
@@ -322,6 +303,8 @@ def named_folders(texts: list[str]) -> list[tuple[str, Path]]:
     found = []
     for text in texts:
         name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        if not path:
+            raise UserError(f"'{text}' names no folder")
         found.append((name or (Path(path).name if len(texts) > 1 else ""), Path(path)))
     return found
 
@@ -336,10 +319,15 @@ def find_results(config: Config, series: str, folder: Path, edited: bool) -> lis
         about: Any = {"name": stem} if edited else read_settings(path)
         if "name" not in about or stem.startswith("evaluation"):
             continue  # a sheet, from elsewhere, or our own
-        name = about["name"].removesuffix(config.before_suffix).removesuffix(config.after_suffix)
-        run, scale, seed, prompt = map(about.get, ("run", "scale", "seed", "prompt"))
-        row = Result(run or "", scale, name, seed, config.prompt or prompt, path)
-        rows.append(row._replace(before=reference_of(about)))
+        with utils.named(f"{path}: its settings are not as generate.py writes them"):
+            name = about["name"].removesuffix(config.before_suffix)
+            name = name.removesuffix(config.after_suffix)
+            run, scale, seed, prompt = map(about.get, ("run", "scale", "seed", "prompt"))
+            if not math.isfinite(float(scale or 0)):
+                raise ValueError(f"scale {scale}")
+            scale, prompt = scale and float(scale), "".join(config.prompt or prompt or "") or None
+            row = Result(run or "", scale, name, seed, prompt, path)
+            rows.append(row._replace(before=reference_of(about)))
     if not rows:
         raise UserError(f"{folder}: nothing of generate.py (else: --edited_dir)")
     if len({row.series for row in rows}) == 1:
@@ -355,8 +343,8 @@ def match(rows: list[Result], folders: dict[str, Any], notes: list[str]) -> list
     rows = [row._replace(before=before) for row, before in zip(rows, befores, strict=True)]
     for kind, files in folders.items():
         if lost := [row.name for row in rows if row.name not in files]:
-            some = ", ".join(sorted({*lost})[:5])
-            notes.append(f"{len(lost)} picture(s) left out: no {kind} of that name ({some})")
+            some = ", ".join(sorted({*lost})[:5]) + ")" + nearest(lost[0], files)
+            notes.append(f"{len(lost)} picture(s) left out: no {kind} of that name ({some}")
         rows = [row._replace(**{kind: files[row.name]}) for row in rows if row.name in files]
     return [row._replace(prompt=row.prompt or caption_of(row.after)) for row in rows]
 
@@ -421,10 +409,23 @@ def check_comparison(config: Config) -> list[str]:
     """Return everything that is wrong; every picture is read once."""
     rows, _, problems = find_comparisons(config)
     files = {path for row in rows for path in (row.edited, row.before, row.after, row.mask) if path}
-    problems += FileIndex(None).update(sorted(files), look_at_picture)
+    index = utils.FileIndex(None)
+    problems += index.update(sorted(files), utils.look_at_picture)
+    problems += [] if problems else utils.from_tool("check", "check_shapes", [], rows, index)
     if config.html:
         load_tool("page")  # raises UserError where it was not copied along
-    return problems or check_writable("results", output_folder(config))
+    if problems:
+        return problems + utils.check_setup(devices={"device": config.device})
+    folder = output_folder(config)
+    there = [f for f in folder.glob("evaluation.*") if f.suffix in (".csv", ".png", ".html")]
+    with contextlib.suppress(OSError, ValueError):
+        ours = '"columns"' in utils.read_text(folder / "evaluation.json", 2**30)
+        there = [] if ours else [folder / "evaluation.json"]
+    if there:
+        problems = [f"{there[0]} is not of evaluate.py; name another output_dir"]
+    return problems + utils.check_setup(
+        devices={"device": config.device}, writes={"results": folder}
+    )
 
 
 def output_folder(config: Config) -> Path:
@@ -491,7 +492,7 @@ def load_embedder(
 
     name, tokenizer = getattr(config, flag), None
     try:
-        file = fetch_checkpoint(name, "config.json") / "config.json"
+        file = utils.fetch_checkpoint(name, "config.json") / "config.json"
         family = json.loads(file.read_text(encoding="utf-8")).get("model_type", "")
         if not family.startswith(kind):
             raise UserError(f"it is a network of type {family}")
@@ -776,9 +777,9 @@ def evaluate(config: Config, rows: list[Result], notes: list[str]) -> dict[str, 
     }
     folder = output_folder(config)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    save_text(folder / "evaluation.json", text)
-    save_atomic(folder / "evaluation.csv", lambda file: write_csv(file, report["rows"]))
-    save_atomic(folder / "evaluation.png", lambda file: draw_report(file, report))
+    utils.save_text(folder / "evaluation.json", text)
+    utils.save_atomic(folder / "evaluation.csv", lambda file: write_csv(file, report["rows"]))
+    utils.save_atomic(folder / "evaluation.png", lambda file: draw_report(file, report))
     print_summary(report)
     if config.html:
         page, title = load_tool("page"), folder.resolve().name
@@ -796,4 +797,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

@@ -44,6 +44,7 @@ import csv
 import functools
 import gc
 import importlib
+import io
 import json
 import math
 import os
@@ -62,43 +63,26 @@ import yaml
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pydantic import AfterValidator, BeforeValidator, Field, create_model
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
+import utils
 from utils import (
-    FileIndex,
     Section,
     UserError,
-    check_device,
-    check_packages,
-    check_writable,
-    contact_sheet,
-    draw_key,
-    fetch_checkpoint,
-    hash_file,
-    list_images,
     listed,
     load_config,
-    load_script,
     load_tool,
-    look_at_picture,
+    named,
     nearest,
     normal,
     open_rgb,
-    parse_args,
-    progress,
-    read_config,
-    read_model_json,
-    run_script,
-    save_atomic,
-    shuffled,
-    uniform,
 )
 
 AREA_1MP = 1024 * 1024
 VISION_AREA = 384 * 384  # area_px of the pictures shown to the text encoder by Edit-Plus
 SETTINGS_KEY = "image_edit"  # PNG text chunk
-hash_of = functools.cache(hash_file)  # many pictures have one reference
+hash_of = functools.cache(utils.hash_file)  # many pictures have one reference
 PUBLISHED_FLUX = "black-forest-labs/FLUX.1-dev"
 
 
@@ -141,9 +125,9 @@ class JobsConfig(Section):
     """Folder of pictures to edit, each alone."""
     table: Path | None = None
     """Table of edits, .csv or .jsonl: images (";" between several), prompt, name, seed."""
-    height: int | None = Field(None, ge=32, multiple_of=16)
+    height: int | None = Field(None, ge=32, le=8192, multiple_of=16)
     """Height of the results, px; null: by the picture's aspect and the size of the training."""
-    width: int | None = Field(None, ge=32, multiple_of=16)
+    width: int | None = Field(None, ge=32, le=8192, multiple_of=16)
     """Width of the results, px; see height."""
     output: Path | None = None
     """The picture (PNG); with several scales, seeds or prompts the strip, pictures beside it."""
@@ -171,6 +155,9 @@ class JobsConfig(Section):
             "output_dir: is missing; input_dir and table need it": many and not self.output_dir,
             "output_dir: goes with input_dir or table": self.output_dir and not many,
             "output: goes with image or prompt": output and many,
+            "output_dir: lies in input_dir, and would be read next time": self.input_dir
+            and self.output_dir
+            and self.output_dir.resolve().is_relative_to(self.input_dir.resolve()),
             "output: is missing": not output and not many,
             png: output and output.suffix != ".png",
             f"input_dir: no folder {self.input_dir}": self.input_dir
@@ -187,7 +174,7 @@ class EditConfig(JobsConfig):
     """Checkpoint: a folder in diffusers layout, or a Hub id."""
     negative_prompt: str = ""
     """Instruction that guidance leads away from; "" is the empty one."""
-    num_inference_steps: int = Field(40, ge=2)
+    num_inference_steps: int = Field(40, ge=2, le=1000)
     """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Guidance against negative_prompt; 1 switches it off and halves the time."""
@@ -215,11 +202,11 @@ class SliderConfig(JobsConfig):
     """Precision of the weights of the frozen transformer's blocks."""
     dtype: Dtype = None
     """Precision of the model; null: bf16, on a CPU fp32."""
-    resolution: int = Field(512, ge=32, multiple_of=16)
+    resolution: int = Field(512, ge=32, le=8192, multiple_of=16)
     """Side of the square whose area the pictures get, px; photos keep their aspect (buckets)."""
-    num_inference_steps: int = Field(28, ge=1)
+    num_inference_steps: int = Field(28, ge=1, le=1000)
     """Euler steps of a picture; more is slower and finer."""
-    guidance_scale: float = 3.5
+    guidance_scale: float = Field(3.5, ge=0, le=100)
     """Embedded guidance of FLUX.1-dev; has no effect on models without it."""
     max_sequence_length: int = Field(512, ge=1, le=512)
     """T5 tokens of a prompt; padded to it, as the pipeline does."""
@@ -259,12 +246,12 @@ class ChangeConfig(JobsConfig):
     """Checkpoint: a folder in diffusers layout, or a Hub id."""
     dtype: Dtype = None
     """Precision of UNet and text encoder; null: bf16, on a CPU fp32. The VAE is always fp32."""
-    resolution: int | None = Field(None, ge=64, multiple_of=64)
+    resolution: int | None = Field(None, ge=64, le=8192, multiple_of=64)
     """Side of the square whose area the pictures get, px; photos keep their aspect (buckets).
     null: what the LoRA was trained with, else the base model's own (mostly 512)."""
     num_inference_steps: int = Field(50, ge=1, le=500)
     """DDIM steps of a picture; more is slower and finer."""
-    guidance_scale: float | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=1, le=100)
     """Classifier-free guidance; 1 is none. null: 7.5, on photos 1."""
     negative_prompt: str = ""
     """Prompt that guidance leads away from; "" is the empty prompt."""
@@ -309,7 +296,7 @@ class RunStripsConfig(Section):
     """Draw each picture with a line of prompts_file instead of `prompt`."""
     prompts_file: list[str] = Field(["prompts-person.yaml"], min_length=1)
     """Files in configs/prompts/ (or paths): YAML lists; entry k for data set k."""
-    count_gen: int = Field(2, ge=1)
+    count_gen: int = Field(2, ge=1, le=10_000)
     """Number of seeds drawn, from start_seed_gen on."""
     use_random_seed: bool = False
     """Draw the seeds from 0..32768 (by `seed`) instead of counting up."""
@@ -428,15 +415,13 @@ def find_lora(path: Path, allow_pickle: bool | None = None) -> Path:
 
 def read_about(path: Path) -> dict[str, Any]:
     """Return what a trainer of ours wrote into a LoRA; {} if it cannot be read or is another's."""
-    try:
-        with safe_open(path.parent / f"{path.stem}.safetensors", framework="pt") as file:
-            return dict(json.loads((file.metadata() or {}).get("image_edit_lora", "{}")))
-    except (OSError, SafetensorError, ValueError, TypeError):  # check_lora() says what is wrong
-        return {}
+    # check_lora() says what is wrong
+    with contextlib.suppress(Exception), safe_open(path.with_suffix(".safetensors"), "pt") as file:
+        return dict(json.loads((file.metadata() or {}).get("image_edit_lora", "{}")))
+    return {}
 
 
 Row = dict[str, Any]  # name, images, and what a table says of prompt and seed
-COLUMNS = ("images", "image", "prompt", "name", "seed")
 
 
 def find_rows(config: JobsConfig) -> tuple[list[Row], list[str]]:
@@ -444,7 +429,7 @@ def find_rows(config: JobsConfig) -> tuple[list[Row], list[str]]:
     if config.table:
         return read_jobs(config.table)
     if config.input_dir:
-        found = list_images(config.input_dir)
+        found = utils.list_images(config.input_dir)
         rows = [{"images": [file], "name": stem} for stem, its in found.items() for file in its]
         return rows, [] if rows else [f"input_dir: no picture in {config.input_dir}"]
     assert config.output  # a rule of JobsConfig
@@ -455,18 +440,18 @@ def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
     """Return rows of a .csv or .jsonl table; relative paths are from here, or from the table."""
     rows: list[Any] = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows = list(csv.DictReader(file))
-            elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-            else:
-                return [], [f"table: {path} must be a .csv or a .jsonl file"]
-    except (OSError, ValueError, csv.Error) as error:
+        file = io.StringIO(utils.read_text(path, 2**30), newline="")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            return [], [f"table: {path} must be a .csv or a .jsonl file"]
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         return [], [f"table: {path}: {error}"]
     good, problems = [], [] if rows else [f"table: no row in {path}"]
     for number, row in enumerate(rows, 1):
-        if wrong := check_row(row):
+        if wrong := utils.from_tool("check", "check_row", [], row):
             problems += [f"{path} row {number}: {problem}" for problem in wrong]
             continue
         images = row.get("images") or row.get("image")
@@ -476,26 +461,6 @@ def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
         name = str(row.get("name") or "+".join(file.stem for file in files))
         good.append({**row, "images": files, "name": name})
     return good, problems
-
-
-def check_row(row: Any) -> list[str]:
-    """Return the problems of one row of a table."""
-    if not isinstance(row, dict):
-        return [f'wanted {{"images": [...], "prompt": "..."}}, got {str(row)[:40]}']
-    problems = ["more cells than columns; quote a text with commas"] if None in row else []
-    strange = sorted(row.keys() - {*COLUMNS, None})
-    problems += [f"unknown column '{key}'{nearest(key, COLUMNS)}" for key in strange]
-    images = row.get("images") or row.get("image")
-    names = images if isinstance(images, list) else [images]
-    names = [name for text in names for name in (text.split(";") if isinstance(text, str) else [0])]
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        problems.append("no image, or one without a name")
-    if not isinstance(row.get("prompt") or "", str):
-        problems.append(f"prompt {row['prompt']} is no text")
-    seed = str(row.get("seed") or 0).strip()
-    if not seed.isdecimal() or int(seed) >= 2**63:
-        problems.append(f"seed '{seed}' is no whole number below 2^63")
-    return problems
 
 
 def prompts_of(painter: Painter, row: Row) -> list[str]:
@@ -515,7 +480,8 @@ def prompts_of(painter: Painter, row: Row) -> list[str]:
                 raise UserError(f"{beside}: {error}") from error
     if usual is None and not any(map(str.strip, prompts)):
         text = "no prompt (--prompt, a prompt column, a .txt beside the image)"
-        raise UserError(f"{row['name']}: {text}")
+        learnt = [f"; LoRA: {about['prompts']}" for about in painter.about if "prompts" in about]
+        raise UserError(f"{row['name']}: {text}{''.join(learnt[:1])}")
     return prompts or [usual or ""]
 
 
@@ -525,9 +491,9 @@ def plan_jobs(painter: Painter) -> tuple[list[Strip], list[str]]:
     rows, problems = find_rows(config)
     scales = tuple(config.scales or ([1.0] if config.lora else [0.0]))
     folder = config.output_dir or (config.output or Path()).parent
-    index = FileIndex(None)
+    index = utils.FileIndex(None)
     read = dict.fromkeys(file for row in rows for file in row["images"])
-    problems += index.update(read, look_at_picture)
+    problems += index.update(read, utils.look_at_picture)
     for row in rows:
         name, images, size = row["name"], tuple(row["images"]), (config.width, config.height)
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -568,22 +534,26 @@ def plan_runs(painter: Painter, config: Any) -> tuple[list[Strip], list[str]]:
     for number, dataset in enumerate(config.datasets):
         try:
             lines = prompt_lines(config, number)
-            draws = [uniform(config.seed, "prompt", dataset, k) for k in range(config.count_gen)]
+            draws = [
+                utils.uniform(config.seed, "prompt", dataset, k) for k in range(config.count_gen)
+            ]
             prompts[dataset] = [lines[int(draw * len(lines))] for draw in draws]
         except UserError as error:
             problems.append(str(error))
             prompts[dataset] = [""] * config.count_gen
-    index = FileIndex(None)
+    index = utils.FileIndex(None)
     for run in painter.script.all_runs(config):
         photos: list[Path] = []
         if run.image_id:
             folder = config.datasets_folder / run.dataset / config.source_folder
-            photos = (list_images(folder) if folder.is_dir() else {}).get(run.image_id, [])[:1]
+            photos = (utils.list_images(folder) if folder.is_dir() else {}).get(run.image_id, [])[
+                :1
+            ]
             if not photos:
                 problems.append(
                     f"no picture {run.image_id}.* in {folder}; its size is the result's"
                 )
-            problems += index.update(photos, look_at_picture)
+            problems += index.update(photos, utils.look_at_picture)
         size = config.resolution, config.resolution
         with contextlib.suppress(KeyError):  # a picture that could not be read
             size = painter.size([index[photo] for photo in photos])
@@ -605,10 +575,8 @@ def prompt_lines(config: Any, number: int) -> list[str]:
     name = config.prompts_file[min(number, len(config.prompts_file) - 1)]
     beside = Path(__file__).parent / "configs/prompts" / name
     path = next((p for p in (Path(name), Path("configs/prompts") / name) if p.is_file()), beside)
-    try:
-        lines = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"prompts_file {name}: {error}") from error
+    with named(f"prompts_file {name}"):
+        lines = yaml.safe_load(utils.read_text(path))
     if not isinstance(lines, list) or not lines or not all(isinstance(x, str) for x in lines):
         raise UserError(f"prompts_file {path}: wanted a YAML list of prompts")
     return lines
@@ -617,7 +585,7 @@ def prompt_lines(config: Any, number: int) -> list[str]:
 def picture_seeds(config: Any) -> list[int]:
     """Return the seeds: counted up, or drawn without repetition."""
     if config.use_random_seed:
-        return shuffled(32769, config.seed, "picture seeds")[: config.count_gen]
+        return utils.shuffled(32769, config.seed, "picture seeds")[: config.count_gen]
     return [config.start_seed_gen + i for i in range(config.count_gen)]
 
 
@@ -655,7 +623,7 @@ def prompt_in_name(prompt: str, limit: int = 120) -> str:
     """Return a prompt for a file name: white space is _; cut to `limit` bytes it gets a hash."""
     name = "_".join(prompt.split())
     plain = re.sub(r"[/\\\0]", "-", name).encode()[:limit].decode(errors="ignore")
-    return plain if plain == name else f"{plain}-{draw_key(prompt):016x}"
+    return plain if plain == name else f"{plain}-{utils.draw_key(prompt):016x}"
 
 
 # --- 4. drawing: what is missing, then sheets and pages -------------------------------------------
@@ -670,10 +638,13 @@ def check_results(strips: Sequence[Strip]) -> list[str]:
     seen += Counter(sheet.resolve() for sheet in {strip.sheet for strip in strips} if sheet)
     read = {image.resolve() for strip in strips for image in strip.images}
     long = {path for path in seen if len(os.fsencode(path.name)) > NAME_BYTES}
-    folders = [path for path in seen.keys() - long if path.is_dir()]
+    folders = [path for path in seen.keys() - long if path.exists() and not path.is_file()]
+    files = sorted(path for path in seen.keys() - long - read if path.is_file())
+    foreign = [path for path in files if not read_settings(path)]
     problems = [f"two results are called {path}" for path, count in seen.items() if count > 1]
     problems += [f"{path} would be overwritten: it is read" for path in sorted(read & seen.keys())]
-    problems += [f"{path} is a folder; wanted the name of a picture" for path in folders]
+    problems += [f"{path} is not of generate.py; name another place" for path in foreign]
+    problems += [f"{path} is no file; wanted the name of a picture" for path in folders]
     problems += [f"{path}: a name has at most {NAME_BYTES} bytes here" for path in sorted(long)]
     return problems
 
@@ -709,12 +680,10 @@ def picture_settings(painter: Painter, strip: Strip, scale: float) -> dict[str, 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return what a finished picture says about itself; {} if there is none, or from elsewhere."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(SETTINGS_KEY) or image.info.get("comment", "{}")
-            return dict(json.loads(text))
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
-        return {}
+    with contextlib.suppress(Exception), utils.open_regular(path) as file:
+        info = Image.open(file, formats=utils.FORMATS).info
+        return dict(json.loads(info.get(SETTINGS_KEY) or info.get("comment", "{}")))
+    return {}
 
 
 def save_picture(path: Path, image: Image.Image, about: dict[str, Any]) -> None:
@@ -725,7 +694,7 @@ def save_picture(path: Path, image: Image.Image, about: dict[str, Any]) -> None:
     options: dict[str, Any] = {"format": "PNG", "pnginfo": info}
     if path.suffix == ".jpg":
         options = {"format": "JPEG", "quality": 95, "comment": text.encode()}
-    save_atomic(path, lambda file: image.save(file, **options))
+    utils.save_atomic(path, lambda file: image.save(file, **options))
 
 
 def draw_strips(painter: Painter, strips: Sequence[Strip], html: bool) -> None:
@@ -742,7 +711,7 @@ def draw_strips(painter: Painter, strips: Sequence[Strip], html: bool) -> None:
     if todo:
         painter.load(list(dict.fromkeys(strip.prompt for strip in todo)))
     options: dict[str, Any] = {"total": len(missing), "unit": "picture", "disable": not missing}
-    with progress(None, "generate", **options) as bar:
+    with utils.progress(None, "generate", **options) as bar:
         for strip in todo:
             pairs = zip(strip.scales, strip.files, strict=True)
             places = {scale: file for scale, file in pairs if file in missing}
@@ -772,7 +741,7 @@ def write_sheet(sheet: Path, strips: Sequence[Strip], decides: list[Any]) -> Non
     rows = [columns_of(strip, any(len(s.images) > 1 for s in strips)) for strip in strips]
     heads = max((list(row) for row in rows), key=len)
     captions = [f"{strip.name}, seed {strip.seed}: {strip.prompt}" for strip in strips]
-    about = {"pictures": f"{draw_key(json.dumps([decides, heads, captions])):016x}"}
+    about = {"pictures": f"{utils.draw_key(json.dumps([decides, heads, captions])):016x}"}
     if read_settings(sheet) == about:
         return
 
@@ -780,7 +749,7 @@ def write_sheet(sheet: Path, strips: Sequence[Strip], decides: list[Any]) -> Non
         return ImageOps.contain(open_rgb(file), (256, 256)) if file else None  # never all whole
 
     pictures = [[cell(row.get(head)) for head in heads] for row in rows]
-    save_picture(sheet, contact_sheet(pictures, heads, captions), about)
+    save_picture(sheet, utils.contact_sheet(pictures, heads, captions), about)
 
 
 def write_pages(strips: Sequence[Strip]) -> None:
@@ -827,8 +796,9 @@ class Painter:
 
     def problems(self, strips: Sequence[Strip]) -> list[str]:
         """Return what can be known to be wrong before a model loads."""
-        problems = check_device("device", self.config.device) + self.wrong_loras
-        problems += (wrong := self.check_base())
+        texts = {f"prompt of {strip.name}": strip.prompt for strip in strips}
+        problems = utils.check_setup(devices={"device": self.config.device}, texts=texts)
+        problems += self.wrong_loras + (wrong := self.check_base())
         model = None
         try:
             model = None if wrong else self.empty_model()
@@ -839,7 +809,9 @@ class Painter:
         files = {lora.file for strip in strips for lora in strip.loras}
         for file in sorted(files | {strip.inversion for strip in strips if strip.inversion}):
             try:
-                self.check_lora(find_lora(file, self.allow_pickle), model)
+                path = find_lora(file, self.allow_pickle)
+                problems += (unsound := utils.check_setup(loras=[path]))
+                self.check_lora(path, None if unsound else model)
             except UserError as error:
                 text = "; ".join(line.strip(" -") for line in str(error).splitlines())
                 problems.append(text if str(file) in text else f"LoRA {file}: {text}")
@@ -980,21 +952,14 @@ class EditPainter(Painter):
     def empty_model(self) -> Any:
         """Return the transformer without weights."""
         name = self.config.pretrained_model_name_or_path
-        return self.script.empty_transformer(read_model_json(name, "transformer/config.json"))
+        return self.script.empty_transformer(utils.read_model_json(name, "transformer/config.json"))
 
     def check_lora(self, file: Path, model: Any) -> None:
         """Compare names and shapes of a LoRA with the transformer. Raises UserError."""
-        from diffusers import QwenImageEditPlusPipeline
-
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                tensors = QwenImageEditPlusPipeline.lora_state_dict(str(file), use_safetensors=True)
-        except Exception as error:  # converters raise many kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"LoRA {file} cannot be read: {reason}") from error
+        tensors = edit_tensors(file, model) if model else {}
         layers = dict(model.named_modules()) if model else {}
         wrong = []
-        for name, tensor in tensors.items() if model else ():
+        for name, tensor in tensors.items():
             layer = re.split(r"\.(?:lora_|lokr_|alpha|diff|dora)", name)[0]
             shape = getattr(layers.get(layer.removeprefix("transformer.")), "weight", tensor).shape
             axis = 1 if ".lora_A." in name else 0
@@ -1018,11 +983,12 @@ class EditPainter(Painter):
         area, vision, *_ = self.rule
         return super().decides() | {"reference_area": area, "vision_area": vision}
 
+    @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
         """Load the pipeline with all LoRAs (named lora0, lora1 ...)."""
         import diffusers
 
-        folder = fetch_checkpoint(self.config.pretrained_model_name_or_path)
+        folder = utils.fetch_checkpoint(self.config.pretrained_model_name_or_path)
         processor = self.script.load_processor(folder / "processor")
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, processor=processor, dtype=self.dtype, use_safetensors=True
@@ -1097,19 +1063,36 @@ class EditPainter(Painter):
         return [cut(image, aspect) for image, aspect in zip(images, aspects, strict=True)]
 
 
+def edit_tensors(path: Path, transformer: Any) -> Parts:
+    """Return a file's tensors under diffusers' names, with alpha folded in. Raises UserError."""
+    import diffusers
+
+    tensors, _ = read_tensors(path)
+    if any(re.search("lokr_|magnitude|dora", name) for name in tensors):
+        with named(f"LoRA {path} cannot be read"), warnings.catch_warnings(action="ignore"):
+            kind = diffusers.QwenImageEditPlusPipeline
+            return kind.lora_state_dict(str(path), use_safetensors=True)
+    return {
+        f"transformer.{layer}.lora_{end}.weight": factor
+        for layer, factors in read_factors(path, transformer, "QwenImageEditPlusPipeline").items()
+        for end, factor in zip("AB", factors, strict=True)
+    }
+
+
 def load_edit_lora(pipeline: Any, path: Path, name: str) -> None:
     """Call load_lora_weights; it refuses LoKr files, which the transformer takes."""
-    with safe_open(path, framework="pt") as file:
-        lokr = any(".lokr_" in key for key in file.keys())  # noqa: SIM118 (not a dict)
-    if not lokr:
-        pipeline.load_lora_weights(str(path), adapter_name=name)
-        return
-    tensors, metadata = pipeline.lora_state_dict(
-        str(path), use_safetensors=True, return_lora_metadata=True
+    names = [*read_tensors(path)[0]]
+    if any(".lokr_" in key for key in names):
+        how: dict[str, Any] = {"use_safetensors": True, "return_lora_metadata": True}
+        tensors, metadata = pipeline.lora_state_dict(str(path), **how)
+        how = {"adapter_name": name, "metadata": metadata, "_pipeline": pipeline}
+        return pipeline.load_lora_into_transformer(tensors, pipeline.transformer, **how)
+    known = (
+        r"transformer\..*\.lora_[AB]\.weight|transformer\..*magnitude.*|(diffusion_model|lora_u).*"
     )
-    pipeline.load_lora_into_transformer(
-        tensors, pipeline.transformer, adapter_name=name, metadata=metadata, _pipeline=pipeline
-    )
+    stock = all(re.fullmatch(known, key) for key in names)
+    source = str(path) if stock else edit_tensors(path, pipeline.transformer)
+    pipeline.load_lora_weights(source, adapter_name=name)
 
 
 # --- 7. FLUX.1: files of sliders ------------------------------------------------------------------
@@ -1117,16 +1100,17 @@ def load_edit_lora(pipeline: Any, path: Path, name: str) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors and metadata of a .safetensors file or a pickle of tensors; UserError."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()  # not a dict
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    if path.suffix == ".safetensors":
+        with named(f"LoRA {path} cannot be read"), safe_open(path, framework="pt") as file:
+            names = file.keys()  # not a dict
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    tensors = None
+    with contextlib.suppress(Exception):  # torch's advice would be to run what is in the file
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise UserError(f"LoRA {path} cannot be read: {str(error)[:200]}") from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
-        raise UserError(f"LoRA {path}: wanted a dict of tensors")
+        raise UserError(f"LoRA {path}: no pickle of tensors by their names, and of nothing else")
+    with named(f"LoRA {path}"):
+        utils.from_tool("check", "check_factors", None, tensors)
     return tensors, {}
 
 
@@ -1135,6 +1119,10 @@ FACTORS = {
     ".lora_down.weight": "down",
     ".lora_B.weight": "up",
     ".lora_up.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
     ".alpha": "alpha",
 }
 LOST = re.compile(r"dora|^lora_te|^text_encoder|diff")  # what diffusers' conversion leaves out
@@ -1149,8 +1137,10 @@ def sort_keys(tensors: Parts, transformer: Any) -> tuple[dict[str, Parts], list[
     """
     names: dict[str, str] = {}
     for path, _ in transformer.named_modules():
-        original = "lora_unet_" + path.replace(".", "_")
-        names |= dict.fromkeys((path, f"transformer.{path}", original), path)
+        for before in ("", "transformer.", "diffusion_model.", "base_model.model."):
+            names[f"{before}{path}"] = path
+        for before in ("lora_unet_", "lora_transformer_", "lycoris_"):
+            names[before + path.replace(".", "_")] = path
     found: dict[str, Parts] = {}
     left = []
     for key, tensor in tensors.items():
@@ -1176,11 +1166,13 @@ def lora_strength(layer: str, parts: Parts, settings: dict[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def read_slider(path: Path, transformer: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def read_factors(
+    path: Path, transformer: Any, pipeline: str = "FluxPipeline"
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return {layer: (down (r, in), up (out, r))} of a file, fp32; its strength is folded into up.
 
     Takes diffusers/PEFT files, those of PairEdit and Concept Sliders (lora_unet_*), and what
-    FluxPipeline.lora_state_dict converts (kohya, XLabs, Black Forest Labs ...).
+    `pipeline.lora_state_dict` converts (kohya, XLabs, Black Forest Labs ...).
 
     Raises:
         UserError: not readable, or tensors in it that are no part of a LoRA for this transformer.
@@ -1191,9 +1183,9 @@ def read_slider(path: Path, transformer: Any) -> dict[str, tuple[torch.Tensor, t
     found, left = sort_keys(tensors, transformer)
     if left and not any(LOST.search(key) for key in left):
         with contextlib.suppress(Exception):  # converters raise many kinds; `left` tells the user
-            converted, alphas = diffusers.FluxPipeline.lora_state_dict(
-                dict(tensors), return_alphas=True
-            )
+            kind = getattr(diffusers, pipeline)
+            converted = kind.lora_state_dict(dict(tensors), return_alphas=True)
+            converted, alphas = converted if isinstance(converted, tuple) else (converted, None)
             found, left = sort_keys(converted | (alphas or {}), transformer)
     left += [layer for layer, parts in found.items() if not {"down", "up"} <= parts.keys()]
     if left or not found:
@@ -1214,7 +1206,7 @@ def flux_layers(script: ModuleType, name: str) -> Any:
     """Return a checkpoint's transformer without weights; the published one needs no network."""
     if name == PUBLISHED_FLUX and not Path(name).is_dir():
         return script.empty_flux(script.PUBLISHED_TRANSFORMER)
-    return script.empty_flux(read_model_json(name, "transformer/config.json"))
+    return script.empty_flux(utils.read_model_json(name, "transformer/config.json"))
 
 
 # --- 8. FLUX.1: sliders ---------------------------------------------------------------------------
@@ -1274,7 +1266,7 @@ class SliderPainter(Painter):
         """Return what can be known to be wrong before a model loads."""
         problems, steps = super().problems(strips), self.config.num_inference_steps
         if self.config.base_model_precision == "nf4-bnb":
-            problems += check_packages("bitsandbytes")
+            problems += utils.check_setup(packages=["bitsandbytes"])
         for start in sorted({lora.start for strip in strips for lora in strip.loras}):
             if not 0 <= start < steps:
                 text = f"the slider would act from step {start}, but there are 0..{steps - 1}"
@@ -1293,12 +1285,13 @@ class SliderPainter(Painter):
         """Compare a LoRA with the transformer. Raises UserError."""
         if model:
             switch = self.script.AdapterSwitch()
-            self.script.add_slider(model, switch, "checked", read_slider(file, model), 1.0)
+            self.script.add_slider(model, switch, "checked", read_factors(file, model), 1.0)
 
+    @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
         """Encode the prompts, then load the VAE and the transformer."""
         script, config, device = self.script, self.config, self.device
-        self.folder = fetch_checkpoint(config.pretrained_model_name_or_path, "*/*")
+        self.folder = utils.fetch_checkpoint(config.pretrained_model_name_or_path, "*/*")
         length = config.max_sequence_length
         self.texts = script.encode_texts(self.folder, prompts, length, self.dtype, device)
         gc.collect()  # KEEP: the encoders are never in memory together with the transformer
@@ -1320,7 +1313,7 @@ class SliderPainter(Painter):
             for layer in self.script.adapted_layers(self.transformer, name).values():
                 del layer.down[name], layer.up[name]
         for name, path in wanted.items():
-            factors = read_slider(find_lora(path, self.allow_pickle), self.transformer)
+            factors = read_factors(find_lora(path, self.allow_pickle), self.transformer)
             self.script.add_slider(self.transformer, self.switch, name, factors, 1.0)
         self.attached = wanted
 
@@ -1411,8 +1404,8 @@ class ChangePainter(Painter):
         """Return the side of the base model's own pictures, px; 512 where it does not say."""
         name = self.config.pretrained_model_name_or_path
         try:
-            latents_px = read_model_json(name, "unet/config.json")["sample_size"]
-            halvings = len(read_model_json(name, "vae/config.json")["block_out_channels"]) - 1
+            latents_px = utils.read_model_json(name, "unet/config.json")["sample_size"]
+            halvings = len(utils.read_model_json(name, "vae/config.json")["block_out_channels"]) - 1
             return max(64, latents_px * 2**halvings // 64 * 64)
         except (UserError, KeyError, TypeError):
             return 512
@@ -1441,7 +1434,9 @@ class ChangePainter(Painter):
         from accelerate import init_empty_weights
 
         name = self.config.pretrained_model_name_or_path
-        unet, text = (read_model_json(name, f"{x}/config.json") for x in ("unet", "text_encoder"))
+        unet, text = (
+            utils.read_model_json(name, f"{x}/config.json") for x in ("unet", "text_encoder")
+        )
         with init_empty_weights():
             return {
                 "unet": diffusers.UNet2DConditionModel.from_config(unet),
@@ -1458,11 +1453,12 @@ class ChangePainter(Painter):
         mask = self.config.mask
         return super().decides() | {"mask": hash_of(mask) if mask else None}
 
+    @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
         """Load all parts of the model, and the LoRAs into them (named lora0, lora1 ...)."""
         script, dtype, device = self.script, self.dtype, self.device
         folder = script.fetch_sd(self.config.pretrained_model_name_or_path)
-        self.schedule = read_model_json(str(folder), "scheduler/scheduler_config.json")
+        self.schedule = utils.read_model_json(str(folder), "scheduler/scheduler_config.json")
         every = dict.fromkeys([*prompts, self.config.negative_prompt])
         self.texts = script.encode_prompts(folder, list(every), dtype, device)
         self.vae = script.load_part(folder, "vae", dtype, device)
@@ -1576,8 +1572,8 @@ KINDS = {"FluxPipeline": SliderPainter, "StableDiffusionPipeline": ChangePainter
 
 def settings_given(argv: Sequence[str]) -> dict[str, Any]:
     """Return the settings of the file and of the flags, as text. Raises UserError."""
-    given = parse_args(argv)
-    file = read_config("".join(given["config"][-1])) if "config" in given else {}
+    given = utils.parse_args(argv)
+    file = utils.read_config("".join(given["config"][-1])) if "config" in given else {}
     return file | {name.partition(".")[0]: "".join(texts[-1]) for name, texts in given.items()}
 
 
@@ -1587,7 +1583,9 @@ def pick_painter(given: dict[str, Any]) -> type[Painter]:
     if name == PUBLISHED_FLUX:
         return SliderPainter
     with contextlib.suppress(UserError):  # which the check of the settings will tell
-        kind = read_model_json(name, "model_index.json").get("_class_name", "") if name else ""
+        kind = (
+            utils.read_model_json(name, "model_index.json").get("_class_name", "") if name else ""
+        )
     if kind:
         return KINDS.get(kind, EditPainter)
     for painter in (ChangePainter, SliderPainter):
@@ -1635,11 +1633,11 @@ def help_text(wanted: str, script: Callable[[type[Painter]], Any]) -> str:
 def main() -> None:
     """Read the settings, check the strips, draw the pictures."""
     argv = sys.argv[1:]
-    flags = parse_args(argv)
+    flags = utils.parse_args(argv)
 
     def script_of(kind: type[Painter], path: Any = None) -> Any:
         own = "".join(flags["script"][-1]) if "script" in flags else path
-        script = load_script(Path(own or Path(__file__).parent / kind.script_name))
+        script = utils.load_script(Path(own or Path(__file__).parent / kind.script_name))
         if not hasattr(script, kind.needs):
             text = f"no training script of {kind.family}; wanted {kind.script_name} or a fork of it"
             raise UserError(f"--script {script.__file__}: {text}")
@@ -1673,7 +1671,7 @@ def main() -> None:
         job.update(painter=painter, strips=strips, html=config.html)
         problems += painter.problems(strips) + check_results(strips)
         folder = strips[0].files[0].parent if strips else Path()  # the others lie beside it
-        return problems or check_writable("results", folder)
+        return problems or utils.check_setup(writes={"results": folder})
 
     try:
         load_config(runs_class(script) if runs else kind.config_class, argv, check)
@@ -1683,4 +1681,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

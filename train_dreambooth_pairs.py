@@ -2,7 +2,7 @@
 
 Page: docs/train_dreambooth_pairs.md
 
-    accelerate launch train_dreambooth_pairs.py --pretrained_model_name_or_path DIR \\
+    python train_dreambooth_pairs.py --pretrained_model_name_or_path DIR \\
         --use_image_pairs --before_data_dir data/before --after_data_dir data/after --output_dir out
     ... --pair_objective difference             # what a pair teaches: a function of OBJECTIVES
     ... --sequence_dirs a b c --sequence_scales -1,0,1      # more than two times
@@ -19,7 +19,6 @@ H/8 W/8, text (B, 77, 768). Noised: z_t = a z + s e with a^2 = alphas_cumprod[t]
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import itertools
 import json
@@ -254,13 +253,13 @@ def class_pass(trainer: SDTrainer, draws: Sequence[Draw], t: torch.Tensor) -> Pa
 class TrainingConfig(Section):
     """How long, how much at once, and how fast."""
 
-    max_train_steps: int | None = Field(None, ge=1)
+    max_train_steps: int | None = Field(None, ge=1, le=100_000_000)
     """Optimizer steps of the run; null: num_train_epochs says it."""
-    num_train_epochs: int = Field(1, ge=1)
+    num_train_epochs: int = Field(1, ge=1, le=100_000_000)
     """Passes over the data (epochs); read where max_train_steps is null."""
-    train_batch_size: int = Field(4, ge=1)
+    train_batch_size: int = Field(4, ge=1, le=4096)
     """Samples per forward pass and process; a pair is one sample."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=4096)
     """Forward passes per optimizer step and process."""
     seed: int = 0
     """Seed of every random draw; a draw belongs to (seed, purpose, sample number)."""
@@ -272,9 +271,9 @@ class TrainingConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     """Shape of the learning rate over the run."""
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_warmup_steps: int = Field(0, ge=0, le=100_000_000)
     """Optimizer steps from 0 to the full learning rate (lr_scheduler constant has none)."""
-    lr_num_cycles: int = Field(1, ge=1)
+    lr_num_cycles: int = Field(1, ge=1, le=1000)
     """How often lr_scheduler cosine_with_restarts starts."""
     lr_power: float = Field(1.0, gt=0)
     """Exponent of lr_scheduler polynomial."""
@@ -398,7 +397,7 @@ TARGETS = {  # EDIT HERE: layers with an adapter, by the end of their names; cou
 class AdapterConfig(Section):
     """Which layers learn, and how much they can learn."""
 
-    lora_rank: int = Field(4, ge=1, validation_alias=AliasChoices("lora_rank", "rank"))
+    lora_rank: int = Field(4, ge=1, le=4096, validation_alias=AliasChoices("lora_rank", "rank"))
     """Rank of the LoRA; `rank` is taken as well."""
     lora_alpha: float | None = Field(None, gt=0)
     """Strength of the LoRA is lora_alpha / lora_rank; null means lora_alpha = lora_rank."""
@@ -562,11 +561,11 @@ class PicturesConfig(Section):
     """Folder of pictures of the class; what is missing is drawn by the base model."""
     class_prompt: str | None = None
     """Prompt of the class pictures, e.g. "a photo of a dog"."""
-    num_class_images: int = Field(100, ge=1)
+    num_class_images: int = Field(100, ge=1, le=100_000)
     """How many class pictures there must be."""
-    sample_batch_size: int = Field(4, ge=1)
+    sample_batch_size: int = Field(4, ge=1, le=4096)
     """Class pictures drawn at once."""
-    resolution: int = Field(512, ge=64, multiple_of=64)
+    resolution: int = Field(512, ge=64, le=8192, multiple_of=64)
     """Side of the square whose area the pictures get, px; aspect ratios are kept (buckets)."""
     center_crop: bool = False
     """Crop to a square of `resolution` instead."""
@@ -619,7 +618,7 @@ def match_pictures(config: Config) -> Found:
             problems.append(f"{', '.join(map(str, twice[0]))}: same stem; keep one")
         elif len(there) < least:
             lacking = [d for d, f in zip(folders, stems, strict=True) if stem not in f]
-            text = f"no picture {stem}.* in {', '.join(map(str, lacking))}"
+            text = f"no picture {stem}.* in {', '.join(map(str, lacking))}; on_missing: skip"
             (notes if config.on_missing == "skip" else problems).append(text)
         else:
             scales, times = zip(*((scale, file) for scale, [file] in there), strict=True)
@@ -666,23 +665,24 @@ def draw_class_pictures(trainer: SDTrainer, folder: Path) -> None:
 
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads; see audit.json."""
-    unwritable = utils.check_writable("cache_dir", config.cache_dir)
-    problems = unwritable + check_base(config.pretrained_model_name_or_path) + check_folders(config)
-    packages = [config.report_to] if config.report_to in ("tensorboard", "wandb") else []
-    problems += utils.check_packages(*packages, *["bitsandbytes"] * config.use_8bit_adam)
+    problems = check_base(config.pretrained_model_name_or_path) + check_folders(config)
+    trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
+    packages = [*trackers, *["bitsandbytes"] * config.use_8bit_adam]
+    texts = {name: text for name, text in config if name.endswith("prompt") and text}
+    problems += utils.check_setup(packages=packages, texts=texts)
     if os.environ.get("RANK", "0") != "0":  # the first process looks at the pictures
         return problems
     samples, left_out, wrong = match_pictures(config)
     problems += check_warmup(config, len(samples))
     if config.with_prior_preservation and config.class_data_dir:
         samples += single_pictures(config.class_data_dir)
-    index = utils.FileIndex(None if unwritable else config.cache_dir)
+    index = utils.FileIndex(config.cache_dir)
     _, notes, bad = check_samples(config, samples, index)
     report = {"samples": [x.name for x in samples], "notes": left_out + notes}
     report["problems"] = problems + wrong + bad
     if report["notes"]:
         log.warning("note\n%s", listed(report["notes"]))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(UserError):
         utils.save_text(config.output_dir / "audit.json", json.dumps(report, indent=2))
     return report["problems"]
 
@@ -706,7 +706,7 @@ def check_warmup(config: Config, samples: int) -> list[str]:
 
 def check_base(name: str) -> list[str]:
     """Return the problems of a base model: another kind, parts missing or cut off."""
-    folder, what = Path(name), f"pretrained_model_name_or_path: {name}"
+    what = f"pretrained_model_name_or_path: {name}"
     try:
         kind = utils.read_model_json(name, "model_index.json").get("_class_name")
         if kind != "StableDiffusionPipeline":
@@ -716,32 +716,21 @@ def check_base(name: str) -> list[str]:
         channels = utils.read_model_json(name, "unet/config.json").get("in_channels")
         if (target, channels) != ("epsilon", 4):
             return [f"{what} predicts {target} from {channels} channels; wanted epsilon from 4"]
-        if folder.is_dir() and not list(folder.glob("tokenizer/[vt]o*.json")):
-            return [f"{what}/tokenizer holds no vocab.json and no tokenizer.json"]
-        for part, file in PARTS.items() if folder.is_dir() else ():
-            what = f"pretrained_model_name_or_path: {folder / part / file}"
-            utils.read_model_json(name, f"{part}/config.json")
-            with safe_open(folder / part / file, framework="pt"):
-                pass  # its length must be what its header says
-    except (OSError, SafetensorError, UserError) as error:
+    except UserError as error:
         return [f"{what}: {error}"]
-    return []
+    return utils.check_setup(model=("pretrained_model_name_or_path", name, SD_CLASSES))
 
 
 def check_folders(config: Config) -> list[str]:
     """Return the problems of folders that are read with all below them, or written."""
-    output_dir, single = config.output_dir, config.instance_data_dir
     classes = config.class_data_dir if config.with_prior_preservation else None
-    read = [folder for folder in (*(f for _, f in config.stages), single, classes) if folder]
-    apart = [*itertools.permutations(read, 2), *((output_dir, folder) for folder in read)]
-    problems = utils.check_writable("output_dir", output_dir)
-    for inner, outer in apart:
-        if inner.resolve().is_relative_to(outer.resolve()):
-            text = "and that is read with all below it, as training pictures: move one"
-            problems.append(f"{inner} is {outer} or lies in it, {text}")
-    if classes and len(single_pictures(classes)) < config.num_class_images:
-        problems += utils.check_writable("class_data_dir", classes)
-    return problems
+    read: dict[str, Any] = {f"stage {scale:g}": folder for scale, folder in config.stages}
+    read["instance_data_dir"] = config.instance_data_dir
+    written: dict[str, Any] = {"output_dir": config.output_dir, "cache_dir": config.cache_dir}
+    lacks = classes and len(single_pictures(classes)) < config.num_class_images
+    (written if lacks else read)["class_data_dir"] = classes
+    apart = {name: folder for name, folder in read.items() if folder}
+    return utils.check_setup(writes=written, apart=apart)
 
 
 def check_samples(config: Config, samples: list[Sample], index: utils.FileIndex) -> Found:
@@ -749,13 +738,13 @@ def check_samples(config: Config, samples: list[Sample], index: utils.FileIndex)
     files = sorted({file for sample in samples for file in sample.files})
     problems = index.update(files, utils.look_at_picture)
     readable = {f for f in files if not (problems and index.update([f], utils.look_at_picture))}
-    long = [f for f in files if f in readable and not 1 / 3 <= index.aspect(f) <= 3]
-    notes = [f"{file} is longer than 3:1; its ends are cut off" for file in long]
+    seen = [("samples", index[f], config.resolution**2, False) for f in files if f in readable]
+    notes = utils.from_tool("check", "notes", [], seen)
     samples = [sample for sample in samples if readable.issuperset(sample.files)]
     for first, other in (pair for s in samples for pair in itertools.pairwise(s.files)):
         if index[first]["pixels"] == index[other]["pixels"]:
             problems.append(f"{first} and {other} are the same picture: no change to learn")
-        elif abs(math.log(index.aspect(first) / index.aspect(other))) > 0.02:
+        elif abs(math.log(index[first]["aspect"] / index[other]["aspect"])) > 0.02:
             notes.append(f"{other} has another shape than {first}; both are cropped")
     return [fit_sample(config, sample, index) for sample in samples], notes, problems
 
@@ -844,6 +833,12 @@ def fingerprint(folders: Sequence[Path], *extra: str) -> str:
 # load_adapter({"unet": unet}, switch, "change", file); switch.parts = [(Active("change", 0.5),)]
 # predict_noise(unet, latents, t, embeds) is then half of the change; schedule: the scheduler's JSON
 DIFFUSION = "diffusion_pytorch_model.safetensors"
+SD_CLASSES = {  # of a part: how its name begins
+    "unet": "UNet2DCondition",
+    "vae": "AutoencoderKL$",
+    "text_encoder": "CLIPText",
+    **{"tokenizer": "", "scheduler": "(?!FlowMatch)"},
+}
 PARTS = {"unet": DIFFUSION, "vae": DIFFUSION, "text_encoder": "model.safetensors"}
 
 
@@ -853,6 +848,7 @@ def fetch_sd(name: str) -> Path:
     return utils.fetch_checkpoint(name, *names, "tokenizer/*", "scheduler/*")
 
 
+@utils.named("the base model cannot be loaded")
 def load_part(folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Load the unet, vae or text_encoder of a checkpoint, frozen."""
     import diffusers
@@ -879,6 +875,7 @@ def decode_sd(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
 
 
+@utils.named("the base model cannot be loaded")
 @torch.no_grad()
 def encode_prompts(
     folder: Path, prompts: Sequence[str], dtype: torch.dtype, device: torch.device
@@ -1024,12 +1021,6 @@ def path_in_file(part: str, path: str) -> str:
     return path if part == "unet" else f"text_model.{path.removeprefix('text_model.')}"
 
 
-def save_lora(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Write diffusers' (PEFT's) names and `about`; no alpha: every loader takes alpha = rank."""
-    metadata = {"format": "pt", "image_edit_lora": json.dumps(about, sort_keys=True)}
-    utils.save_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
-
-
 def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a LoRA with the names of WebUIs, lora_unet_* and lora_te_*; .alpha is the rank."""
     renamed, rank = {}, float(len(next(iter(tensors.values()))))
@@ -1057,13 +1048,18 @@ def load_adapter(models: dict[str, Any], switch: AdapterSwitch, name: str, file:
                 for theirs, ours in LORA_NAMES.items():
                     known = known.replace(theirs, ours)
                 tensors[known] = opened.get_tensor(key).float()
+        if not any("_lora_A" in key for key in tensors):
+            raise ValueError("it holds no factor of a LoRA")
         for part, model in models.items():
+            if peft.get(f"{part}.alpha_pattern"):
+                raise ValueError(f"{part}.alpha_pattern in its metadata is not read here")
+            root = math.sqrt if peft.get(f"{part}.use_rslora") else float
             for path, _ in list(model.named_modules()):
                 known = f"{part}.{path_in_file(part, path)}".replace(".", "_")
                 down, up = (tensors.pop(f"{known}_lora_{side}_weight", None) for side in "AB")
                 if down is not None and up is not None:
                     usual = peft.get(f"{part}.lora_alpha", len(down))
-                    strength = float(tensors.pop(f"{known}_alpha", usual)) / len(down)
+                    strength = float(tensors.pop(f"{known}_alpha", usual)) / root(len(down))
                     set_adapter(adaptable(model, switch, path), name, down, up, strength)
         if tensors:
             raise ValueError(f"no such layers\n{listed(sorted(tensors), 3)}")
@@ -1095,7 +1091,7 @@ class ResultsConfig(Section):
     """kohya: also write the LoRA in the format of WebUIs."""
     validation_prompt: str | None = None
     """Prompt of the validation sheets; null draws none."""
-    num_validation_images: int = Field(4, ge=1)
+    num_validation_images: int = Field(4, ge=1, le=1000)
     """Images per validation sheet and strength (seeds 0..n-1)."""
     validation_steps: int | None = Field(None, ge=1)
     """Steps between two validation sheets; null: with the checkpoints."""
@@ -1103,9 +1099,9 @@ class ResultsConfig(Section):
     """Passes over the data between two validation sheets, instead of validation_steps."""
     validation_scales: Numbers = Field([-1.0, -0.5, 0.0, 0.5, 1.0], min_length=1)
     """LoRA strengths drawn on the validation sheet."""
-    validation_inference_steps: int = Field(25, ge=1)
+    validation_inference_steps: int = Field(25, ge=1, le=1000)
     """DDIM steps of a validation image."""
-    validation_guidance_scale: float = Field(7.5, ge=1)
+    validation_guidance_scale: float = Field(7.5, ge=1, le=100)
     """Classifier-free guidance of the validation images; 1 is none."""
 
 
@@ -1188,7 +1184,7 @@ def save_result(trainer: SDTrainer, calibrated: bool) -> None:
         factor = full_change(trainer)
         log.info("calibrated: one full change is %.3g times the trained strength", factor)
     tensors, about = adapter_tensors(trainer.models, "change", factor), about_run(trainer, factor)
-    save_lora(config.output_dir / LORA_FILE, tensors, about)
+    utils.save_tensors(config.output_dir / LORA_FILE, tensors, image_edit_lora=about)
     if config.export == "kohya":
         save_kohya(config.output_dir / KOHYA_FILE, tensors)
     utils.save_text(config.output_dir / "README.md", CARD.format(**about, file=LORA_FILE))
@@ -1301,17 +1297,11 @@ class SDTrainer:
 
     def setup_accelerator(self) -> None:
         """Set up processes, devices, trackers."""
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
-
         config = self.config
-        self.accelerator: Any = Accelerator(
-            # bf16: layers cast by themselves, as in inference; fp16 needs the scaler
-            mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
-            cpu=not torch.accelerator.is_available(),
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_dir=config.output_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))],
+        # bf16: layers cast by themselves, as in inference; fp16 needs the scaler
+        mixed = "fp16" if config.mixed_precision == "fp16" else "no"
+        self.accelerator: Any = utils.make_accelerator(
+            config.report_to, config.output_dir, mixed_precision=mixed
         )
         self.device: torch.device = self.accelerator.device
         self.passes_per_step = config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -1376,7 +1366,7 @@ class SDTrainer:
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
         vae = load_part(self.folder, "vae", self.dtype, self.device) if todo else None
         for key in utils.progress(todo, "encode pictures"):
-            utils.write_entry(self.cache_dir, key, encode_sample(vae, jobs[key]))
+            utils.save_tensors(utils.entry_path(self.cache_dir, key), encode_sample(vae, jobs[key]))
         del vae
         release_memory()
         self.accelerator.wait_for_everyone()
@@ -1449,15 +1439,11 @@ class SDTrainer:
                 stopped = train_loop(self, stop)
             if main:
                 save_result(self, calibrated=not stopped)
-                self.run_log.report()
+                utils.from_tool("after", "tell", None, config.output_dir, stopped)
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
         what, file = "stopped" if stopped else "done", config.output_dir / LORA_FILE
-        base = config.pretrained_model_name_or_path
-        show = (
-            f"python generate.py --pretrained_model_name_or_path {base} --lora {file} --prompt ..."
-        )
-        log.info("%s at step %d: %s; look at it: %s", what, self.global_step, file, show)
+        log.info("%s at step %d: %s", what, self.global_step, file)
 
     @functools.cached_property
     def trained_as(self) -> dict[str, Any]:
@@ -1487,14 +1473,15 @@ class SDTrainer:
 
             def write(folder: Path) -> None:
                 tensors = adapter_tensors(self.models, "change", 1.0)
-                save_lora(folder / LORA_FILE, tensors, about_run(self))
+                utils.save_tensors(folder / LORA_FILE, tensors, image_edit_lora=about_run(self))
 
             self.checkpoints.save(self.global_step, self.trained_as, training, write)
 
     @torch.no_grad()
+    @utils.named("the checkpoint does not fit this run")
     def restore(self, folder: Path, step: int) -> None:
         """Set adapters, optimizer and schedule to those of a checkpoint."""
-        saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(folder / "training_state.pt", "cpu", weights_only=True)
         for parameter, value in zip(self.trained, saved["adapters"], strict=True):
             parameter.copy_(value)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -1547,11 +1534,10 @@ def main() -> None:
     """Train, or with --plan say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     argv = [arg for arg in sys.argv[1:] if arg != "--plan"]
-    config = utils.load_config(Config, argv, check=audit)
     if len(argv) < len(sys.argv) - 1:
-        print(utils.load_tool("plan").plan(sys.modules[__name__], config))
+        print(utils.load_tool("plan").planned(sys.modules[__name__], argv))
     else:
-        SDTrainer(config).fit()
+        SDTrainer(utils.load_config(Config, argv, check=audit)).fit()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Page: docs/train_pairedit.md
 
-    accelerate launch train_pairedit.py --config configs/pairedit_age.yaml     # or --c pairedit_age
+    python train_pairedit.py --config configs/pairedit_age.yaml     # or --c pairedit_age
     ... --python_name train_image_wocontent     # an ablation: a name of LOSSES
     ... --python_name train_image_real          # inversion LoRA of single photos (image_ids)
     ... --python_name slider_text               # from two prompts, without pictures
@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
 import functools
-import json
 import logging
 import math
 import sys
@@ -39,8 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 import utils
@@ -62,15 +59,15 @@ class VariantConfig(Section):
     """eta: factor on the pair's difference as it is learned, as inference skips the first steps."""
     noise_scales: Numbers = Field([1.0], min_length=1)
     """beta of the content-preserving schedule x + sigma beta noise; a run for each value."""
-    num_noise_seeds: int | None = Field(31, ge=1)
+    num_noise_seeds: int | None = Field(31, ge=1, le=1000)
     """Number of different noises in a run (PairEdit has 31); null: new noise in every sample."""
-    num_inference_steps: int = Field(28, ge=1)
+    num_inference_steps: int = Field(28, ge=1, le=1000)
     """N: sigma is one of the N noise levels of an inference of N steps."""
     start_step: int = Field(0, ge=0)
     """First of the N steps whose noise level is trained; 0 is pure noise."""
     end_step: int = Field(27, ge=0)
     """Last of the N steps whose noise level is trained (included)."""
-    guidance_scale: float = 3.5
+    guidance_scale: float = Field(3.5, ge=0, le=100)
     """Embedded guidance of FLUX.1-dev, in training and in pictures."""
 
 
@@ -197,9 +194,9 @@ def adapters_of(name: str) -> list[str]:
 class LoopConfig(Section):
     """How long it trains and what it saves: all of it may change when a run goes on."""
 
-    train_iteration: int = Field(500, ge=1)
+    train_iteration: int = Field(500, ge=1, le=100_000_000)
     """Optimizer steps of a run."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=4096)
     """Draws of (pair, sigma, noise) per step and process; one shape, sigmas spread evenly."""
     save_per_steps: int = Field(500, ge=1)
     """Optimizer steps between two saves (LoRA, checkpoint, preview); the end is always saved."""
@@ -337,7 +334,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class LorasConfig(Section):
     """The LoRAs and their optimizer, AdamW; everything else stays frozen."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=4096)
     """Rank of each adapter."""
     alpha: float = Field(1.0, gt=0)
     """The strength of an adapter is alpha / rank."""
@@ -470,9 +467,7 @@ def save_slider(path: Path, transformer: Any, name: str, about: dict[str, Any]) 
     settings["target_modules"] = sorted(layers)
     plain = str | int | float | bool | list | dict | None
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
-    metadata = {"lora_adapter_metadata": adapter, "image_edit_lora": about}
-    texts = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-    utils.save_atomic(path, lambda file: save_file(tensors, file, {"format": "pt", **texts}))
+    utils.save_tensors(path, tensors, lora_adapter_metadata=adapter, image_edit_lora=about)
 
 
 def save_original(path: Path, transformer: Any, name: str) -> None:
@@ -506,9 +501,9 @@ class RunsConfig(Section):
     """What to do with a stem that one of the folders lacks."""
     train_start: int = Field(1, ge=0)
     """Number of the first version (repeat of a training with other draws)."""
-    train_count: int = Field(1, ge=1)
+    train_count: int = Field(1, ge=1, le=1000)
     """Number of versions, repeats of a training with other draws."""
-    config_name: str = Field("base", pattern=r"^[^/\\]+$")
+    config_name: str = Field("base", pattern=r"^[^/\\\x00]{1,60}$")
     """Free tag in the names of runs; no slashes."""
     output_folder: Path = Path("output/models/image/")
     """Folder of all results: <output_folder>/<data set>/<run>/ holds everything a run leaves."""
@@ -575,7 +570,7 @@ def find_pairs(config: Config, dataset: str, index: utils.FileIndex) -> Found:
     for stem in config.image_ids or sorted(set().union(*found)):
         files = [stems.get(stem, []) for stems in found]
         if [] in files:
-            text = f"{dataset}: no picture {stem}.* in {folders[files.index([])]}"
+            text = f"{dataset}: no picture {stem}.* in {folders[files.index([])]}; on_missing: skip"
             (odd if config.on_missing == "skip" else problems).append(text)
         elif several := [str(file) for its in files for file in its if len(its) > 1]:
             problems.append(f"{dataset}: {', '.join(several)} have the same name; keep one")
@@ -584,17 +579,18 @@ def find_pairs(config: Config, dataset: str, index: utils.FileIndex) -> Found:
     if not pairs and not problems:
         problems.append(f"{dataset}: no pair in {', '.join(map(str, folders))}")
     problems += index.update((f for pair in pairs.values() for f in pair), utils.look_at_picture)
-    samples = []
+    samples, seen = [], []
     for name, pair in pairs.items():
         first, last = pair[0], pair[-1]
         with contextlib.suppress(KeyError):  # unreadable: not in the index
             size = nearest_bucket(index[first]["width"], index[first]["height"], config.resolution)
             samples.append(Sample(name, pair, size))
+            seen.append((dataset, index[first], config.resolution**2, False))
             if first != last and index[first]["pixels"] == index[last]["pixels"]:
                 problems.append(f"{first} and {last} are the same picture: no change to learn")
-            elif abs(math.log(index.aspect(first) / index.aspect(last))) > 0.02:
+            elif abs(math.log(index[first]["aspect"] / index[last]["aspect"])) > 0.02:
                 odd.append(f"{last} has another shape than {first}; both are cropped to one size")
-    return samples, odd, problems
+    return samples, odd + utils.from_tool("check", "notes", [], seen), problems
 
 
 def check_checkpoint(name: str) -> list[str]:
@@ -607,26 +603,30 @@ def check_checkpoint(name: str) -> list[str]:
         return [f"pretrained_model_name_or_path: {error}"]
     if kind != "FluxPipeline":
         return [f"pretrained_model_name_or_path: {name} is a {kind}; wanted FluxPipeline"]
-    parts = [Path(name) / part for part in ("scheduler", "transformer", "vae", *TEXT_PARTS)]
-    lacking = [part for part in parts if Path(name).is_dir() and not part.is_dir()]
-    return [f"pretrained_model_name_or_path: no folder {part}" for part in lacking]
+    return utils.check_setup(model=("pretrained_model_name_or_path", name, FLUX_PARTS | TEXT_PARTS))
 
 
 def audit(config: Config) -> list[str]:
     """Return all that can be known to be wrong before a model loads, one line each."""
     trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     nf4 = ["bitsandbytes"] if config.base_model_precision == "nf4-bnb" else []
-    problems = utils.check_device("device", config.device) + utils.check_packages(*trackers, *nf4)
-    problems += check_checkpoint(config.pretrained_model_name_or_path)
-    problems += utils.check_writable("output_folder", config.output_folder)
-    unwritable = utils.check_writable("cache_dir", config.cache_dir)
-    index = utils.FileIndex(None if unwritable else config.cache_dir)
+    prompts = ("train_prompt", "target_prompt", "positive_prompt", "negative_prompt")
+    sides = (config.source_folder, config.target_folder)
+    problems = check_checkpoint(config.pretrained_model_name_or_path) + utils.check_setup(
+        devices={"device": config.device},
+        packages=[*trackers, *nf4],
+        writes={"output_folder": config.output_folder, "cache_dir": config.cache_dir},
+        reads=[config.datasets_folder / d / side for d in config.datasets for side in sides],
+        texts={name: getattr(config, name) for name in prompts}
+        | {f"prompt.{i}": text for i, text in enumerate(config.prompt)},
+    )
+    index = utils.FileIndex(config.cache_dir)
     for dataset in config.datasets:
         _, odd, wrong = find_pairs(config, dataset, index)
         problems += wrong
         if odd:
             log.warning("note\n%s", listed(odd))
-    return problems + unwritable
+    return problems
 
 
 # --- 4. the base model: pictures, prompts, weights ------------------------------------------------
@@ -645,7 +645,7 @@ class BaseConfig(Section):
     """bf16: the base in bf16; LoRA, loss and optimizer in fp32. no: all in fp32."""
     gradient_checkpointing: bool = True
     """Compute activations again in the backward pass: less memory, about a third more time."""
-    resolution: int = Field(512, ge=32, multiple_of=16)
+    resolution: int = Field(512, ge=32, le=8192, multiple_of=16)
     """Side of the square whose area the pictures get, px; aspect ratios are kept (buckets)."""
     max_sequence_length: int = Field(512, ge=1, le=512)
     """T5 tokens of a prompt; padded to it, as the pipeline does."""
@@ -661,7 +661,10 @@ class BaseConfig(Section):
 
 PUBLISHED_MODEL = "black-forest-labs/FLUX.1-dev"
 PUBLISHED_TRANSFORMER = {"guidance_embeds": True}  # the rest of its config are the class's defaults
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+TEXT_PARTS = {  # of a checkpoint: how the name of its class begins
+    **{"text_encoder": "CLIPText", "text_encoder_2": "T5", "tokenizer": "", "tokenizer_2": ""}
+}
+FLUX_PARTS = {"scheduler": "FlowMatch", "transformer": "Flux", "vae": "AutoencoderKL$"}
 # differs from the other scripts: FLUX packs 2 x 2 latents of 8 px
 SIZE_MULTIPLE = 16
 
@@ -705,6 +708,7 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
+@utils.named("the base model cannot be loaded")
 def load_vae(folder: Path, device: torch.device) -> Any:
     """Load AutoencoderKL in fp32: eta multiplies the pair's difference, and rounding with it."""
     from diffusers import AutoencoderKL
@@ -730,6 +734,7 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 Text = dict[str, torch.Tensor]  # a prompt: T5's "embed" (1, T, 4096), CLIP's "pooled" (1, 768)
 
 
+@utils.named("the base model cannot be loaded")
 @torch.no_grad()
 def encode_texts(
     folder: Path, prompts: Sequence[str], length: int, dtype: torch.dtype, device: torch.device
@@ -769,6 +774,7 @@ def empty_flux(settings: dict[str, Any]) -> Any:
         return FluxTransformer2DModel.from_config(settings)
 
 
+@utils.named("the base model cannot be loaded")
 def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the frozen transformer, quantised block by block on the device. Raises UserError."""
     model = empty_flux(read_model_json(str(folder), "transformer/config.json"))
@@ -793,7 +799,7 @@ def fill_parts(
     from_pretrained(dtype=dtype) bit for bit. Raises UserError: weights are missing or damaged.
     """
     files: dict[str, Path] = {}  # of each tensor
-    try:
+    with utils.named(str(folder)):
         for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
@@ -810,8 +816,6 @@ def fill_parts(
             if name[-1].isdigit() and precision != "no_change":
                 quantize_block(model.get_submodule(name), precision)
             return_freed_memory()
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
-        raise UserError(f"{folder}: {error}") from error
     model.eval().requires_grad_(False)
 
 
@@ -1148,17 +1152,11 @@ class PairEditTrainer:
 
     def setup_accelerator(self) -> None:
         """Set up processes and devices."""
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-        timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
-        self.accelerator: Any = Accelerator(
+        self.accelerator: Any = utils.make_accelerator(
+            self.config.report_to,
+            self.config.output_folder,
             mixed_precision="no",  # KEEP: layers cast by themselves, in training as in inference
-            cpu=not torch.accelerator.is_available(),
             device_placement=False,
-            log_with=None if self.config.report_to == "none" else self.config.report_to,
-            project_dir=self.config.output_folder,
-            kwargs_handlers=[timeout, DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device: torch.device = self.accelerator.device
         if self.config.device and self.accelerator.num_processes == 1:
@@ -1221,13 +1219,13 @@ class PairEditTrainer:
             for pair in utils.progress(pairs, "encode pictures"):
                 latents = [encode_pixels(vae, to_pixels(image)) for image in fit_pictures(pair)]
                 tokens = pack_tokens(torch.cat(latents))
-                utils.write_entry(self.cache_dir, todo[pair], {"tokens": tokens})
+                utils.save_tensors(utils.entry_path(self.cache_dir, todo[pair]), {"tokens": tokens})
             del vae  # KEEP: the encoders are never in memory together
             accelerator.free_memory()
         if prompts := [job for job in todo if isinstance(job, str)]:
             how = self.config.max_sequence_length, self.dtype, self.device
             for prompt, text in encode_texts(self.folder, prompts, *how).items():
-                utils.write_entry(self.cache_dir, todo[prompt], text)
+                utils.save_tensors(utils.entry_path(self.cache_dir, todo[prompt]), text)
             accelerator.free_memory()
         accelerator.wait_for_everyone()
         return len(todo)
@@ -1299,7 +1297,6 @@ class PairEditTrainer:
                 step, folder = start[1] if start else 0, run_folder(self.config, run)
                 log.info("%s: step %d of %d", folder, step, self.total_steps())
                 if step < self.total_steps() and train_run(self, run, start, stop):
-                    log.info("stopped; to go on: --resume_from_checkpoint latest")
                     break
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -1314,7 +1311,8 @@ def train_run(trainer: PairEditTrainer, run: Run, start: Any, stop: utils.StopSi
         if stop.agreed(accelerator, True):  # it came while models were loaded or a preview drawn
             return True
         if start:
-            state = torch.load(start[0] / "training_state.pt", "cpu", weights_only=True)
+            with utils.named(f"{start[0]} cannot be read"):
+                state = torch.load(start[0] / "training_state.pt", "cpu", weights_only=True)
             for parameter, value in zip(trainer.trained, state["adapters"], strict=True):
                 parameter.data.copy_(value)
             trainer.optimizer.load_state_dict(state["optimizer"])
@@ -1331,8 +1329,7 @@ def train_run(trainer: PairEditTrainer, run: Run, start: Any, stop: utils.StopSi
         accelerator.trackers = []  # the next run has its own
         if main:
             command = write_card(trainer)
-            run_log.report()
-            log.info("written: %s; to look: %s", folder, command)
+            utils.from_tool("after", "tell", None, folder, stopped, command)
     return stopped
 
 
@@ -1388,11 +1385,10 @@ def main() -> None:
     """Read the config, audit, fit; with --plan only say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     argv = [arg for arg in sys.argv[1:] if arg != "--plan"]
-    config = utils.load_config(Config, with_named_config(argv), check=audit)
     if len(argv) < len(sys.argv) - 1:
-        print(utils.load_tool("plan").plan(sys.modules[__name__], config))
+        print(utils.load_tool("plan").planned(sys.modules[__name__], with_named_config(argv)))
     else:
-        PairEditTrainer(config).fit()
+        PairEditTrainer(utils.load_config(Config, with_named_config(argv), check=audit)).fit()
 
 
 if __name__ == "__main__":

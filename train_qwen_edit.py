@@ -2,8 +2,8 @@
 
 Page: docs/train_qwen_edit.md
 
-    accelerate launch train_qwen_edit.py --config configs/demo_qwen_edit.yaml          # CPU demo
-    accelerate launch train_qwen_edit.py --config configs/x.yaml                       # one GPU
+    python train_qwen_edit.py --config configs/demo_qwen_edit.yaml          # CPU demo
+    python train_qwen_edit.py --config configs/x.yaml                       # one GPU
     accelerate launch --multi_gpu --num_processes 2 train_qwen_edit.py --config configs/x.yaml
     ... --train.resume_from_checkpoint latest        # go on after a stop
     ... --plan | --print_config | --help | --help loss
@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import csv
 import ctypes
-import datetime
 import functools
 import gc
 import importlib.util
@@ -47,9 +45,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from pydantic import Field, PrivateAttr
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -171,11 +169,11 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> tor
 class TrainConfig(Section):
     """The loop."""
 
-    max_train_steps: int = Field(1000, ge=1)
+    max_train_steps: int = Field(1000, ge=1, le=100_000_000)
     """Optimizer steps after which the run stops."""
-    num_epochs: int | None = Field(None, ge=1)
+    num_epochs: int | None = Field(None, ge=1, le=100_000_000)
     """Passes over the data after which the run stops, if that is earlier."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=4096)
     """Forward passes per optimizer step and process."""
     checkpointing_steps: int = Field(500, ge=1)
     """Optimizer steps between two checkpoints."""
@@ -299,13 +297,13 @@ def log_steps(trainer: Any, run_log: RunLog, steps: Any, clock: float, **more: f
 class LoraConfig(Section):
     """The adapter on the transformer; everything else stays frozen."""
 
-    r: int = Field(16, ge=1)
+    r: int = Field(16, ge=1, le=4096)
     """Rank of the adapter. File size and memory grow linearly with it."""
     lora_alpha: float | None = Field(None, gt=0)
     """Strength of the adapter is lora_alpha / r; null means lora_alpha = r."""
     method: Literal["lora", "dora", "lokr"] = "lora"
     """dora: LoRA with learned column norms; lokr: Kronecker product of two small matrices."""
-    lokr_factor: int = Field(-1, ge=-1)
+    lokr_factor: int = Field(-1, ge=-1, le=4096)
     """Size of LoKr's smaller matrix; -1 is about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
     """How factor A of the LoRA starts; B starts at zero, so step 0 is the base model."""
@@ -340,7 +338,12 @@ def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
     from peft import LoKrConfig
     from peft import LoraConfig as PeftLoraConfig
 
-    layers = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    # the last block's text queries and outputs: nothing reads them, so they get no gradient, and
+    # KEEP: DDP waits forever for parameters that never get one
+    last = rf"transformer_blocks\.{len(transformer.transformer_blocks) - 1}"
+    dead = rf"{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
+    linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    layers = [n for n in linear if not re.fullmatch(dead, n)]
     named: Any = lora.target_modules
     named = TARGET_SETS.get(named, named) if isinstance(named, str) else list(named)
     each = [named] if isinstance(named, str) else [[name] for name in named]
@@ -352,10 +355,6 @@ def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
         )
     if isinstance(named, str):  # a pattern may fit norms, too; PEFT would refuse them
         named = [layer for layer in layers if matches(layer, named)]
-    # the last block's text queries and outputs: nothing reads them, so they get no gradient, and
-    # KEEP: DDP waits forever for parameters that never get one
-    last = rf"transformer_blocks\.{len(transformer.transformer_blocks) - 1}"
-    dead = rf"{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
     common: dict[str, Any] = {"target_modules": named, "exclude_modules": dead, "r": lora.r}
     alpha: Any = lora.lora_alpha or lora.r
     if lora.method == "lokr":
@@ -401,12 +400,8 @@ def save_lora_file(path: Path, transformer: Any, about: dict[str, Any]) -> None:
     settings |= {alpha: settings["r"], "target_modules": sorted(layers), "exclude_modules": None}
     plain = str | int | float | bool | list | dict | None
     adapter = {f"transformer.{k}": v for k, v in settings.items() if isinstance(v, plain)}
-    told = {"lora_adapter_metadata": adapter, "image_edit_lora": about}
-    metadata = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
-    weights = strengthen(
-        {f"transformer.{n}": t.detach().float().cpu().clone() for n, t in tensors.items()}, strength
-    )
-    utils.save_atomic(path, lambda file: save_file(weights, file, {"format": "pt", **metadata}))
+    weights = strengthen({f"transformer.{n}": t.float() for n, t in tensors.items()}, strength)
+    utils.save_tensors(path, weights, lora_adapter_metadata=adapter, image_edit_lora=about)
 
 
 def start_from_lora(transformer: Any, lora: LoraConfig) -> None:
@@ -416,10 +411,8 @@ def start_from_lora(transformer: Any, lora: LoraConfig) -> None:
     if not lora.pretrained_weight:
         return
     where = f"model.lora.pretrained_weight {lora.pretrained_weight}"
-    try:
+    with utils.named(where):
         stored = load_file(lora.pretrained_weight)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{where}: {error}") from error
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
     wanted = get_peft_model_state_dict(transformer)
     sizes = [{(n, *t.shape) for n, t in each.items()} for each in (tensors, wanted)]
@@ -454,9 +447,9 @@ class LrSchedulerConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     """Shape of the learning rate after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=100_000_000)
     """Optimizer steps in which the learning rate rises from 0 to its full value."""
-    num_cycles: int = Field(1, ge=1)
+    num_cycles: int = Field(1, ge=1, le=1000)
     """How often scheduler_type cosine_with_restarts starts."""
     power: float = Field(1.0, gt=0)
     """Exponent of scheduler_type polynomial."""
@@ -466,7 +459,9 @@ def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Para
     """Make the config's optimizer. Raises UserError: no such class, or wrong arguments."""
     module, _, name = settings.class_path.rpartition(".")
     try:
-        arguments = {"lr": 1e-4, **settings.init_args}
+        arguments: Any = {"lr": 1e-4, **settings.init_args}
+        if isinstance(arguments["lr"], bool) or not arguments["lr"] > 0:
+            raise ValueError("lr must be a number above 0")
         return getattr(importlib.import_module(module), name)(parameters, **arguments)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         where = f"optimizer {settings.class_path} with {settings.init_args}"
@@ -534,7 +529,7 @@ class ReferenceItem(Section):
 
     image: str
     """Name of the image_config of this reference."""
-    resize: int | None = Field(None, ge=64)
+    resize: int | None = Field(None, ge=64, le=8192)
     """Size of this reference: side of the square of equal area, px; null is the usual one."""
 
 
@@ -550,7 +545,7 @@ class ReferenceListConfig(Section):
 
     reference_config: str
     """Name of the reference_config whose pictures the text encoder sees."""
-    resize: int | None = Field(None, ge=32)
+    resize: int | None = Field(None, ge=32, le=8192)
     """Size of the pictures: side of the square of equal area, px; null: as the pipeline (384)."""
     dropout: float = Field(0.0, ge=0, le=1)
     """Chance (0 to 1) to leave out a picture of the text encoder, drawn per visit."""
@@ -593,9 +588,9 @@ class DatasetConfig(Section):
     """Name of the data set, for validation.eval_dataset_id; default is its folder's."""
     train_data_dir: Path = Path()
     """Folder of the data set; it is only read."""
-    resolution: int = Field(1024, ge=64, multiple_of=16)
+    resolution: int = Field(1024, ge=64, le=65_536, multiple_of=16)
     """Side of the square whose area the targets get, px; aspect ratios are kept (buckets)."""
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=10_000)
     """How often an epoch visits each sample of this data set."""
     loss_weight: float = Field(1.0, gt=0)
     """Factor of this data set's loss."""
@@ -607,7 +602,7 @@ class DatasetConfig(Section):
     """Share (0 to 1) of the samples kept out of training besides holdout, drawn by the seed."""
     on_missing: Literal["error", "skip"] = "error"
     """What to do with a sample that lacks a file or a caption."""
-    views: int = Field(1, ge=1)
+    views: int = Field(1, ge=1, le=1000)
     """Cached views per sample: the whole picture, then views - 1 random crops."""
     view_scale: float = Field(1.0, gt=0, le=1)
     """Smallest side of a random crop, as a share (0 to 1) of the whole picture's."""
@@ -675,9 +670,9 @@ class DataConfig(Section):
 
     dataset_configs: list[DatasetConfig] = []
     """Data sets of the training; all of them are mixed."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=4096)
     """Samples per forward pass and process (of one shape: targets and references)."""
-    num_workers: int = Field(2, ge=0)
+    num_workers: int = Field(2, ge=0, le=64)
     """Processes that read the cache; changes no result."""
     shuffle: bool = True
     """Visit the samples in a new order every epoch."""
@@ -685,7 +680,7 @@ class DataConfig(Section):
     """Chance (0 to 1), per visit, of training without the instruction."""
     caption_dropout_mode: Literal["empty", "zero"] = "empty"
     """Without the instruction: empty text, same references (as in guidance), or zeros for both."""
-    reference_area: Literal["1mp", "target"] | Annotated[int, Field(ge=1024)] = "1mp"
+    reference_area: Literal["1mp", "target"] | Annotated[int, Field(ge=1024, le=2**26)] = "1mp"
     """Area of references: 1mp as the pipelines do, "target" as large as the target, or px."""
 
 
@@ -732,6 +727,7 @@ class Row(NamedTuple):
 
     files: dict[str, Path]  # role -> file
     captions: list[str] | None = None  # None: they are in files
+    record: Any = None  # of a table: the row as it stands
 
 
 def links(ds: DatasetConfig) -> Iterator[tuple[str, str, str]]:
@@ -791,71 +787,44 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
             problems.append(f"{role} folder {place} does not exist")
         stems = utils.list_images(place) if folder else {}
         for stem, files in stems.items():
-            name = stem.removesuffix("_mask")
-            is_mask = name != stem and not ds.mask_dir and (name in stems or name in rows)
-            row = rows.setdefault(name if is_mask else stem, Row({}))
-            row.files.setdefault("mask" if is_mask else role, one_file(files, problems))
+            rows.setdefault(stem, Row({})).files[role] = one_file(files, problems)
+    for stem in [stem for stem in rows if stem.endswith("_mask") and not ds.mask_dir]:
+        row, of = rows[stem], rows.get(stem.removesuffix("_mask"))
+        whole = len(row.files) == 1 + len(ds.reference_dirs)
+        if of and not (whole and caption_beside(ds, row.files).exists()):
+            if whole:
+                text = "is a pair without a caption, or two masks; name mask_dir or remove one"
+                problems.append(f"{row.files['target']} {text}")
+            of.files["mask"] = next(iter(rows.pop(stem).files.values()))
     return rows, problems
+
+
+def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:
+    """Return the caption file of a row: beside its target, or else its first reference."""
+    beside = files["target"].with_suffix(ds.caption_ext)
+    if not beside.exists() and (other := files["reference 1"].with_suffix(beside.suffix)).exists():
+        return other
+    return beside
 
 
 def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
-    """Read a CSV or JSONL table; relative paths are from train_data_dir or the table's folder."""
-    table = Path(ds.table or "")
-    table = table if table.is_file() else ds.train_data_dir / table
+    """Read a table with tools/pair_rows.py; relative paths: in train_data_dir, or beside it."""
+    found = utils.load_tool("pair_rows").read_table(Path(ds.table or ""), ds.train_data_dir)
     rows: dict[str, Row] = {}
-    problems: list[str] = []
-    unread, known = set(), r"target|references|reference_\d+|prompt|mask"
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.DictReader(file) if table.suffix == ".csv" else map(json.loads, file)
-            records: list[Any] = list(lines)
-    except (OSError, ValueError, csv.Error) as error:
-        return {}, [f"table {table}: {error}"]
-    for number, record in enumerate(records, 1):
-        try:
-            row = table_row(record, (ds.train_data_dir, table.parent))
-            name = row.files["target"].stem
-            rows[f"{name}#{number}" if name in rows else name] = row
-            unread |= {column for column in record if not re.fullmatch(known, column)}
-        except (OSError, TypeError, ValueError) as error:
-            problems.append(f"{table}: row {number}: {error}")
-    if unread:
-        log.warning("table %s: columns not read: %s", table, ", ".join(sorted(unread)))
-    return rows, problems
-
-
-def table_row(record: Any, roots: Sequence[Path]) -> Row:
-    """Return the row of a record. Raises ValueError where it is none, or a file is missing."""
-    if not isinstance(record, dict) or None in record:  # None: csv.DictReader
-        raise ValueError("no record, or more cells than columns (quote a text with commas)")
-    shown = record.get("references") or []
-    shown = [shown] if isinstance(shown, str) else [*shown]
-    numbered = sorted(c for c in record if c.startswith("reference_") and record[c])
-    shown += [record[c] for c in sorted(numbered, key=len)]
-    if not record.get("target") or not shown or not all(shown):
-        raise ValueError(f"no {'reference' if record.get('target') else 'target'}")
-    named = {f"reference {i}": value for i, value in enumerate(shown, 1)}
-    named |= {"target": record["target"], "mask": record.get("mask")}
-    files = {}
-    for role, value in named.items():
-        places = [root / str(value) for root in roots if value]
-        if there := [place for place in places if place.is_file()]:
-            files[role] = there[0]
-        elif value:
-            raise ValueError(f"no file {places[0]}")
-    prompts = record.get("prompt") or []
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    return Row(files, [str(prompt).strip() for prompt in prompts])
+    for number, pair in enumerate(found.pairs, 1):
+        files = {f"reference {i}": file for i, file in enumerate(pair.references, 1)}
+        files |= {"target": pair.target} | ({"mask": pair.mask} if pair.mask else {})
+        name = pair.target.stem
+        rows[f"{name}#{number}" if name in rows else name] = Row(files, pair.prompts, pair.record)
+    return rows, found.problems + [f"{ds.table}: {text}" for text in found.broken]
 
 
 def read_captions(path: Path, lines: bool) -> list[str]:
-    """Read the captions of a file: its lines, or the whole text as one. Raises ValueError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"caption {path} cannot be read: {error}") from error
+    """Read the captions of a file: its lines, or the whole text as one. Raises UserError."""
+    with utils.named(f"caption {path} cannot be read"):
+        text = utils.read_text(path).strip()
     if not text:
-        raise ValueError(f"caption {path} is empty")
+        raise UserError(f"caption {path} is empty")
     return [line.strip() for line in text.splitlines() if line.strip()] if lines else [text]
 
 
@@ -866,15 +835,13 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
     if ds.caption:
         captions = [ds.caption]
     elif captions is None:
-        beside = [file.with_suffix(ds.caption_ext) for file in (files["target"], shown[0].path)]
-        there = next((path for path in beside if path.exists()), beside[0])
-        captions = read_captions(there, ds.caption_lines is not False)
+        captions = read_captions(caption_beside(ds, files), ds.caption_lines is not False)
     if not captions:
         raise ValueError(f"no prompt for {files['target']}: fill its column, or set caption")
     for caption in captions:
-        variant = Variant(files["target"], shown, shown, caption, ds.resolution)
-        rate = config.data.caption_dropout_rate
-        yield variant._replace(mask=files.get("mask"), caption_dropout=rate)
+        how: Any = {"mask": files.get("mask")}
+        how["caption_dropout"] = config.data.caption_dropout_rate
+        yield Variant(files["target"], shown, shown, caption, ds.resolution, **how)
 
 
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
@@ -931,14 +898,17 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
             continue  # pictures that nothing uses
         try:
             if lacking:
-                there = ", ".join(map(str, row.files.values()))
+                there = (
+                    ", ".join(map(str, row.files.values())) + "; on_missing: skip goes without it"
+                )
                 raise ValueError(f"'{name}' lacks its {', '.join(lacking)} (there is {there})")
             variants[name] = tuple(make(config, ds, row))
-        except ValueError as error:
+        except (UserError, ValueError) as error:
             broken.append(str(error))
     # not trained: the named ones and a share drawn by the seed, or all
     chance = functools.partial(uniform, "holdout", config.seed, ds.name)
-    drawn = sorted(variants, key=chance)[: round(ds.holdout_ratio * len(variants))]
+    count = round(ds.holdout_ratio * len(variants))
+    drawn = sorted(variants, key=chance)[:count] if count else []
     whole = ds.name in config.validation.eval_dataset_id
     held_out = set(variants) if whole else {*ds.holdout, *drawn}
     samples = [Sample(name, number, name in held_out, v) for name, v in variants.items()]
@@ -955,17 +925,32 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
 
 
 def check_frames(data: PairData) -> list[str]:
-    """Return problems of pictures that must show the same frame as their target."""
-    wrong = set()
+    """Return problems of pictures that must show the same frame as their target, or another."""
+    wrong, index = set(), data.index
     for number, sample in enumerate(data.samples):
         strict = data.dataset(Draw(0, number)).conditioning_type == "reference_strict"
         for variant in sample.variants:
-            aligned = [r.path for r in variant.references] if strict else []
-            aligned += [variant.mask] if variant.mask else []
-            aspect = data.index.aspect(variant.target)
-            wrong |= {path for path in aligned if not aligns(data.index.aspect(path), aspect)}
-    text = "another aspect than its target; masks and reference_strict want one frame"
-    return [f"{path}: {text}" for path in sorted(wrong)]
+            target, shown = variant.target, [r.path for r in variant.references]
+            for path in (*shown * strict, *filter(None, [variant.mask])):
+                if not aligns(index[path]["aspect"], index[target]["aspect"]):
+                    text = "another aspect than its target; masks and reference_strict want one"
+                    wrong.add(f"{path}: {text} frame")
+            if variant.mask and index[variant.mask]["brightest"] < 2:
+                wrong.add(f"{variant.mask} is black (white is 255): nothing of it would be trained")
+            pixels = index[target]["pixels"]
+            for path in (path for path in shown if index[path]["pixels"] == pixels):
+                wrong.add(f"{path} is the same picture as {target}: no change to learn")
+    return sorted(wrong)
+
+
+def notes_on(data: PairData) -> list[str]:
+    """Return what is done to samples unasked, and the setting that changes it."""
+    seen = []
+    for s in data.samples:
+        ds, facts = data.config.data.dataset_configs[s.dataset], data.index[s.variants[0].target]
+        lines = ds.target_dir and ds.caption_lines is None and len(s.variants) > 1
+        seen.append((f"data.dataset_configs.{s.dataset}", facts, ds.resolution**2, lines))
+    return utils.from_tool("check", "notes", [], seen)
 
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
@@ -978,12 +963,12 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     edits = config.validation.samples if config.validation.steps else []
     files = {path for variant in variants for path in variant.files()}
     files |= {path for edit in edits for path in edit.images}
-    unreadable = index.update(sorted(files), utils.look_at_picture)
+    unreadable = index.update(sorted(files, key=str), utils.look_at_picture)
     held_out, masks = [s.held_out for s in samples], any(v.mask for v in variants)
     idle = config.validation.steps and samples and not any(held_out) and not edits
     rules = {
         "validation.steps: nothing to draw; name holdout, eval_dataset_id or samples": idle,
-        "data.dataset_configs: no data set is named": not found,
+        "data.dataset_configs: no data set is named (--config FILE? see configs/)": not found,
         "data.dataset_configs: every sample is held out": samples and all(held_out),
         "loss.mask: file, but no sample has a mask": config.loss.mask == "file" and not masks,
     }
@@ -991,9 +976,15 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     groups = [wrong for _, wrong, _ in found]
     groups += [unreadable, [problem for problem, is_so in rules.items() if is_so]]
     groups += [] if unreadable else [check_frames(data)]
-    problems = list(itertools.chain(*groups))
-    report = {"samples": len(samples), "problems": problems, "skipped": skipped}
-    with contextlib.suppress(OSError):  # an unwritable output_dir is reported by audit()
+    texts = {f"caption of {s.name}": v.caption for s in samples for v in s.variants}
+    texts |= {"validation.negative_prompt": config.validation.negative_prompt or ""}
+    texts |= {f"validation.samples.{i}": edit.prompt for i, edit in enumerate(edits)}
+    groups += [utils.check_setup(texts=texts)]
+    problems, notes = list(itertools.chain(*groups)), [] if unreadable else notes_on(data)
+    report = {"samples": len(samples), "notes": notes, "problems": problems, "skipped": skipped}
+    if notes:
+        log.warning("note\n%s", listed(notes))
+    with contextlib.suppress(UserError):  # an unwritable output_dir is reported by audit()
         path = config.logging.output_dir / "audit.json"
         utils.save_text(path, json.dumps(report, indent=2, ensure_ascii=False))
     if skipped:
@@ -1017,6 +1008,14 @@ PUBLISHED = {  # so that a plan and an audit need no network
     "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None),
     "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", "QwenImageEditPlusPipeline", VISION_AREA),
     "Qwen/Qwen-Image-Edit-2511": Flavour("edit-v3", "QwenImageEditPlusPipeline", VISION_AREA),
+}
+
+
+QWEN_PARTS = {  # of a checkpoint: how the name of its class begins
+    "transformer": "QwenImage",
+    "vae": "AutoencoderKLQwenImage",
+    "text_encoder": "Qwen2_5_VL",
+    **{"scheduler": "FlowMatch", "tokenizer": "", "processor": ""},
 }
 
 
@@ -1044,14 +1043,11 @@ def check_model(config: Config, precision: str) -> list[str]:
             settings = utils.read_model_json(name, "transformer/config.json")
     except UserError as error:
         return [f"model.pretrained_model_name_or_path: {error}"]
-    parts = ("scheduler", "tokenizer", "processor", "text_encoder", "vae", "transformer")
-    lacking = [part for part in parts if Path(name).is_dir() and not (Path(name) / part).is_dir()]
     n_blocks = settings.get("num_layers", 60)
     several, nf4 = os.environ.get("WORLD_SIZE", "1") != "1", precision == "nf4-bnb"
     # modulation is held by quanto in every quantised base, and PEFT has no DoRA for that
     quanto = precision.endswith("quanto") or (nf4 and lora.target_modules == "all-linear")
     rules = {
-        f"pretrained_model_name_or_path: {name} has no {', '.join(lacking)} folder": lacking,
         "devices: for one process; several need it whole": model.devices and several,
         f"lora.method: no dora on layers in {precision}": lora.method == "dora" and quanto,
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
@@ -1060,7 +1056,13 @@ def check_model(config: Config, precision: str) -> list[str]:
         "blocks_to_swap: not with several devices": model.blocks_to_swap and model.devices[1:],
     }
     problems = [f"model.{problem}" for problem, there in rules.items() if there]
-    return problems + (utils.check_packages("bitsandbytes") if nf4 else [])
+    named = lora.target_modules
+    return problems + utils.check_setup(
+        model=("model.pretrained_model_name_or_path", name, QWEN_PARTS),
+        packages=["bitsandbytes"] * nf4 + [config.optimizer.class_path],
+        patterns={"model.lora.target_modules": named} if isinstance(named, str) else {},
+        folded=[lora.pretrained_weight] if lora.pretrained_weight else [],
+    )
 
 
 def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
@@ -1082,20 +1084,22 @@ def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads, one line each."""
     model, cache, tracker = config.model, config.cache, config.logging.report_to
     problems = check_model(config, model.base_model_precision)
-    problems += utils.check_writable("logging.output_dir", config.logging.output_dir)
+    writes = {"logging.output_dir": config.logging.output_dir}
     devices = {f"predict.devices.{part}": d for part, d in config.predict.devices}
     devices |= {f"model.devices.{i}": device for i, device in enumerate(model.devices)}
     if cache.use_cache:
         devices["cache.vae_encoder_device"] = cache.vae_encoder_device
         devices["cache.text_encoder_device"] = cache.text_encoder_device
-        problems += utils.check_writable("cache.cache_dir", cache.cache_dir)
-    for name, device in devices.items():
-        problems += utils.check_device(name, device)
-    problems += utils.check_packages(*([] if tracker in ("none", "all") else [tracker]))
-    if model.lora.pretrained_weight and not model.lora.pretrained_weight.is_file():
-        problems.append(f"model.lora.pretrained_weight: no file {model.lora.pretrained_weight}")
+        writes["cache.cache_dir"] = cache.cache_dir
+    packages = [] if tracker in ("none", "all") else [tracker]
+    reads = []
+    for ds in config.data.dataset_configs:
+        own = [ds.target_dir, *ds.reference_dirs, ds.mask_dir] if ds.target_dir else [Path()]
+        reads += [ds.train_data_dir / d for d in own if d is not None and not ds.table]
+    problems += utils.check_setup(writes=writes, reads=reads, devices=devices, packages=packages)
     flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
+    config._audited = None if problems or wrong else data
     if flavour and not flavour.vision_area:
         wrong += check_2508(config, data.samples)
     return problems + wrong
@@ -1182,6 +1186,7 @@ def jobs_of(example: Example) -> dict[str, list[Job]]:
     return jobs
 
 
+@functools.lru_cache(maxsize=4096)
 def pick_size(area_px: float, aspect: float) -> tuple[int, int]:
     """Return (W, H) of that area and aspect, rounded to 32 px as diffusers' pipelines do."""
     width = math.sqrt(area_px * aspect)
@@ -1210,6 +1215,7 @@ def nearest_bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     return min(buckets(resolution), key=distance)
 
 
+@functools.lru_cache(maxsize=4096)
 def cover_box(
     aspect: float, wanted: float, scale: float = 1.0, x: float = 0.5, y: float = 0.5
 ) -> tuple[float, ...]:
@@ -1232,19 +1238,18 @@ class Frame(NamedTuple):
     box: tuple[float, ...] | None = None  # None: the middle
     flip: bool = False
 
-    def on_target(self, whole: Picture) -> Picture:
+    def on_target(self, whole: Picture, size: tuple[int, int] | None = None) -> Picture:
         """Return a picture at the target's size: with its crop, or the middle of another frame."""
         same = aligns(whole.aspect, self.aspect)
         box = (same and self.box) or cover_box(whole.aspect, self.size[0] / self.size[1])
-        return whole._replace(size=self.size, box=box, flip=self.flip and same)
+        return Picture(whole.source, whole.content, size or self.size, box, self.flip and same)
 
     def show(self, whole: Picture, area: int | str, strict: bool = True) -> Picture:
         """Return a reference of an area ("1mp", "target", px): the target's crop, or all of it."""
         area_px = {"1mp": AREA_1MP, "target": math.prod(self.size)}.get(str(area), area)
         # KEEP: aligned references get the target's crop, or the edit no longer lies on its pixels
         if strict and aligns(whole.aspect, self.aspect):
-            size = pick_size(float(area_px), self.size[0] / self.size[1])
-            return self.on_target(whole)._replace(size=size)
+            return self.on_target(whole, pick_size(float(area_px), self.size[0] / self.size[1]))
         return whole._replace(size=pick_size(float(area_px), whole.aspect))
 
 
@@ -1495,7 +1500,7 @@ def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> 
     for label, kinds in (("pictures", ("latent", "region")), ("prompts", ("prompt",))):
         keys = [key for key in mine if jobs[key].kind in kinds]
         for key in utils.progress(keys, f"encode {label}", disable=not keys):
-            utils.write_entry(trainer.cache_dir, key, {jobs[key].kind: trainer.encode(jobs[key])})
+            utils.save_tensors(places[key], {jobs[key].kind: trainer.encode(jobs[key])})
         trainer.unload("vae", "text_encoder")  # KEEP: they are never in memory together
     index.update((places[key] for key in mine), lambda path: {})
     accelerator.wait_for_everyone()
@@ -1536,7 +1541,7 @@ def fill_parts(
     from_pretrained(dtype=dtype) bit for bit. Raises UserError: weights are missing or damaged.
     """
     files: dict[str, Path] = {}  # of each tensor
-    try:
+    with utils.named(str(folder)):
         for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
@@ -1553,8 +1558,6 @@ def fill_parts(
             if name[-1].isdigit() and precision != "no_change":
                 quantize_block(model.get_submodule(name), precision)
             return_freed_memory()
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: another shape
-        raise UserError(f"{folder}: {error}") from error
     model.eval().requires_grad_(False)
 
 
@@ -1829,7 +1832,7 @@ class SamplingConfig(Section):
 
     seed: int = 42
     """Seed of the noise; of the validation loss, too."""
-    num_inference_steps: int = Field(20, ge=2)
+    num_inference_steps: int = Field(20, ge=2, le=1000)
     """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Guidance of a picture against negative_prompt, as in the pipeline; 1 is none."""
@@ -1846,9 +1849,9 @@ class ValidationConfig(SamplingConfig):
     """Data sets (id) that are kept out of training whole."""
     samples: list[ValidationSample] = []
     """Edits to draw besides the held-out pairs, without a target."""
-    max_samples: int = Field(4, ge=1)
+    max_samples: int = Field(4, ge=1, le=1000)
     """Held-out samples drawn on the sheet; the loss takes all."""
-    resolution: int | None = Field(None, ge=64)
+    resolution: int | None = Field(None, ge=64, le=8192)
     """Side of the square whose area pictures get, px; null is that of training, or of predict()."""
 
 
@@ -2208,6 +2211,7 @@ class QwenImageEditTrainer:
         name = self.config.model.pretrained_model_name_or_path
         return utils.fetch_checkpoint(name, *(f"{part}/*" for part in parts))
 
+    @utils.named("the base model cannot be loaded")
     def load_model(
         self, parts: Sequence[str] = ("vae", "text_encoder", "transformer", "scheduler")
     ) -> None:
@@ -2219,9 +2223,8 @@ class QwenImageEditTrainer:
         how: dict[str, Any] = {"dtype": self.weight_dtype, "use_safetensors": True}
         if "scheduler" in parts and self.scheduler is None:
             kind: Any = diffusers.FlowMatchEulerDiscreteScheduler
-            self.scheduler = kind.from_pretrained(
-                self.checkpoint("scheduler"), subfolder="scheduler"
-            )
+            folder = self.checkpoint("scheduler")
+            self.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
         if "vae" in parts and self.vae is None:
             kind = diffusers.AutoencoderKLQwenImage
             self.vae = kind.from_pretrained(self.checkpoint("vae"), subfolder="vae", **how)
@@ -2258,8 +2261,7 @@ class QwenImageEditTrainer:
     def unload(self, *parts: str) -> None:
         """Forget components ("vae", "text_encoder", "transformer") and free their memory."""
         for part in parts:
-            names = ("qwen_vl", "text_pipeline") if part == "text_encoder" else (part,)
-            for name in names:
+            for name in ("qwen_vl", "text_pipeline") if part == "text_encoder" else (part,):
                 setattr(self, name, None)
         gc.collect()
         torch.cuda.empty_cache()
@@ -2273,21 +2275,11 @@ class QwenImageEditTrainer:
         """Set up devices, precision, processes, trackers."""
         if self.accelerator:
             return
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-        log_with = self.config.logging.report_to
-        self.accelerator = Accelerator(
+        self.accelerator = utils.make_accelerator(
+            self.config.logging.report_to,
+            self.config.logging.output_dir,
             mixed_precision=self.config.train.mixed_precision,
-            cpu=not torch.accelerator.is_available(),
             device_placement=False,  # the transformer is where its layout wants it
-            log_with=None if log_with == "none" else log_with,
-            project_dir=self.config.logging.output_dir,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2)),
-                # KEEP: quantised weights are buffers; sending them would hang validation
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
         )
         logging.basicConfig(format="%(message)s")
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
@@ -2296,10 +2288,13 @@ class QwenImageEditTrainer:
         """Pair, audit and hash the data set. Raises UserError with every problem."""
         if self.data.samples:
             return
-        with self.accelerator.main_process_first():  # the others see what process 0 recorded
-            self.data, problems = find_samples(self.config, self.flavour)
-        if problems:
-            raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
+        if self.config._audited:  # by the command, a moment ago
+            self.data, self.config._audited = self.config._audited, None
+        else:
+            with self.accelerator.main_process_first():  # the others see what process 0 recorded
+                self.data, problems = find_samples(self.config, self.flavour)
+            if problems:
+                raise UserError(f"{len(problems)} problem(s)\n{listed(problems)}")
         self.find_encoders()
 
     def find_encoders(self) -> None:
@@ -2370,7 +2365,7 @@ class QwenImageEditTrainer:
         with contextlib.suppress(UserError):  # missing or damaged: encode it
             return self.data.read(job)
         tensors = {job.kind: self.encode(job, *devices)}
-        utils.write_entry(self.cache_dir, job.key(self.data.encoders), tensors)
+        utils.save_tensors(utils.entry_path(self.cache_dir, job.key(self.data.encoders)), tensors)
         return self.data.read(job)
 
     def examples_of(self, batch: dict[str, Any]) -> list[Example]:
@@ -2566,10 +2561,9 @@ class QwenImageEditTrainer:
         batch = self.to_device(batch)
         if not isinstance(batch["control_latent"], list):
             batch["control_latent"] = [batch["control_latent"]]
-        embeds = batch["prompt_embed"].to(self.weight_dtype)
+        batch["prompt_embed"] = embeds = batch["prompt_embed"].to(self.weight_dtype)
         if "zeroed" in batch:  # caption_dropout_mode: zero
-            embeds = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
-        batch["prompt_embed"] = embeds
+            batch["prompt_embed"] = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
         loss = self._compute_loss(batch)
         return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()
 
@@ -2627,7 +2621,7 @@ class QwenImageEditTrainer:
             with init_empty_weights():
                 add_lora(empty, config.model.lora, config.seed)
             start_from_lora(empty, config.model.lora)
-            optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+            optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(2, 2))])
             if hasattr(optimizer, "eval") and config.train.use_ema:
                 text = f"{config.optimizer.class_path} averages by itself; leave one of the two out"
                 problems.append(f"train.use_ema: {text}")
@@ -2676,7 +2670,7 @@ class QwenImageEditTrainer:
                 stopped = train_loop(self, loader, run_log, stop)
             if main:
                 self._save_adapters(output_dir)
-                run_log.report()
+                utils.from_tool("after", "tell", None, output_dir, stopped)
             self.optimizer.eval()  # what predict() and save_lora() meet is what was saved
             accelerator.wait_for_everyone()
             accelerator.end_training()
@@ -2726,12 +2720,16 @@ class QwenImageEditTrainer:
             self.checkpoints.save(global_step, trained_as(self), training, self._save_adapters)
         self.accelerator.wait_for_everyone()
 
+    @utils.named("the checkpoint does not fit this run")
     def _restore(self, folder: Path, step: int) -> None:
         """Go on from adapter, optimizer, schedule and step of a checkpoint."""
-        from peft.utils import set_peft_model_state_dict
+        from peft.utils import get_peft_model_state_dict
 
-        saved = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-        set_peft_model_state_dict(self.transformer, saved["adapter"])
+        saved = torch.load(folder / "training_state.pt", "cpu", weights_only=True)
+        adapter = get_peft_model_state_dict(self.transformer)
+        if adapter.keys() != saved["adapter"].keys():
+            raise ValueError(f"{folder} has other adapted layers")
+        copy_into(adapter.values(), [saved["adapter"][name] for name in adapter])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.lr_scheduler.load_state_dict(saved["lr_scheduler"])
         if self.ema:
@@ -2750,7 +2748,8 @@ def as_image(value: Any) -> Image.Image:
         if array.dtype != np.uint8 or array.ndim != 3:
             raise UserError(f"wanted a picture as (H, W, 3) uint8, got {array.shape} {array.dtype}")
         value = Image.fromarray(array)
-    return utils.on_white(value)
+    with utils.named("a picture in memory"):
+        return utils.to_rgb(value)
 
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
@@ -2794,10 +2793,12 @@ def trained_as(trainer: Trainer) -> dict[str, Any]:
         contents = [(v.caption, [index[f]["content"] for f in v.files()]) for v in sample.variants]
         seen.append((sample.dataset, sample.name, sample.held_out, contents))
     size = config.data.batch_size * config.train.gradient_accumulation_steps
+    steady = config.lr_scheduler.scheduler_type.startswith("constant")
     return {
         **{path: value for path, value in values.items() if not re.fullmatch(FREE_TO_CHANGE, path)},
         "samples (names, captions, pictures)": cache_key("samples", seen=seen),
         "samples per step": size * trainer.accelerator.num_processes,
+        "steps that the rate falls over": None if steady else trainer.total_steps(),
     }
 
 
@@ -2870,6 +2871,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     seed: int = 0
     """Seed of order, noise, noise levels, dropout, crops and the start of the LoRA."""
+    _audited: PairData | None = PrivateAttr(None)  # what audit() found, for find_data()
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
@@ -2888,11 +2890,10 @@ def main() -> None:
     """Read the config, audit, fit; with --plan only say what the run would be."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     given = [arg for arg in sys.argv[1:] if arg != "--plan"]
-    config = utils.load_config(Config, given, check=audit)
     if len(given) < len(sys.argv) - 1:
-        print(utils.load_tool("plan").plan(sys.modules[__name__], config))
+        print(utils.load_tool("plan").planned(sys.modules[__name__], given))
     else:
-        QwenImageEditTrainer(config).fit()
+        QwenImageEditTrainer(utils.load_config(Config, given, check=audit)).fit()
 
 
 if __name__ == "__main__":

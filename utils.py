@@ -9,43 +9,51 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import functools
+import gc
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
-import subprocess
+import stat
 import sys
-import tempfile
 import time
 import types
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from pydantic import BaseModel, ValidationError, model_validator
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-MENDS = "(cache_embeddings.py --verify mends that)"
-CACHE_FORMAT = 2  # raise it when entries change their meaning: old ones are then built again
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 2**28  # of a picture that is read; a larger one takes more than 1 GB of memory
+CACHE_FORMAT = 3  # raise it when entries change their meaning: old ones are then built again
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # never EPS: it runs Ghostscript
+SRGB_CRC32 = (0, 0x182EA552)  # no colour profile; sRGB IEC61966-2.1, which most programs write
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for name in FORMATS))
+
+_SORTED = json.JSONEncoder(sort_keys=True, default=str)
+Facts = dict[str, Any]
+C = TypeVar("C", bound="Section")
 
 log = logging.getLogger("utils")
 
@@ -59,24 +67,41 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; a UserError becomes its message and exit code 2, Ctrl-C exit code 130."""
-    rank = os.environ.get("RANK", "0")
+    name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    again = "resume_from_checkpoint: latest goes on" if "train_" in name else "run it again"
+    if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C: file names could not be written out
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    gc.set_threshold(50_000)  # rows of large data sets are many objects, none of them garbage
     try:
         main()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            sys.stdout.flush()
+            # KEEP: DDP holds the process group; its threads may abort an interpreter that ends
+            os._exit(0)
+        return
     except UserError as error:
-        text = str(error)
-        if rank != "0":
-            time.sleep(3)  # let process 0 report in full before the launcher ends it
-            text = f"process {rank}: {text.splitlines()[0]}"
-        print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code, text = 2, f"{name}: {error}"
     except BrokenPipeError:  # `... --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush(sys.stdout)
         sys.exit(0)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        room = from_tool("check", "room", "", error)
+        if not room and not getattr(error, "filename", None):
+            raise
+        code, text = 2, f"{name}: {error}{room} (what was saved is complete; {again})"
     except KeyboardInterrupt:
-        trains = Path(sys.argv[0]).name.startswith("train_")
-        again = "training goes on with resume_from_checkpoint: latest" if trains else "run it again"
-        print(f"\nstopped; what was saved is complete ({again})", file=sys.stderr)
-        sys.exit(130)
+        code, text = 130, f"stopped; what was saved is complete ({again})"
+    if rank != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
+        time.sleep(3)  # let process 0 report in full before the launcher ends it
+        text = f"process {rank}: {text.splitlines()[0]}"
+    print(f"\n{text}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _hush(*streams: Any) -> None:
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def listed(problems: Sequence[str], shown: int = 10) -> str:
@@ -87,18 +112,28 @@ def listed(problems: Sequence[str], shown: int = 10) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return ", did you mean '...'?", or the list of the names there are."""
-    names = list(names)
-    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.4):
+    there = list(names)
+    if close := difflib.get_close_matches(name, there, n=1, cutoff=0.4):
         return f", did you mean '{close[0]}'?"
-    return f" (there is: {', '.join(names[:10]) or 'none'}{', ...' if len(names) > 10 else ''})"
+    return f" (there is: {', '.join(there[:10]) or 'none'}{', ...' if len(there) > 10 else ''})"
+
+
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """Turn what goes wrong in `with`, in a library that reads foreign files, into a UserError."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each library that reads them has classes of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what}: {reason}{from_tool('check', 'room', '', error, what)}") from error
 
 
 class StopSignal:
-    """A context in which the first SIGTERM or Ctrl-C sets `requested`; a second stops at once."""
+    """A context in which the first SIGTERM, SIGHUP or Ctrl-C sets `requested`; a second stops."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._process = os.getpid()
+    requested = False
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker: it goes on until the loop has ended
@@ -106,11 +141,16 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        text = "finishing this step, then saving (again: stop at once)"
-        print(f"\n{signal.Signals(number).name}: {text}", file=sys.stderr, flush=True)
+        try:
+            print(f"\n{signal.strsignal(number)}: saves, then stops (again: now)", file=sys.stderr)
+        except OSError:  # the terminal is gone
+            _hush(sys.stdout, sys.stderr)
 
     def __enter__(self) -> StopSignal:
-        self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._process = os.getpid()
+        numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
+        numbers -= {n for n in numbers if signal.getsignal(n) == signal.SIG_IGN}  # as nohup has it
+        self._before = {n: signal.signal(n, self._handle) for n in numbers}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -138,14 +178,23 @@ class Section(
         """Return {problem: whether it is there} of settings that depend on one another."""
         return {}
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_path(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if Path in (kind, *get_args(kind)):
+            if value == "":  # Path("") is the working directory
+                raise ValueError("empty; name a place, or leave it out")
+            if isinstance(value, list):
+                return [Path(v).expanduser() if isinstance(v, str) else v for v in value]
+            return Path(value).expanduser() if isinstance(value, str) else value
+        return value
+
     @model_validator(mode="after")
     def _follows_rules(self) -> Any:
         if wrong := [problem for problem, there in self.rules().items() if there]:
             raise ValueError("\n".join(wrong))
         return self
-
-
-C = TypeVar("C", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -190,23 +239,6 @@ def _assign(data: Any, key: str, value: Any) -> None:
     data[place] = value
 
 
-def _explain(cls: type[Section], data: Any, error: Any) -> list[str]:
-    """Return what a pydantic error says, one line each, with the path as the config has it."""
-    place: list[str] = []
-    for part in error["loc"]:  # pydantic adds the tags of union members
-        data = dict(enumerate(data)) if isinstance(data, list) else data
-        if isinstance(data, dict) and part in data:
-            place, data = [*place, str(part)], data[part]
-    missing, text = error["type"] == "missing", error["msg"].removeprefix("Value error, ")
-    where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing])
-    if error["type"] == "extra_forbidden":
-        with contextlib.suppress(UserError):
-            text = load_tool("settings").instead(cls, ".".join(place))
-    elif not (missing or isinstance(error["input"], dict | Section)):
-        text = "\n".join(f"{line} (got {str(error['input'])[:60]!r})" for line in text.splitlines())
-    return [f"{where}: {line}".removeprefix(": ") for line in text.splitlines()]
-
-
 def _value(text: str) -> Any:
     """Read null, `{...}` and `[...]` as YAML does; all else stays text."""
     with contextlib.suppress(yaml.YAMLError):
@@ -218,25 +250,19 @@ def _value(text: str) -> Any:
 def parse_args(argv: Sequence[str]) -> dict[str, list[list[str]]]:
     """Parse ["--a", "1", "2", "--a=3", "--b"] to {"a": [["1", "2"], ["3"]], "b": [[]]}."""
     given: dict[str, list[list[str]]] = {}
-    values: list[str] = []
     for arg in argv:
         if arg.startswith("--") or arg == "-h":
             key, equals, text = ("help" if arg == "-h" else arg[2:]).partition("=")
-            values = [text] if equals else []
-            given.setdefault(key, []).append(values)
+            given.setdefault(key, []).append([text] if equals else [])
         elif not given:
             raise UserError(f"expected --name value, got '{arg}'")
         else:
-            values.append(arg)
+            given[key][-1].append(arg)
     return given
 
 
 def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str]) -> list[str]:
-    """Put the values of flags into `data`; return the problems.
-
-    Of a repeated flag the last value counts, but for the settings in `lists`, which collect all. A
-    flag without a value is true.
-    """
+    """Put flags into `data`, the last of equal ones or, in `lists`, all; return the problems."""
     problems = []
     for key, found in given.items():
         values = [_value(text) for text in found[-1]] or ["true"]
@@ -254,13 +280,11 @@ def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str
 
 def read_config(text: str) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file. Raises UserError."""
-    try:
-        data = yaml.load(Path(text).read_text(encoding="utf-8"), _Loader) or {}
-        if not isinstance(data, dict):
-            raise yaml.YAMLError("the file must hold `name: value` pairs")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {text or '(no file named)'}: {error}") from error
-    return data
+    with named(f"--config {text or '(no file named)'}"):
+        data = yaml.load(read_text(Path(text).expanduser()), _Loader) or {}
+        if isinstance(data, dict):
+            return data
+        raise ValueError("the file must hold `name: value` pairs")
 
 
 def load_config(
@@ -274,22 +298,25 @@ def load_config(
     if "help" in given:
         print(load_tool("settings").help_text(cls, "".join(given["help"][-1])))
         sys.exit(0)
-    data = read_config("".join(given.pop("config")[-1])) if "config" in given else {}
+    data = read_config(" ".join(given.pop("config")[-1])) if "config" in given else {}
     shown = given.pop("print_config", None)
     lists = {path for path, field in settings(cls) if get_origin(field.annotation) is list}
     problems = merge_overrides(data, given, lists)
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
-        problems += [line for item in error.errors() for line in _explain(cls, data, item)]
+        problems += from_tool("settings", "explain", [str(error)], cls, data, error)
+    except OSError as error:  # of a rule that looks at a path
+        problems.append(str(error))
     else:
         if shown and not problems:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             sys.exit(0)
-        problems = problems or (check(config) if check else [])
+        problems = [*dict.fromkeys(problems or (check(config) if check else []))]
     if problems:
-        count = f"{len(problems)} problem(s), nothing was loaded"
-        raise UserError(f"{count}\n{listed(problems, len(problems))}")
+        raise UserError(
+            f"{len(problems)} problem(s), nothing was loaded\n{listed(problems, 10**6)}"
+        )
     return config
 
 
@@ -300,13 +327,28 @@ def load_script(path: Path) -> types.ModuleType:
     spec: Any = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # KEEP: pydantic and pickle look classes up there
-    spec.loader.exec_module(module)
+    with named(f"script {path}"):
+        spec.loader.exec_module(module)
     return module
 
 
+@functools.cache
 def load_tool(name: str) -> types.ModuleType:
     """Import tools/<name>.py beside this file. Raises UserError where it was not copied along."""
     return load_script(Path(__file__).parent / "tools" / f"{name}.py")
+
+
+def from_tool(name: str, function: str, otherwise: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of a tool that a run does not need; `otherwise`, said, without the tool."""
+    if (Path(__file__).parent / "tools" / f"{name}.py").is_file():
+        return getattr(load_tool(name), function)(*args, **kwargs)
+    log.warning("%s() is left out: tools/%s.py was not copied along", function, name)
+    return otherwise
+
+
+def check_setup(**what: Any) -> list[str]:
+    """Return what tools/check.py finds wrong before a model loads; see problems() there."""
+    return from_tool("check", "problems", [], **what)
 
 
 # --- 3. randomness: every draw is a function of (seed, purpose, index) ----------------------------
@@ -340,86 +382,109 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
     """Return {relative stem ("sub/a"): image files}, with nested folders, without hidden names."""
     found: dict[str, list[Path]] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(place)
+        above = {here.resolve(), *here.resolve().parents}  # a link may lead back
+        folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() not in above)
         prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
         for name in sorted(name for name in names if not name.startswith(".")):
-            if name.lower().endswith(IMAGE_SUFFIXES):
-                stem = prefix.removeprefix("./") + name.rpartition(".")[0]
-                found.setdefault(unicodedata.normalize("NFC", stem), []).append(Path(place, name))
+            stem, _, end = (prefix.removeprefix("./") + name).rpartition(".")
+            if f".{end.lower()}" in IMAGE_SUFFIXES:
+                found.setdefault(unicodedata.normalize("NFC", stem), []).append(here / name)
     return found
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file for reading. Raises OSError also for a pipe or device, which may never end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # of a pipe: at once
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("a folder, pipe or device where a file is wanted")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: Path, most_bytes: int = 2**20) -> str:
+    """Read a text file in UTF-8. Raises OSError or ValueError: none, or larger than is read."""
+    with open_regular(path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"larger than {most_bytes:,} bytes")
+    return data.decode("utf-8-sig")
 
 
 def hash_file(path: Path) -> str:
     """Return blake2b of a file's bytes, 32 hex digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 class FileIndex:
-    """Remembers facts about files (content hash, width ...) by path, size and modification time.
+    """Facts about files (hash, width ...) by path, size and time, in `folder/index.jsonl`.
 
-    Kept in `folder/index.jsonl`, where any number of processes append; `None` keeps it in memory.
+    Any number of processes may append to it; `None` keeps it in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._facts: dict[str, tuple[str, dict[str, Any]]] = {}  # path: (stamp, facts)
         self._file = folder / "index.jsonl" if folder else None
-        if self._file and self._file.exists():
-            for line in self._file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # cut off by a kill
-                    path, stamp, facts = json.loads(line)
-                    self._facts[path] = stamp, dict(facts)
+        if self._file and self._file.is_file():
+            lines = self._file.read_text(encoding="utf-8", errors="replace").split("\n")
+            whole = [x[9:] for x in lines if x[:8] == f"{zlib.crc32(x[9:].encode()):08x}"]
+            self._facts = {path: (s, f) for path, s, f in json.loads(f"[{','.join(whole)}]")}
 
     def update(self, paths: Iterable[Path], look: Callable[[Path], dict[str, Any]]) -> list[str]:
         """Record `look(path)` of every file that is new or has changed; return what it raised."""
         new: list[tuple[Path, str]] = []
         for path in paths:
-            stat = path.stat() if path.exists() else None
-            stamp = f"{stat.st_size}:{stat.st_mtime_ns}" if stat else ""
-            if not stat or self._facts.get(str(path), ("", {}))[0] != stamp:
+            stamp = ""
+            with contextlib.suppress(OSError):
+                found = path.stat()
+                stamp = f"{CACHE_FORMAT}:{found.st_size}:{found.st_mtime_ns}"
+            if not stamp or self._facts.get(str(path), ("", {}))[0] != stamp:
                 new.append((path, stamp))
 
-        def attempt(path: Path) -> dict[str, Any] | str:
+        def attempt(entry: tuple[Path, str]) -> dict[str, Any] | str:
             try:
-                return look(path)
+                return look(entry[0])
             except (OSError, ValueError, UserError) as error:
                 return str(error)
 
         with ThreadPoolExecutor() as pool:
-            looks = pool.map(attempt, (path for path, _ in new))
-            found = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
-        rows = [(str(p), s, f) for (p, s), f in zip(new, found, strict=True) if isinstance(f, dict)]
+            looks = pool.map(attempt, new)
+            seen = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
+        rows = [(str(p), s, f) for (p, s), f in zip(new, seen, strict=True) if isinstance(f, dict)]
         self._facts |= {path: (stamp, facts) for path, stamp, facts in rows}
-        if self._file and rows and not check_writable("index", self._file.parent):
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write("\n".join(["", *map(json.dumps, rows), ""]))
-        return [problem for problem in found if isinstance(problem, str)]
+        with contextlib.suppress(OSError):  # it is looked at again
+            if self._file and rows and (self._file.is_file() or not self._file.exists()):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with self._file.open("a", encoding="utf-8") as file:
+                    texts = map(json.dumps, rows)
+                    file.writelines(f"\n{zlib.crc32(t.encode()):08x} {t}\n" for t in texts)
+        return [problem for problem in seen if isinstance(problem, str)]
 
     def __getitem__(self, path: Path) -> dict[str, Any]:
         """Return the facts last recorded, without a look at the disk."""
         return self._facts[str(path)][1]
 
-    def aspect(self, path: Path) -> float:
-        """Return width / height of a picture."""
-        return self[path]["width"] / self[path]["height"]
-
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def save_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)`, fsync, rename: a crash leaves the old or the whole new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        _fsync(temporary)
-        temporary.replace(path)
+        with named(f"{path} cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            _fsync(temporary)
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_text(path: Path, text: str) -> None:
@@ -427,33 +492,15 @@ def save_text(path: Path, text: str) -> None:
     save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def check_writable(name: str, folder: Path) -> list[str]:
-    """Make a folder; return a problem where nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return []
-    except OSError as error:
-        return [f"{name}: cannot write there: {error}"]
-
-
-def check_device(name: str, value: str | None) -> list[str]:
-    """Return problems of a device setting on this machine; None is the default device."""
-    try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:
-        return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
-    return []
-
-
-def check_packages(*names: str) -> list[str]:
-    """Return problems of packages that the settings need and that are not installed."""
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]
-    return [f"{name} is not installed: pip install {name}" for name in lacking]
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """Return RGB; what is transparent becomes white."""
+def to_rgb(file: Image.Image) -> Image.Image:
+    """Return a picture as upright 8-bit sRGB, alpha on white; odd ones by tools/pictures.py."""
+    if file.width * file.height > MAX_PIXELS or max(file.size) > 100 * min(file.size):
+        limits = f"at most {MAX_PIXELS:,} px (utils.MAX_PIXELS) and 100:1 are read"
+        raise ValueError(f"{file.width} x {file.height} px; {limits}")
+    deep = file.mode[0] in "IF" or ";16" in str(getattr(file, "tile", None))
+    profile, frames = zlib.crc32(file.info.get("icc_profile", b"")), getattr(file, "n_frames", 1)
+    odd = deep or profile not in SRGB_CRC32 or "gamma" in file.info or frames > 1
+    image = load_tool("pictures").plain(file) if odd else ImageOps.exif_transpose(file)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -461,67 +508,46 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Open a still picture as upright 8-bit RGB: EXIF turned, alpha on white, 16 bit scaled, CMYK.
-
-    Raises UserError where it is unreadable or cut off.
-    """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey saturates in convert()
-            deep = image.convert("F")
-            scale = 255 / max(65535 if image.mode != "F" else 255, np.asarray(deep).max())
-            image = deep.point(lambda v: v * scale).convert("L")
-        return on_white(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {path} cannot be read: {error}") from error
+    """Open a still picture with to_rgb(). Raises UserError where it is unreadable or cut off."""
+    # KEEP the stream: of a path, Pillow maps a turned TIFF into memory and mixes up its rows
+    with named(f"picture {path} cannot be read"), open_regular(path) as stream:
+        Image.MAX_IMAGE_PIXELS = None  # to_rgb() has its own
+        try:
+            file = Image.open(stream, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"none of {', '.join(FORMATS)}") from None
+        return to_rgb(file)
 
 
 def look_at_picture(path: Path) -> dict[str, Any]:
-    """Return width, height (upright), and hashes of the file and of its pixels.
-
-    One picture may lie there in two formats. Raises UserError.
-    """
+    """Return width, height, aspect (upright), hashes of file and pixels. Raises UserError."""
     image = open_rgb(path)
     pixels = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
-    size = {"width": image.width, "height": image.height}
+    size = {"width": image.width, "height": image.height, "aspect": image.width / image.height}
+    size["brightest"] = int(np.asarray(image).max())
     return {**size, "content": hash_file(path), "pixels": pixels}
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image | None]],
-    heads: Sequence[str] = (),
-    captions: Sequence[str] = (),
-    cell_px: int = 256,
+    rows: Any, heads: Sequence[str] = (), captions: Sequence[str] = (), cell_px: int = 256
 ) -> Image.Image:
-    """Draw rows of pictures on white, each fitted to a cell; heads above, captions under rows.
-
-    None leaves a cell empty; text that is too long is cut with an ellipsis.
-    """
+    """Draw rows of pictures, fitted to cells (None: empty); heads above, captions under rows."""
     font, gap, line = ImageFont.load_default(size=15), 8, 24
     fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
-    below = gap + (line if captions else 0)
-    heights = [max((i.height for i in row if i), default=0) + below for row in fitted]
-    width = max(map(len, rows)) * (cell_px + gap) + gap
-    top = line if heads else gap
-    sheet = Image.new("RGB", (width, top + sum(heights)), "white")
+    height = max((image.height for row in fitted for image in row if image), default=0)
+    across, down = cell_px + gap, height + gap + (line if captions else 0)
+    width, top = max(map(len, rows)) * across + gap, line if heads else gap
+    sheet = Image.new("RGB", (width, top + len(rows) * down), "white")
     draw = ImageDraw.Draw(sheet)
-
-    def write(x: int, y: int, text: str, colour: str, width_px: float) -> None:
-        text = " ".join(text.split())
-        if (length := font.getlength(text)) > width_px:
-            text = text[: int(len(text) * width_px / length) - 1] + "…"
-        draw.text((x, y), text, colour, font)
-
     for x, head in enumerate(heads):
-        write(gap + x * (cell_px + gap), 3, head, "black", cell_px)
+        draw.text((gap + x * across, 3), head[: cell_px // 8], "black", font)  # 8 px a letter
     for y, row in enumerate(fitted):
         for x, image in enumerate(row):
             if image:
-                sheet.paste(image, (gap + x * (cell_px + gap), top))
-        top += heights[y]
+                sheet.paste(image, (gap + x * across, top + y * down))
         if captions:
-            write(gap, top - below + 3, captions[y], "dimgray", width - 2 * gap)
+            text = " ".join(captions[y].split())[: width // 8]
+            draw.text((gap, top + y * down + height + 3), text, "dimgray", font)
     return sheet
 
 
@@ -530,7 +556,7 @@ def contact_sheet(
 
 def cache_key(kind: str, **inputs: object) -> str:
     """Name an entry: blake2b (32 hex digits) of format, kind and every input that shapes it."""
-    text = json.dumps([CACHE_FORMAT, kind, inputs], sort_keys=True, default=str)
+    text = _SORTED.encode([CACHE_FORMAT, kind, inputs])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -539,58 +565,54 @@ def entry_path(cache_dir: Path, key: str) -> Path:
     return cache_dir / key[:2] / key[2:4] / f"{key}.safetensors"
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the CRC-32 of names, shapes and values of tensors, 8 hex digits."""
     crc = 0
-    for name in sorted(tensors):
-        data = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
-        crc = zlib.crc32(data.data, crc)
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        crc = zlib.crc32(data.data, zlib.crc32(f"{name}{tensor.shape}".encode(), crc))
     return f"{crc:08x}"
 
 
-def write_entry(cache_dir: Path, key: str, tensors: dict[str, torch.Tensor]) -> Path:
-    """Write an entry atomically, with a checksum; several processes may write the same one."""
-    path = entry_path(cache_dir, key)
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **told: object) -> None:
+    """Write a safetensors file atomically; metadata: a checksum, and what is told, as JSON."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_atomic(path, lambda file: save_file(tensors, file, metadata={"crc32": _checksum(tensors)}))
-    return path
+    about = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
+    about |= {"crc32": checksum(tensors)} | ({"format": "pt"} if told else {})
+    save_atomic(path, lambda file: save_file(tensors, file, about))
 
 
 def read_entry(path: Path) -> dict[str, torch.Tensor]:
     """Read an entry's tensors. Raises UserError, with its name, where missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            expected = (file.metadata() or {}).get("crc32")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cache entry {path} cannot be read: {error} {MENDS}") from error
-    if _checksum(tensors) != expected:
-        raise UserError(f"cache entry {path} is damaged: its checksum is wrong {MENDS}")
+    what = f"cache entry {path} (cache_embeddings.py --verify mends it)"
+    with named(what), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if checksum(tensors) != (file.metadata() or {}).get("crc32"):
+            raise ValueError("its checksum is wrong")
     return tensors
 
 
 def fetch_checkpoint(name: str, *patterns: str) -> Path:
     """Return a checkpoint's folder; from the Hub as far as the patterns go. Raises UserError."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"no folder {name}")
+    place = Path(name).expanduser()
+    if place.is_dir():
+        return place
+    if place.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(from_tool("check", "no_checkpoint", f"no folder {name}", name))
     from huggingface_hub import snapshot_download
 
     wanted = ["model_index.json", *patterns] if patterns else None
-    try:
+    with named(f"no folder {name}, and not on the Hub"):
         return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=4))
-    except Exception as error:  # network, rights, disk, spelling: the hub library has many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"no folder {name}, and not on the Hub: {reason}") from error
 
 
 def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
     """Read a JSON file of a checkpoint folder or Hub repository. Raises UserError."""
     path = fetch_checkpoint(name_or_path, file) / file
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: no diffusers checkpoint: {error}") from error
+    with named(f"{path}: no diffusers checkpoint"):
+        if isinstance(found := json.loads(read_text(path)), dict):
+            return found
+        raise ValueError("no mapping of names to values")
 
 
 def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
@@ -600,20 +622,36 @@ def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Return the peak memory so far, GB: of the GPU, or of the process on a CPU."""
+    """Return the peak memory of the GPU so far, GB; without one what the process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return psutil.Process().memory_info().rss / 1e9
 
 
 # --- 6. a run: its checkpoints, its record, its log -----------------------------------------------
 
 
+def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
+    """Make an Accelerator that is the script's own: `accelerate config` adds nothing to it."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    for name in [n for n in os.environ if re.match("ACCELERATE_(?!USE_)", n)]:
+        del os.environ[name]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        log.warning("%s processes meet at %s", *map(os.environ.get, ("WORLD_SIZE", "MASTER_ADDR")))
+    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+    # KEEP: quantised weights are buffers; sending them would hang validation
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
+    settings |= {"log_with": None if report_to == "none" else report_to}
+    settings |= {"project_dir": output_dir, "kwargs_handlers": [timeout, buffers]}
+    with named("the environment that a launcher has set (RANK, WORLD_SIZE, MASTER_ADDR ...)"):
+        return Accelerator(cpu=not torch.accelerator.is_available(), **settings)
+
+
 class Checkpoints:
     """The checkpoint-<step>/ folders of a run: complete or absent, every file hash-checked.
 
-    state.json holds the step, the hashes, and `trained_as`: what decides the result (settings,
-    data), which a run that goes on must share.
+    state.json holds step, hashes, and `trained_as`: the settings and data that decide the result.
     """
 
     def __init__(self, output_dir: Path, limit: int | None = None) -> None:
@@ -622,12 +660,14 @@ class Checkpoints:
     @contextlib.contextmanager
     def only_run(self) -> Iterator[None]:
         """Keep other runs out of output_dir inside `with`. Raises UserError where one writes."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        writer = self.output_dir / ".writer"
         try:
             with FileLock(self.output_dir / ".lock", timeout=0):
+                save_text(writer, f"process {os.getpid()} on {platform.node()}")
                 yield
         except Timeout as error:
-            text = f"another run writes into {self.output_dir}; wait for it or name another folder"
+            who = writer.read_text(encoding="utf-8") if writer.exists() else "it has just begun"
+            text = f"another run ({who}) writes into {self.output_dir}; wait, or name another"
             raise UserError(text) from error
 
     def folders(self) -> list[Path]:
@@ -639,14 +679,16 @@ class Checkpoints:
     @staticmethod
     def state(folder: Path) -> dict[str, Any] | None:
         """Return state.json of a checkpoint; None where a file is missing or altered."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if all(hash_file(folder / name) == h for name, h in state["files"].items()):
+        with contextlib.suppress(Exception):  # whatever is wrong with it
+            state = json.loads(read_text(folder / "state.json", 2**26))
+            whole = state.pop("hash") == cache_key("state", **state)
+            whole = whole and folder.name == f"checkpoint-{int(state['step'])}"
+            if whole and all(hash_file(folder / name) == h for name, h in state["files"].items()):
                 return {"step": int(state["step"]), "trained_as": dict(state["trained_as"])}
         return None
 
     def find(self, wanted: str | None, trained_as: dict[str, Any]) -> tuple[Path, int] | None:
-        """Return (folder, step) of the newest valid checkpoint ("latest") or of the one named.
+        """Return (folder, step) of the newest valid checkpoint ("latest") or the named one.
 
         Raises UserError where that is missing, damaged or older than others, or settings differ.
         """
@@ -657,28 +699,25 @@ class Checkpoints:
                 break
             if wanted != "latest":
                 names = nearest(named.name, [f.name for f in there])
-                raise UserError(f"resume_from_checkpoint: no valid checkpoint {named}{names}")
+                raise UserError(f"resume_from_checkpoint: no latest, null or valid {named}{names}")
             log.warning("%s is damaged; looking for an older one", folder)
         if not found:
             log.info("%s: starting from step 0", self.output_dir)
             return None
         newer = [f.name for f in there if int(f.name.rpartition("-")[2]) > found["step"]]
         if newer and wanted != "latest":
-            text = "are newer: delete them, or name another output folder"
-            raise UserError(f"{folder}: {', '.join(newer)} {text}")
+            raise UserError(f"{folder}: {', '.join(newer)} are newer; delete them")
         before, keys = found["trained_as"], trained_as.keys() | found["trained_as"].keys()
         was_is = {key: (before.get(key), trained_as.get(key)) for key in sorted(keys)}
         if changed := [f"{k}: was {a}, is {b}" for k, (a, b) in was_is.items() if a != b]:
-            raise UserError(
-                f"{folder} was trained with other settings; set them back, or start anew without "
-                f"resume_from_checkpoint\n{listed(changed)}"
-            )
+            text = "was trained with other settings; set them back, or do not resume from it"
+            raise UserError(f"{folder} {text}\n{listed(changed)}")
         return folder, found["step"]
 
     def set_aside(self, *patterns: str) -> None:
         """Move what an earlier run left (checkpoints, `patterns`) into earlier-<n>/."""
-        names = ("checkpoint-*", "samples", "metrics.jsonl", "report.html", *patterns)
-        old = [path for name in names for path in self.output_dir.glob(name)]
+        names = "checkpoint-* samples metrics.jsonl report.html run.json config.yaml README.md"
+        old = [p for name in (*names.split(), *patterns) for p in self.output_dir.glob(name)]
         if not old:
             return
         numbered = (self.output_dir / f"earlier-{n}" for n in itertools.count(1))
@@ -686,79 +725,50 @@ class Checkpoints:
         place.mkdir()
         for path in old:
             path.rename(place / path.name)
-        text = "%s holds an earlier run: it is now in %s (to go on with it, move it back)"
-        log.warning(text, self.output_dir, place.name)
+        log.warning("an earlier run is now in %s (to go on with it, move it back)", place)
 
     def save(
-        self,
-        step: int,
-        trained_as: dict[str, Any],
-        training: dict[str, Any],
-        write: Callable[[Path], object],
+        self, step: int, trained_as: Facts, training: Facts, write: Callable[[Path], object]
     ) -> None:
-        """Write checkpoint-<step>/: training_state.pt and what `write(folder)` adds to it.
-
-        Older ones go when it is safe. Raises UserError where it cannot be written.
-        """
+        """Write checkpoint-<step>/: training_state.pt, and what `write(folder)` adds; prune."""
         place = self.output_dir / f"checkpoint-{step}"
         half = place.with_name(f".{place.name}.tmp")
         shutil.rmtree(half, ignore_errors=True)  # left by a run that was killed here
         try:
             half.mkdir(parents=True)
-            write(half)
-            torch.save(training, half / "training_state.pt")
+            write(half)  # by save_atomic(), as all here
+            save_atomic(half / "training_state.pt", lambda file: torch.save(training, file))
             state = {"step": step, "files": {f.name: hash_file(f) for f in half.iterdir()}}
-            save_text(half / "state.json", json.dumps(state | {"trained_as": trained_as}, indent=2))
-            for file in half.iterdir():
-                _fsync(file)
-            if place.exists():  # damaged
-                shutil.rmtree(place)
+            state |= {"trained_as": json.loads(json.dumps(trained_as))}
+            state["hash"] = cache_key("state", **state)
+            save_text(half / "state.json", json.dumps(state, indent=2))
+            shutil.rmtree(place, ignore_errors=True)  # it is damaged
             half.rename(place)
             _fsync(place.parent)
-        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
-            raise UserError(
-                f"{place} cannot be written: {error}. What was saved before is complete; make "
-                "room, then go on with resume_from_checkpoint latest"
-            ) from error
         finally:
             shutil.rmtree(half, ignore_errors=True)
-        kept = self.folders()
-        kept = kept[: kept.index(place) + 1]  # a later one is damaged: it counts for nothing
+        kept = self.folders()[: self.folders().index(place) + 1]  # a later one is damaged
         for old in kept[: -self.limit] if self.limit else []:
             shutil.rmtree(old)
 
 
 def run_record(output_dir: Path, config: Section, script: Path) -> None:
-    """Write run.json (argv, config, versions, git, hashes), config.yaml, the script and utils.py.
-
-    In a copy-and-modify project the code is part of the config.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    code = {path.name: path for path in (script.resolve(), Path(__file__).resolve())}
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "optimum-quanto"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    commit = ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(script.resolve().parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    """Write run.json (argv, config, versions), config.yaml, the script and utils.py."""
+    packages = {package.name: package.version for package in metadata.distributions()}
     cpu = f"cpu, {torch.get_num_threads()} threads"
     record = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
         "config": config.model_dump(mode="json"),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "git_commit": commit,
-        "code_blake2b": {name: hash_file(path) for name, path in code.items()},
     }
     save_text(output_dir / "run.json", json.dumps(record, indent=2))
     text = yaml.safe_dump(record["config"], sort_keys=False, allow_unicode=True)
     save_text(output_dir / "config.yaml", text)
-    for name, path in code.items():
-        if path != (output_dir / name).resolve():
-            shutil.copyfile(path, output_dir / name)
+    for path in (script.resolve(), Path(__file__).resolve()):  # they are part of the config
+        if path != (output_dir / path.name).resolve():
+            save_atomic(output_dir / path.name, functools.partial(shutil.copyfile, path))
 
 
 class RunLog:
@@ -766,11 +776,10 @@ class RunLog:
 
     def __init__(self, accelerator: Any, output_dir: Path, config: Section, step: int) -> None:
         self.accelerator, self.output_dir = accelerator, output_dir
-        about = {"config": config.model_dump_json()}
+        self.file, about = output_dir / "metrics.jsonl", {"config": config.model_dump_json()}
         accelerator.init_trackers(output_dir.name, about, {"wandb": {"dir": str(output_dir)}})
-        self.file = output_dir / "metrics.jsonl"
         if accelerator.is_main_process:  # a run that goes on keeps the lines up to this step
-            text = self.file.read_text(encoding="utf-8") if step and self.file.exists() else ""
+            text = self.file.read_text("utf-8", "replace") if step and self.file.exists() else ""
             lines = re.finditer(r'\{"step": (\d+).*\}\n', text)  # not what a kill cut off
             save_text(self.file, "".join(line[0] for line in lines if int(line[1]) <= step))
 
@@ -789,10 +798,3 @@ class RunLog:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images(shown, step=step, **layout)
-
-    def report(self) -> None:
-        """Draw report.html with tools/page.py; say the command where that was not copied along."""
-        try:
-            load_tool("page").write_report(self.output_dir)
-        except UserError:
-            log.info("curves and pictures: python tools/page.py report %s", self.output_dir)

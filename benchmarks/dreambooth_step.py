@@ -132,7 +132,7 @@ def full_size(argv):
                 given += ["--max_train_steps", "20", *argv]
                 trainer = script.SDTrainer(load_config(script.Config, given))
                 trainer.setup_accelerator()
-                trainer.folder = Path(place)
+                trainer.folder, trainer.samples = Path(place), [None] * batch
                 trainer.load_models()
                 draws = [script.Draw(n, None, 0, 1) for n in range(batch)]
                 seconds = []

@@ -613,9 +613,9 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
             part.save_pretrained(folder / name)
             config = folder / name / "config.json"
             if config.is_file():  # it shall not say the folder it came from
-                settings = json.loads(config.read_text())
+                settings = json.loads(config.read_text(encoding="utf-8"))
                 settings.pop("_name_or_path", None)
-                config.write_text(json.dumps(settings, indent=2) + "\n")
+                config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

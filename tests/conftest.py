@@ -228,6 +228,7 @@ def fresh_state():
     scripts = {path.stem: sys.modules.get(path.stem) for path in ROOT.glob("*.py")}
     yield
     sys.modules.update({name: module for name, module in scripts.items() if module})
+    gc.set_threshold(700)  # a script sets its own
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, run
 
 from train_qwen_edit import Config, DatasetConfig, matches
-from utils import load_config, load_script, run_script, settings
+from utils import UserError, load_config, load_script, run_script, settings
 
 TOOL = ROOT / "tools" / "convert_config.py"
 tool = load_script(TOOL)
@@ -543,3 +543,10 @@ def test_comments_and_trailing_commas_are_read_and_text_is_left_alone(tmp_path):
     file = tmp_path / "x.jsonc"
     file.write_text('{"a": "http://x, }", /* one\ntwo */ "b": [1, 2,], // three\n"c": "\\"//",}')
     assert tool.read_json(file) == {"a": "http://x, }", "b": [1, 2], "c": '"//'}
+
+
+@pytest.mark.parametrize("text", ["model: []\ndata: {}", "data: 3", "model: {lora: []}\ndata: {}"])
+def test_a_section_that_is_none_is_an_error(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"(model|data|model\.lora): wanted a section"):
+        tool.convert("qwen-image-finetune", [tmp_path / "a.yaml"], lambda key, text: None)

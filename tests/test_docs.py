@@ -98,7 +98,7 @@ def workplace(tmp_path_factory, checkpoints):
                 image.save(place / f"outputs/edits/{name}_scale{k}.png", pnginfo=chunk)
             shutil.copy(picture, place / f"outputs/{model}/{name}.png")
     train = "train_qwen_edit.py --config configs/demo_qwen_edit.yaml"
-    quick = " --train.max_train_steps 1 --validation.steps null"
+    quick = " --train.max_train_steps 2 --validation.steps null"
     run(*shlex.split(train + quick), cwd=place)
     train = f"train_pairedit.py --c demo_pairedit --preview false {FEW_STEPS}"
     run(*shlex.split(train), cwd=place)
@@ -234,18 +234,23 @@ def test_the_seeds_yaml_runs_once_paths_and_devices_are_real(checkpoints, tmp_pa
     file.write_text(SEED_YAML.replace("/path/to/cache", str(tmp_path / "cache")))
     overrides = [
         *("--config", str(file), "--model.pretrained_model_name_or_path", str(checkpoints["2511"])),
-        *("--data.dataset_configs.0.train_data_dir", str(ROOT / "data")),
-        *("--data.dataset_configs.0.target_dir", "photo_pairs"),
-        *("--data.dataset_configs.0.reference_dirs", "[photo_pairs]"),
-        *("--data.dataset_configs.0.on_missing", "skip", "--logging.output_dir", str(tmp_path)),
+        *("--data.dataset_configs.0.train_data_dir", str(tmp_path)),
+        *("--data.dataset_configs.0.target_dir", "after"),
+        *("--data.dataset_configs.0.reference_dirs", "[before]"),
+        *("--data.dataset_configs.0.on_missing", "skip"),
+        *("--logging.output_dir", str(tmp_path / "out")),
     ]
+    for place, role in (("after", "T"), ("before", "R")):
+        (tmp_path / place).mkdir()
+        for photo in (ROOT / "data/photo_pairs").glob(f"*_{role}.*"):
+            shutil.copy(photo, tmp_path / place / photo.name.replace(f"_{role}", ""))
     with pytest.raises(UserError, match="vae_encoder_device: 'cuda:1'"):
         load_config(train_qwen_edit.Config, overrides, train_qwen_edit.audit)
     text = re.sub(r"cuda:\d", "cpu", file.read_text())
     file.write_text(text)
     config = load_config(train_qwen_edit.Config, overrides, train_qwen_edit.audit)
     assert config.train.gradient_checkpointing and config.predict.devices.transformer == "cpu"
-    assert json.loads((tmp_path / "audit.json").read_text())["samples"] == 13
+    assert json.loads((tmp_path / "out/audit.json").read_text())["samples"] == 13
 
 
 SEED_YAML = """

@@ -66,6 +66,11 @@ def test_a_patch_is_small_applies_and_trains(patch, checkpoints, tmp_path, monke
     subprocess.run(["patch", "-o", str(fork), str(ROOT / script), str(patch)], check=True)
     flags = ["--config", str(settings(patch.stem, script, checkpoints, tmp_path))]
     flags += shlex.split(about["try"])
+    if "table" in about["try"]:  # another file is needed, and named
+        said = run(fork, *flags, check=False, cwd=tmp_path).stderr
+        assert f"no script {tmp_path}/tools/pair_rows.py" in said
+        (tmp_path / "tools").mkdir()
+        shutil.copy(ROOT / "tools/pair_rows.py", tmp_path / "tools")
     run(fork, *flags, *TWO_STEPS[script], cwd=tmp_path)
     files = [f for f in (tmp_path / "out").rglob("*.safetensors") if "checkpoint-" not in str(f)]
     assert any(tensor.abs().max() > 0 for file in files for tensor in load_file(file).values())

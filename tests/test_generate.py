@@ -1,6 +1,7 @@
 """generate.py: what is drawn where, settings in pictures, forks; edits equal the trainer's own."""
 
 import json
+import re
 import sys
 from unittest.mock import ANY
 
@@ -86,7 +87,7 @@ def test_no_setting_can_reuse_a_stale_picture(kind, changes, tmp_path):
     """Every setting that is no path and no place is in the picture's settings."""
     settings = {"pretrained_model_name_or_path": "x", "output": "o.png", "lora": ["l.safetensors"]}
     settings |= {"image": ["photo.png"], "device": "cpu"}
-    module = generate.load_script(ROOT / kind.script_name)
+    module = generate.utils.load_script(ROOT / kind.script_name)
     strip = generate.Strip("o", "a", 0, (64, 64), (1.0,), ())
 
     def of(**given):
@@ -161,6 +162,62 @@ def test_lokr_files_act_alone_and_beside_a_lora(lora, checkpoints, tmp_path):
     assert one.norm() > 0.1 and other.norm() > 0.1
     torch.testing.assert_close(output(1, 1) - base, one + other, atol=1e-5, rtol=0)
     torch.testing.assert_close(output(1, 1, times=0.5) - base, (one + other) / 2, atol=1e-5, rtol=0)
+
+
+def renamed(start="transformer.", down=".lora_A.weight", up=".lora_B.weight", dots="."):
+    """How another program would call a tensor of ours."""
+
+    def rename(name):
+        layer, end = re.split(r"(?=\.lora_)", name.removeprefix("transformer."))
+        return start + layer.replace(".", dots) + {".lora_A.weight": down}.get(end, up)
+
+    return rename
+
+
+KOHYA = {"down": ".lora_down.weight", "up": ".lora_up.weight"}
+NAMES = {
+    "bare": renamed(""),
+    "PEFT": renamed("base_model.model."),
+    "with the adapter's name": renamed(down=".lora_A.default.weight", up=".lora_B.default.weight"),
+    "down and up": renamed(**KOHYA),
+    "bare down and up": renamed("", **KOHYA),
+    "old diffusers": renamed(down=".lora.down.weight", up=".lora.up.weight"),
+    "ComfyUI": renamed("diffusion_model."),
+    "kohya": renamed("lora_unet_", dots="_", **KOHYA),
+    "OneTrainer": renamed("lora_transformer_", dots="_", **KOHYA),
+    "LyCORIS": renamed("lycoris_", dots="_", **KOHYA),
+    "unknown": renamed("model.x."),
+    "text encoder": renamed("text_encoder."),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("alpha", [False, True])
+def test_names_of_other_programs_mean_the_same_or_are_refused(
+    name, alpha, lora, checkpoints, tmp_path
+):
+    tensors = {NAMES[name](key): tensor for key, tensor in load_file(lora[1]).items()}
+    if alpha:  # twice the strength
+        downs = {key: t for key, t in tensors.items() if re.search("lora_A|down", key)}
+        ends = r"\.lora_(A|down).*|\.lora\.down.*"
+        tensors |= {re.sub(ends, ".alpha", k): torch.tensor(2.0 * len(t)) for k, t in downs.items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    settings = {"pretrained_model_name_or_path": str(checkpoints["2511"]), "device": "cpu"}
+    settings |= {"image": [REFERENCE], "output": tmp_path / "o.png"}
+    deltas = []
+    for file in (tmp_path / "other.safetensors", lora[1]):
+        painter = generate.EditPainter(generate.EditConfig(**settings, lora=[str(file)]), script)
+        strip = generate.Strip("o", "a", 0, (64, 64), (1.0,), (), loras=tuple(painter.loras))
+        if name in ("unknown", "text encoder") and file != lora[1]:
+            assert "no part of a LoRA" in "".join(painter.problems([strip]))
+            return
+        assert painter.problems([strip]) == []
+        painter.load(["x"])
+        layers = painter.pipeline.transformer.named_modules()
+        deltas.append({n: m.get_delta_weight("lora0") for n, m in layers if hasattr(m, "lora_A")})
+    assert deltas[0].keys() == deltas[1].keys()
+    for layer, delta in deltas[1].items():
+        torch.testing.assert_close(deltas[0][layer], delta * (2 if alpha else 1))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "folder"])
@@ -371,7 +428,8 @@ def test_results_never_overwrite_references_or_leave_their_folder(checkpoints, c
     for case in (["--input_dir", tmp_path, "--output_dir", tmp_path],
                  ["--image", photo, "--output", photo]):  # fmt: skip
         text = call(checkpoints["2511"], *case, "--prompt", "x", *QUICK, check=False)
-        assert "would be overwritten" in text and photo.read_bytes() == before
+        assert re.search("would be (overwritten|read next time)", text)
+        assert photo.read_bytes() == before
     (tmp_path / "junk.png").write_bytes(b"junk")
     (tmp_path / "latin.png").write_bytes(photo.read_bytes())
     (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))

@@ -306,7 +306,7 @@ def test_every_format_is_read_at_its_strength(kind, bare, tmp_path):
         torch.save(tensors, file)
     else:
         save_file(tensors, file, metadata=metadata)
-    assert same_changes(generate.read_slider(file, bare), wanted)
+    assert same_changes(generate.read_factors(file, bare), wanted)
 
 
 def test_kohyas_own_names_are_read_through_diffusers(bare, tmp_path):
@@ -316,7 +316,7 @@ def test_kohyas_own_names_are_read_through_diffusers(bare, tmp_path):
     down, up = torch.randn(4, width, generator=draw), torch.randn(3 * width, 4, generator=draw)
     tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
     save_file({**tensors, f"{name}.alpha": torch.tensor(2.0)}, tmp_path / "k.safetensors")
-    found = changes_of(generate.read_slider(tmp_path / "k.safetensors", bare))
+    found = changes_of(generate.read_factors(tmp_path / "k.safetensors", bare))
     layers = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
     assert torch.allclose(torch.cat([found[k] for k in layers]), up @ down / 2, atol=1e-5)
 
@@ -333,7 +333,7 @@ def test_kohyas_own_names_are_read_through_diffusers(bare, tmp_path):
 def test_what_cannot_be_used_is_named_not_dropped(extra, words, bare, loras, tmp_path):
     save_file(load_file(loras["a"]) | {extra: torch.zeros(4, 64)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=f"1 of .* tensors are no part of a LoRA.*\n.*{words}"):
-        generate.read_slider(tmp_path / "x.safetensors", bare)
+        generate.read_factors(tmp_path / "x.safetensors", bare)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(16, 1.0), (6, 4.0)])
@@ -352,7 +352,7 @@ def test_converting_there_and_back_keeps_the_strength(rank, alpha, flux, bare, p
 
     save_file({"transformer.old.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "a.safetensors")
     assert convert("a.pt", "b.safetensors") == len(factors)  # not what lies beside a.pt
-    assert same_changes(generate.read_slider(tmp_path / "b.safetensors", bare), wanted)
+    assert same_changes(generate.read_factors(tmp_path / "b.safetensors", bare), wanted)
     convert("b.safetensors", "c.pt")
     convert("c.pt", "d.safetensors", original=True)
     assert load_file(tmp_path / "d.safetensors").keys() == tensors.keys()

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import unicodedata
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -35,9 +36,11 @@ def draws_of(steps):
     return [draw for step in steps for batch in step for draw in batch]
 
 
-def picture(path, grey=0, size=(64, 48)):
+def picture(path, grey=None, size=(64, 48)):
+    """A picture of one grey; by default each path has a colour of its own."""
+    own = zlib.crc32(str(path).encode()).to_bytes(4, "big")[:3]
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (grey, grey, grey)).save(path)
+    Image.new("RGB", size, (grey,) * 3 if grey is not None else tuple(own)).save(path)
     return path
 
 

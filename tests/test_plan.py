@@ -1,10 +1,10 @@
 """--plan: parameters, tokens, memory and time of full-size models without loading anything."""
 
-import json
+import re
 import resource
 
 import pytest
-from conftest import PAIRS, run, slider_settings, small_config, suffix_dataset, write_config
+from conftest import PAIRS, ROOT, run, slider_settings, small_config, suffix_dataset, write_config
 from PIL import Image
 
 import train_qwen_edit as script
@@ -153,7 +153,24 @@ def test_a_plan_names_mistakes_like_a_run(tmp_path):
     raw["data"]["dataset_configs"][0]["train_data_dir"] = "nowhere"
     done = run("train_qwen_edit.py", "--plan", "--config", write_config(tmp_path, raw), check=False)
     assert done.returncode == 2
-    assert json.loads((tmp_path / "out/audit.json").read_text())["problems"]
+    assert "folder nowhere does not exist" in done.stderr
+
+
+def test_a_plan_writes_no_file_and_says_which_cards_it_fits(tmp_path):
+    file = write_config(tmp_path, settings(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    said = run(ROOT / "train_qwen_edit.py", "--plan", "--config", file, cwd=tmp_path).stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    assert re.search(r"RTX 4090 +25\.2 GB  does not fit", said)
+    # 585.5 TFLOP of a sample at half of 790 TFLOPS
+    assert re.search(r"H100 80 GB +85\.0 GB  fits, 1\.5 s a step", said)
+    assert re.search(r"int8-quanto: \d\d\.\d GB, 1\.00 x the computation", said)
+    assert re.search(r"reference_area: target: .* 1\.00 x|blocks travel", said)
+
+
+def test_numbers_have_two_digits_at_least():
+    numbers = (0.0123, 0.5, 1, 43.78, 585.49)
+    assert [tool.two(n) for n in numbers] == ["0.012", "0.50", "1.0", "43.8", "585.5"]
 
 
 @pytest.mark.parametrize("model", sorted(script.PUBLISHED))

@@ -59,10 +59,13 @@ def test_a_recipe_says_why_finds_its_data_and_fits_its_card(file, full_size, tmp
             for name in files or [f"{folder}/{number}" for folder in ("after", "before")]:
                 path = ds.train_data_dir / f"{name}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                noise = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
-                Image.fromarray(noise).save(path)
+                noise = np.random.default_rng([number, *name.encode()]).integers(
+                    0, 255, (64, 64, 3)
+                )
+                Image.fromarray(noise.astype(np.uint8)).save(path)
                 path.with_suffix(".txt").write_text(f"edit {name}")
-    monkeypatch.setattr(script.utils, "check_packages", lambda *names: [])
+    everything = script.utils.check_setup
+    monkeypatch.setattr(script.utils, "check_setup", lambda packages=(), **what: everything(**what))
     assert script.audit(config) == []
     flavour = script.detect_flavour(config.model.pretrained_model_name_or_path)
     data, _ = script.find_samples(config, flavour)
@@ -82,3 +85,13 @@ def test_a_recipe_says_why_finds_its_data_and_fits_its_card(file, full_size, tmp
         twin["model"]["pretrained_model_name_or_path"] = config.model.pretrained_model_name_or_path
         twin["logging"] = config.model_dump()["logging"]
         assert twin == config.model_dump()
+
+
+def test_the_readmes_table_of_cards_says_what_the_files_say():
+    rows = re.findall(
+        r"\| (\d+) GB \|.*`(\w+\.yaml)` \| (\d+) GB \|", (ROOT / "README.md").read_text()
+    )
+    assert len(rows) >= 6 and {int(card) for card, _, _ in rows} >= {16, 24, 48, 80}
+    for card, name, peak in rows:
+        text = (ROOT / "configs" / name).read_text()
+        assert int(peak) == int(re.search(r"bout (\d+)", text)[1]) < int(card) * 1.0737 - 0.5, name

@@ -87,3 +87,22 @@ def test_one_statement_a_line():
 def test_linters_pass(tool):
     done = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_file_is_opened_with_its_encoding():
+    """Or in bytes: elsewhere a name or caption would be read in the machine's own encoding."""
+    wrong = []
+    for path in [*SCRIPTS, *(ROOT / "tools").glob("*.py"), *(ROOT / "demo").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            module = getattr(getattr(node.func, "value", None), "id", "")
+            given = {word.arg for word in node.keywords} & {"encoding"}
+            texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            mode = next((t for t in texts if isinstance(t, str) and set(t) <= set("rwabx+t")), "r")
+            reads = name in ("write_text", "read_text") and module not in ("", "utils")
+            reads |= name == "open" and module not in ("Image", "os", "av") and "b" not in mode
+            if reads and not given and not (name == "read_text" and module == "utils"):
+                wrong.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert not wrong

@@ -3,8 +3,12 @@
 import json
 import math
 import os
+import select
 import shutil
 import signal
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +30,7 @@ from PIL import Image
 from qwen import assert_same_files, curve
 
 import train_qwen_edit as script
-from utils import Checkpoints, UserError, load_config, read_entry
+from utils import Checkpoints, StopSignal, UserError, load_config, read_entry
 
 LORAS = [script.LORA_FILE, script.EMA_FILE]
 TARGETS = ["to_q", "to_k", "to_out.0", "to_add_out", "img_mlp.net.2", "txt_mlp.net.2", "img_mod.1"]
@@ -166,6 +170,49 @@ def test_killed_and_stopped_and_resumed_it_ends_bit_equal(straight, rerun, tmp_p
 
 
 @pytest.mark.slow
+def test_a_terminal_that_is_gone_loses_nothing(straight, tmp_path):
+    """The window closes in step 4: SIGHUP comes, and nothing can be printed any more."""
+    program = stopping(tmp_path, IN_STEP.format(4), "SIGHUP")
+    closing = "script.train_step = closed(script.train_step)"
+    text = program.read_text().replace("utils.run_script(", f"{closing}\nutils.run_script(")
+    gone = """
+def closed(step):
+    def wait(trainer, batches):
+        if trainer.global_step == 4:
+            import time
+            open({ready!r}, "w").close()
+            time.sleep(1.5)
+        return step(trainer, batches)
+    return wait
+"""
+    ready = tmp_path / "ready"
+    program.write_text(gone.format(ready=str(ready)) + text)
+    ours, theirs = os.openpty()
+    flags = ["--config", straight[1], "--logging.output_dir", tmp_path / "out"]
+    command = [sys.executable, program, *flags, "--cache.cache_dir", tmp_path / "cache"]
+    child = subprocess.Popen(list(map(str, command)), stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    while not ready.exists() and child.poll() is None:
+        if select.select([ours], [], [], 0.1)[0]:
+            said += os.read(ours, 65536)
+    os.close(ours)  # from here on every print fails
+    assert child.wait(60) == 0, said.decode()
+    assert Checkpoints.state(Checkpoints(tmp_path / "out").folders()[-1])["step"] == 5
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
 def test_two_processes_learn_draw_and_stop_as_one(straight, rerun, tmp_path):
     """One of them gets the signal, both save and end; the rest of the run goes on from there."""
     out, expected = tmp_path / "out", straight[0] / "out"
@@ -212,7 +259,7 @@ def test_under_the_launcher_a_mistake_is_a_message(straight):
     assert "problem(s), nothing was loaded" in done.stderr
 
 
-@pytest.mark.parametrize("change", ["setting", "caption", "picture", "moved"])
+@pytest.mark.parametrize("change", ["setting", "caption", "picture", "moved", "length"])
 def test_resume_refuses_what_would_be_another_run(change, straight, trainer_of, tmp_path):
     """Before a model loads; another place of the same data is the same run."""
     shutil.copytree(straight[0] / "out", tmp_path / "out")
@@ -223,11 +270,14 @@ def test_resume_refuses_what_would_be_another_run(change, straight, trainer_of, 
         Image.new("RGB", (64, 48)).save(pairs / "coffee0_R.png")
     rate = "0.5" if change == "setting" else "0.01"
     overrides = ["--data.dataset_configs.0.train_data_dir", pairs, "--optimizer.init_args.lr", rate]
+    if change == "length":  # the rate would rise again
+        overrides += ["--train.max_train_steps", 24]
     trainer = trainer_of(*overrides, *LATEST)
     if change == "moved":
         trainer.fit()
         return assert_same_files(tmp_path / "out", straight[0] / "out")
-    named = r"optimizer\.init_args\.lr: was" if change == "setting" else "samples .*: was"
+    named = {"setting": r"optimizer\.init_args\.lr: was", "length": "falls over: was 12, is 24"}
+    named = named.get(change, "samples .*: was")
     with pytest.raises(UserError, match=named):
         trainer.fit()
     assert trainer.transformer is None
@@ -358,7 +408,9 @@ def cached(straight, tmp_path):
     """A copy of the cache whose index still believes in it, and the flags that name it."""
     cache = shutil.copytree(straight[0] / "cache", tmp_path / "cache")
     index = cache / "index.jsonl"
-    index.write_text(index.read_text().replace(str(straight[0] / "cache"), str(cache)))
+    lines = index.read_text().replace(str(straight[0] / "cache"), str(cache)).split("\n")
+    texts = [line[9:] for line in lines]  # each has its checksum in front
+    index.write_text("\n".join(f"{zlib.crc32(t.encode()):08x} {t}" if t else "" for t in texts))
     flags = ["--config", straight[1], "--cache.cache_dir", cache]
     return cache, [*flags, "--logging.output_dir", tmp_path / "out"]
 
@@ -394,6 +446,6 @@ def test_rot_that_keeps_the_time_stops_training_with_a_message(
         entry.write_bytes(entry.read_bytes()[:-1] + b"x")
         os.utime(entry, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     flags = ["--cache.cache_dir", cache, "--validation.steps", "null"]
-    with pytest.raises(UserError, match=r"checksum.*cache_embeddings\.py --verify"):
+    with pytest.raises(UserError, match=r"cache_embeddings\.py --verify.*checksum"):
         trainer_of(*flags, "--data.num_workers", workers).fit()
     assert not Checkpoints(tmp_path / "out").folders()

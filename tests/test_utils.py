@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 from unittest.mock import Mock
@@ -199,7 +200,7 @@ def test_every_kind_of_picture_opens_as_upright_rgb(mode, tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.txt"
     utils.save_text(file, "old")
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(UserError, match=r"a.txt cannot be written: .*no number"):
         utils.save_atomic(file, lambda half: half.write_text("half") and int("no number"))
     assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
 
@@ -240,7 +241,8 @@ def test_the_index_looks_at_new_and_changed_files_only(tmp_path):
 def test_entries_keep_every_bit_and_damage_is_noticed_and_named(harm, tmp_path):
     kinds = (torch.float32, torch.bfloat16, torch.int64)
     tensors = {str(kind): torch.randn(3, 5).to(kind) for kind in kinds}
-    path = utils.write_entry(tmp_path, "ab" * 16, tensors | {"none": torch.zeros(0, 2)})
+    path = utils.entry_path(tmp_path, "ab" * 16)
+    utils.save_tensors(path, tensors | {"none": torch.zeros(0, 2)})
     again = utils.read_entry(path)
     assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in tensors.items())
     data = bytearray(path.read_bytes())
@@ -285,9 +287,12 @@ def test_checkpoints_are_found_pruned_and_refused(tmp_path):
             checkpoints.find(wanted, trained_as)
     with checkpoints.only_run(), pytest.raises(UserError, match=str(tmp_path)):
         Checkpoints(tmp_path).only_run().__enter__()
-    with pytest.raises(UserError, match=r"checkpoint-11.*disk full"):  # complete or absent
-        checkpoints.save(11, {}, {}, Mock(side_effect=OSError("disk full")))
-    assert {path.name for path in tmp_path.iterdir()} == {*names, ".lock"}
+    write = partial(utils.save_atomic, write=Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(
+        UserError, match=r"checkpoint-11.*No space left.*the disk is full.*MB are free in"
+    ):
+        checkpoints.save(11, {}, {}, lambda folder: write(folder / "x"))  # complete or absent
+    assert {path.name for path in tmp_path.iterdir()} - {".writer"} == {*names, ".lock"}
     checkpoints.set_aside()
     assert not checkpoints.folders() and (tmp_path / "earlier-1/checkpoint-9").is_dir()
 

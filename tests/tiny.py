@@ -186,4 +186,5 @@ def save_sd_lora(checkpoint, file, resolution=64):
         for factor in (layer.down["change"], layer.up["change"]):
             factor.data = torch.randn(factor.shape, generator=draw) * 0.1
     about = {"instance_prompt": "a photo of a person", "resolution": resolution}
-    script.save_lora(file, script.adapter_tensors({"unet": unet}, "change", 1.0), about)
+    tensors = script.adapter_tensors({"unet": unet}, "change", 1.0)
+    script.utils.save_tensors(file, tensors, image_edit_lora=about)

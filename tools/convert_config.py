@@ -30,7 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_qwen_edit import SIZE_MULTIPLE, Config, DatasetConfig, ValidationSample
-from utils import Section, UserError, load_config, run_script, settings
+from utils import Section, UserError, load_config, named, read_text, run_script, settings
 
 Settings = dict[str, Any]  # theirs by key, ours by dotted path
 Say = Callable[[str, str], None]  # say(key, "what it meant there -> what happens here")
@@ -111,10 +111,8 @@ class Rule(Section):
 
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds, typed as those tools read it. Raises UserError."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}") from error
+    with named(str(path)):
+        return yaml.safe_load(read_text(path))
 
 
 @functools.cache
@@ -155,6 +153,8 @@ def follow(
         if rule.to:
             ours[rule.to] = converted(where + key, value, rule, say)
     for key in [key for key in source if key not in table]:
+        if any(name.startswith(f"{key}.") for name in table):
+            raise UserError(f"{where}{key}: wanted a section of names and values")
         groups = [name for name in table if name.endswith("*") and key.startswith(name[:-1])]
         say(where + key, table[groups[0]].note if groups else UNKNOWN)
 
@@ -446,13 +446,11 @@ TEXT = r'"(?:\\.|[^"\\])*"'
 
 def read_json(path: Path) -> Any:
     """Read JSON with comments and trailing commas, or `"key": value` alone. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+    with named(str(path)):
+        text = read_text(path).strip()
         text = f"{{{text}}}" if text.startswith('"') else text  # as manuals show a part
         text = re.sub(rf"({TEXT})|//[^\n]*|/\*.*?\*/", r"\1", text, flags=re.DOTALL)
         return json.loads(re.sub(rf"({TEXT})|,(?=\s*[\]}}])", r"\1", text))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def convert(tool: str, files: list[Path], say: Say) -> Config:

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from generate import PUBLISHED_FLUX, flux_layers, read_slider
-from utils import UserError, check_writable, load_script, run_script, save_atomic
+from generate import PUBLISHED_FLUX, flux_layers, read_factors
+from utils import UserError, check_setup, load_script, run_script, save_atomic
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # {layer: (down (r, in), up (out, r))}
 
@@ -54,11 +54,13 @@ def convert(source: Path, target: Path, original: bool, model: str) -> int:
         raise UserError(f"{target}: wanted a name that ends in .pt or .safetensors")
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: source and target are one file; name another target")
-    if problems := check_writable("target", target.parent):
+    if target.exists():
+        raise UserError(f"{target} is there already; name another target")
+    if problems := check_setup(writes={"target": target.parent}, loras=[source]):
         raise UserError(problems[0])
     script = load_script(Path(__file__).resolve().parent.parent / "train_pairedit.py")
     transformer = flux_layers(script, model)
-    factors = read_slider(source, transformer)  # of a pickle only tensors are read
+    factors = read_factors(source, transformer)  # of a pickle only tensors are read
     # names layers that do not fit
     script.add_slider(transformer, script.AdapterSwitch(), "checked", factors, 1.0)
     pickled = target.suffix == ".pt"

@@ -40,8 +40,7 @@ from utils import (
     Section,
     UserError,
     cache_key,
-    check_device,
-    check_writable,
+    check_setup,
     contact_sheet,
     hash_file,
     load_config,
@@ -53,6 +52,7 @@ from utils import (
     read_model_json,
     run_script,
     save_atomic,
+    save_tensors,
     uniform,
 )
 
@@ -123,9 +123,9 @@ class EndsAttention:
 class FitConfig(Section):
     """The LoRA that is fitted to each of the two pictures; it is kept beside output."""
 
-    fit_steps: int = Field(200, ge=1)
+    fit_steps: int = Field(200, ge=1, le=100_000)
     """Steps of AdamW on the LoRA that is fitted to each picture."""
-    fit_rank: int = Field(16, ge=1)
+    fit_rank: int = Field(16, ge=1, le=4096)
     """Rank of the LoRA that is fitted to each picture."""
     fit_learning_rate: float = Field(2e-4, gt=0)
     """Learning rate of the LoRA that is fitted to each picture."""
@@ -176,7 +176,7 @@ ATTENTION_SHARE = 0.6  # EDIT HERE: share of the steps in which frames look at b
 class FramesConfig(Section):
     """How the way is drawn."""
 
-    frames: int = Field(9, ge=3)
+    frames: int = Field(9, ge=3, le=100_000)
     """Number of frames, the two pictures included."""
     even_frames: bool = True
     """Space the frames equally far apart, which draws them twice."""
@@ -220,7 +220,8 @@ class Morph:
         for end, name in enumerate(ENDS):
             file = fit_file(self.config, end, frame_size(self.sd, self.config))
             if not file.is_file():
-                self.sd.save_lora(file, fit_lora(self, end), {"photo": self.config.image[end].name})
+                about = {"photo": self.config.image[end].name}
+                save_tensors(file, fit_lora(self, end), image_edit_lora=about)
             self.sd.load_adapter({"unet": self.unet}, self.switch, name, file)
 
     def attach_attention(self) -> dict[str, EndsAttention]:
@@ -358,7 +359,7 @@ class Config(FramesConfig, FitConfig):
     """What the pictures show: one prompt for both, or one for each; [] is the empty one."""
     output: Path
     """FILE.png: the sheet, with the frames beside it. FILE.gif: an animation as well."""
-    resolution: int = Field(512, ge=64, multiple_of=64)
+    resolution: int = Field(512, ge=64, le=8192, multiple_of=64)
     """Side of the square whose area the frames have, px; the first picture's aspect is kept."""
     seed: int = 0
     """Seed of the LoRAs that are fitted; nothing else is drawn by chance."""
@@ -398,13 +399,15 @@ def sd_script(path: Path | None) -> Any:
 def check(config: Config) -> list[str]:
     """Return what can be known to be wrong before a model loads."""
     problems = sd_script(config.script).check_base(config.pretrained_model_name_or_path)
-    problems += check_writable("output", config.output.parent)
+    problems += check_setup(
+        writes={"output": config.output.parent}, devices={"device": config.device}
+    )
     for file in config.image:
         try:
             open_rgb(file)
         except UserError as error:
             problems.append(f"image: {error}")
-    return problems + check_device("device", config.device)
+    return problems
 
 
 def main() -> None:

@@ -49,9 +49,10 @@ def write_page(path: Path, title: str, rows: Sequence[PageRow], embed: bool = Fa
     Pictures stay where they are and are linked relative to `path`; with `embed` they are copied
     into the page, which can then be sent as one file. Nothing is loaded from elsewhere.
 
-    Raises:
-        UserError: a picture cannot be read.
+    Raises UserError: a picture cannot be read, or what lies at `path` is no page of this tool.
     """
+    if path.exists() and PAGE[:200] not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{path} is no page of this tool; move it")
     _save_page(path, title, "".join(_row_html(row, path.parent, embed) for row in rows))
 
 
@@ -221,10 +222,11 @@ CHARTS = {  # values of metrics.jsonl whose names begin so share a chart of this
 def _read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Return {name: [(step, value)]} of metrics.jsonl; leaves out what is no finite number."""
     series: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
-            values = json.loads(line)
-            step = values.pop("step")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(Exception):  # it is being written, or damaged
+            values = dict(json.loads(line))
+            step = int(values.pop("step"))
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     series.setdefault(name, []).append((step, value))
@@ -482,8 +484,8 @@ rows.forEach(show);
 
 def read_record(output_dir: Path) -> dict[str, Any]:
     """Return run.json of a run; {} if there is none yet or it is damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(Exception):  # whatever is wrong with it
+        return dict(json.loads((output_dir / "run.json").read_text(encoding="utf-8")))
     return {}
 
 

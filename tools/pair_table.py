@@ -19,50 +19,34 @@ writes the same files. A training names the table: data.dataset_configs.0.table:
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import Field
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pair_rows import Found, Pair, pairs_of_records, read_table, tell_unread
+
 from train_qwen_edit import DatasetConfig, group_by_folder, read_captions
 from utils import (
+    FORMATS,
     Section,
     UserError,
-    check_writable,
+    check_setup,
     listed,
     load_config,
-    progress,
     run_script,
     save_atomic,
     save_text,
 )
-
-
-class Pair(NamedTuple):
-    """One sample of a source."""
-
-    target: Path
-    references: list[Path]
-    prompts: list[str]
-    mask: Path | None = None
-
-
-class Found(NamedTuple):
-    """What a source holds."""
-
-    pairs: list[Pair]
-    problems: list[str]  # nothing can be written
-    broken: list[str]  # of single samples: on_missing decides
-
 
 # --- 1. records: rows of a table or of a Hub data set ---------------------------------------------
 
@@ -72,67 +56,6 @@ class ColumnsConfig(Section):
 
     columns: dict[Literal["target", "references", "prompt", "mask", "name"], str] = {}
     """Columns by names that are not known here, e.g. --columns.target edited_image."""
-
-
-COLUMNS = {  # what other trainers call them; the first one that is filled counts
-    "target": ("target", "path_target", "target_image", "image", "image_path"),
-    "references": (
-        *("references", "control_images", "edit_image"),
-        *("path_control", "control_path", "control"),
-    ),
-    "prompt": ("prompt", "caption"),
-    "mask": ("mask", "path_mask", "control_mask"),
-    "name": ("name", "id"),
-}
-NUMBERED = r"(?:(?:path_)?control|control_path|reference)_(\d+)"  # more references, one a column
-
-
-def values_of(record: dict[str, Any], columns: dict[Any, str]) -> dict[str, Any]:
-    """Return a record under our names; references and prompts as lists. Raises ValueError."""
-    if None in record:  # csv.DictReader
-        raise ValueError("more cells than columns; quote a text with commas")
-    row = {}
-    for name, known in COLUMNS.items():
-        names = (columns[name],) if name in columns else known
-        row[name] = next((record[n] for n in names if record.get(n) not in (None, "", [])), None)
-    shown = row["references"]
-    if not isinstance(shown, list):
-        numbered = {int(m[1]): n for n in record if (m := re.fullmatch(NUMBERED, n))}
-        shown = [shown, *(record[numbered[i]] for i in sorted(numbered))]
-        shown = [value for value in shown if value]
-    prompts = row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
-    row["prompt"] = [text for p in prompts if p and (text := str(p).strip())]
-    if not row["target"] or not shown or None in shown:
-        raise ValueError("no reference" if row["target"] else "no target")
-    return row | {"references": shown}
-
-
-def pairs_of_records(
-    records: Iterable[Any], columns: dict[Any, str], locate: Callable[[Any, str, str], Path]
-) -> Found:
-    """Make pairs of records. `locate(value, role, name of the sample)` returns a picture's file."""
-    found, seen = Found([], [], []), set[str]()
-    for number, record in enumerate(progress(records, "pairs", unit="row"), 1):
-        try:
-            row = values_of(record, columns)
-            name = re.sub(r"[^\w.-]+", "_", str(row["name"] or number))
-            name = f"{name}_{number}" if name in seen else name
-            seen.add(name)
-            roles = enumerate(row["references"], 1)
-            references = [locate(value, f"reference_{i}", name) for i, value in roles]
-            mask = locate(row["mask"], "mask", name) if row["mask"] else None
-            target = locate(row["target"], "target", name)
-            found.pairs.append(Pair(target, references, row["prompt"], mask))
-        except (ValueError, OSError) as error:  # OSError: a name that no file can have
-            found.broken.append(f"row {number}: {error}")
-    return found
-
-
-def tell_unread(names: Iterable[str], columns: dict[Any, str]) -> None:
-    """Name the columns that nothing reads."""
-    known = {*columns.values(), *(n for known in COLUMNS.values() for n in known)}
-    if unread := sorted(n for n in names if n not in known and not re.fullmatch(NUMBERED, n)):
-        print(f"columns not read: {', '.join(unread)}", file=sys.stderr)
 
 
 # --- 2. tables of other trainers ------------------------------------------------------------------
@@ -149,29 +72,7 @@ class TableConfig(Section):
 
 def from_table(config: Config) -> Found:
     """Read a table of another trainer."""
-    table = Path(config.table or "")
-    table = table if table.is_file() else config.train_data_dir / table
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if table.suffix == ".csv":
-                records: list[Any] = list(csv.DictReader(file))
-            elif table.suffix == ".json":
-                records = list(json.load(file))
-            else:
-                records = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        return Found([], [f"table {table}: {error}"], [])
-    if wrong := [i for i, record in enumerate(records, 1) if not isinstance(record, dict)]:
-        return Found([], [f"table {table}: row {wrong[0]} is no record"], [])
-
-    def locate(value: Any, role: str, name: str) -> Path:
-        places = [config.train_data_dir / str(value), table.parent / str(value)]
-        if there := [place for place in places if place.is_file()]:
-            return there[0]
-        raise ValueError(f"no file {places[0]}")
-
-    tell_unread({name for record in records for name in record if name}, config.columns)
-    return pairs_of_records(records, config.columns, locate)
+    return read_table(Path(config.table or ""), config.train_data_dir, config.columns)
 
 
 # --- 3. Hub data sets -----------------------------------------------------------------------------
@@ -213,7 +114,7 @@ def load_hub_dataset(name: str, split: str) -> Any:
 
 def picture_format(data: bytes) -> str:
     """Return "png", "jpeg" ... of the bytes of a picture, or "" where they are none."""
-    with contextlib.suppress(OSError), Image.open(io.BytesIO(data)) as image:
+    with contextlib.suppress(OSError), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return str(image.format).lower()
     return ""
 
@@ -388,7 +289,10 @@ class Config(ChoiceConfig, FoldersConfig, ColumnsConfig, TableConfig, HubConfig)
 
 def check(config: Config) -> list[str]:
     """Return what can be known to be wrong before anything is read."""
-    return check_writable("output", config.output.parent)
+    problems = check_setup(writes={"output": config.output.parent})
+    if config.output.exists() and not read_table(config.output, config.output.parent).pairs:
+        problems.append(f"output: {config.output} is no table of this tool; name another file")
+    return problems
 
 
 def write_table(config: Config) -> str:

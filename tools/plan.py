@@ -9,9 +9,11 @@ Every figure is computed from shapes and settings; peaks are estimates.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cards import card_lines, fit_lines, two
+
 from utils import FileIndex, load_config, load_script, read_model_json, run_script
 
-TFLOPS = {"RTX 4090": 165, "A100": 312, "H100, H200": 790}  # 16 bit, dense, as published
 CONTEXT_GB = 1.0  # what CUDA and its libraries keep for themselves
 BITS = {"int8": 8.01, "fp8": 8.01, "int4": 4.25, "int2": 2.25, "nf4": 4.5}  # of a weight and scale
 
@@ -34,15 +38,27 @@ def plan(script: Any, config: Any) -> str:
     return (found or [plan_sd])[0](script, config)
 
 
-def time_lines(tflop: float, steps: int, share: float) -> list[str]:
-    """Return how long steps take on known cards, at a share of their speed."""
-    words = {0.5: "half its", 0.25: "a quarter of its"}[share]
-    lines = []
-    for name, speed in TFLOPS.items():
-        seconds = tflop / (speed * share)
-        total = f"{steps * seconds / 3600:.1f} h"
-        lines.append(f"  {name} at {words} speed: {seconds:.2f} s a step, {total}")
-    return lines
+def planned(script: Any, argv: Sequence[str]) -> str:
+    """Read the settings in argv, audit them, plan the run. Raises UserError; writes no file."""
+    with tempfile.TemporaryDirectory() as place:
+        check = lambda config: script.audit(elsewhere(config, Path(place)))  # noqa: E731
+        return plan(script, load_config(script.Config, argv, check=check))
+
+
+def elsewhere(config: Any, place: Path) -> Any:
+    """Return a config whose output and cache are in another folder, with what is known of files."""
+    flat = not hasattr(config, "logging")
+    names = ("output_dir", "output_folder", "cache_dir")
+    cache_dir = config.cache_dir if flat else config.cache.cache_dir
+    with contextlib.suppress(OSError):
+        (place / "cache").mkdir(exist_ok=True)
+        shutil.copy(cache_dir / "index.jsonl", place / "cache")
+    if flat:
+        mine = [name for name in names if hasattr(config, name)]
+        return config.model_copy(update={n: place / n.removesuffix("_dir") for n in mine})
+    cache = config.cache.model_copy(update={"cache_dir": place / "cache"})
+    logging = config.logging.model_copy(update={"output_dir": place / "output"})
+    return config.model_copy(update={"cache": cache, "logging": logging})
 
 
 def weights_gb(model: Any, precision: str, plain_bytes: int, fine: Sequence[str]) -> float:
@@ -55,27 +71,6 @@ def weights_gb(model: Any, precision: str, plain_bytes: int, fine: Sequence[str]
             own = max(bits, 8.01) if inside.startswith(tuple(fine)) else bits
             total -= module.weight.numel() * (plain_bytes - own / 8)
     return total / 1e9
-
-
-def room_gb() -> float | None:
-    """Return the memory of the smallest CUDA device here, or None."""
-    devices = range(torch.cuda.device_count())
-    rooms = [torch.cuda.get_device_properties(i).total_memory / 1e9 for i in devices]
-    return min(rooms, default=None)
-
-
-def fit_lines(peak_gb: float, ways: dict[str, float]) -> list[str]:
-    """Say whether a run fits here, and which of the ways out ({words: GB}) lower its peak."""
-    room = room_gb()
-    lines = ["  this machine has no CUDA device; the figures are for one of them"]
-    if room is not None:
-        word = "fits" if peak_gb < room else "DOES NOT FIT"
-        lines = [f"  {word}: the smallest CUDA device here has {room:.1f} GB"]
-    lower = {words: gb for words, gb in ways.items() if gb < peak_gb - 0.05}
-    lines += ["What would lower it"] if lower else []
-    for words, gb in lower.items():
-        lines.append(f"  {words}: {gb:.1f} GB{', fits' if room and gb < room else ''}")
-    return lines
 
 
 # --- Qwen-Image-Edit ------------------------------------------------------------------------------
@@ -165,7 +160,8 @@ def encoder_sizes(config: Any) -> tuple[float, float]:
 def look_ahead(script: Any, config: Any, width: int) -> Outlook:
     """Return shapes, tokens, cache size of the data; width: channels of a prompt embedding."""
     flavour = script.detect_flavour(config.model.pretrained_model_name_or_path)
-    data, _ = script.find_samples(config, flavour)
+    with tempfile.TemporaryDirectory() as place:
+        data, _ = script.find_samples(elsewhere(config, Path(place)), flavour)
     loads: Counter[tuple[Any, int]] = Counter()
     numbers: dict[str, dict[str, int]] = {"latent": {}, "prompt": {}, "region": {}}  # in an entry
     for draw in data.possible_draws():
@@ -269,10 +265,9 @@ def plan_qwen(script: Any, config: Any) -> str:
     lines = [
         *qwen_data_lines(config, outlook),
         f"Steps        {steps} of {per_step} sample(s) on each process, {epoch} an epoch; "
-        f"{mean * per_step:.1f} TFLOP a step",
-        *time_lines(mean * per_step, steps, 0.5),
+        f"{two(mean * per_step)} TFLOP a step",
         "",
-        f"Transformer  {parameters:,} parameters, {model.base_model_precision}: {weights:.1f} GB",
+        f"Transformer  {parameters:,} parameters, {model.base_model_precision}: {two(weights)} GB",
         f"Adapter      {trained:,} parameters ({model.lora.method}, fp32)",
         "",
         f"Text encoder on {cache.text_encoder_device or here} {when}",
@@ -290,8 +285,11 @@ def plan_qwen(script: Any, config: Any) -> str:
         if other.data.reference_area != config.data.reference_area:
             loads = look_ahead(script, other, 1).loads
         most = max((load.tokens for load in loads), default=0) * other.data.batch_size
-        ways[words] = qwen_peak_gb(script, other, plain, trained, most)
+        computed = sum(qwen_step_tflop(other, plain, o.tokens) * o.visits for o in loads) / visits
+        ways[words] = qwen_peak_gb(script, other, plain, trained, most), computed / mean
         loads = outlook.loads
+    most = peak if cache.text_encoder_device else max(peak, encoder + CONTEXT_GB + 1)
+    lines += card_lines(most, mean * per_step, steps, 0.5)
     return "\n".join([*lines, *fit_lines(peak, ways)])
 
 
@@ -369,7 +367,7 @@ def flux_memory(script: Any, config: Any, transformer: Any, tokens: int) -> dict
 def plan_flux(script: Any, config: Any) -> str:
     """Return the plan of train_pairedit.py, or of a fork of it."""
     transformer, runs = planned_flux(script, config), script.all_runs(config)
-    index, sizes = FileIndex(config.cache_dir), Counter[tuple[int, int]]()
+    index, sizes = FileIndex(None), Counter[tuple[int, int]]()
     for dataset in config.datasets:
         sizes.update(sample.size for sample in script.find_pairs(config, dataset, index)[0])
     tokens = max(w * h for w, h in sizes) // token_area_px(config) + config.max_sequence_length
@@ -384,14 +382,16 @@ def plan_flux(script: Any, config: Any) -> str:
     lora_gb, saves = numbers * len(names) / 1e9, math.ceil(steps / config.save_per_steps)
     files = 4 * lora_gb * (2 if config.save_original_format else 1) * saves * len(runs)
     parts = flux_memory(script, config, transformer, tokens)
-    said = ", ".join(f"{name} {gb:.1f}" for name, gb in parts.items())
-    peak, ways = sum(parts.values()), {}
+    said = ", ".join(f"{name} {two(gb)}" for name, gb in parts.items())
+    peak, ways = sum(parts.values()), dict[str, tuple[float, float]]()
     choices: list[tuple[str, Any]] = [("gradient_checkpointing", True)]
     choices += [("base_model_precision", kind) for kind in ("int8-quanto", "nf4-bnb")]
     for name, value in choices:
         other = config.model_copy(update={name: value})
         words = f"{name}: {str(value).lower()}"
-        ways[words] = sum(flux_memory(script, other, transformer, tokens).values())
+        gb = sum(flux_memory(script, other, transformer, tokens).values())
+        again = name == "gradient_checkpointing" and not config.gradient_checkpointing
+        ways[words] = gb, 1.5 if again else 1.0
     lines = [
         f"Runs         {len(runs)} of {steps} steps ({config.python_name})",
         *(f"  {script.run_folder(config, run)}" for run in runs[:5]),
@@ -402,10 +402,10 @@ def plan_flux(script: Any, config: Any) -> str:
         f"parameters ({config.base_model_precision}); {' and '.join(names)} adapter on "
         f"{layers} layers, {numbers / 1e6:.1f} million each",
         f"Disk         {files:.2f} GB of LoRA files, {12 * lora_gb:.2f} GB a checkpoint",
-        f"Compute      {tflop:.1f} TFLOP a step",
-        *time_lines(tflop, steps * len(runs), 0.5),
-        f"Memory       about {peak:.1f} GB while training ({said}); before that the VAE,",
+        f"Compute      {two(tflop)} TFLOP a step",
+        f"Memory       about {two(peak)} GB while training ({said}); before that the VAE,",
         f"             then the text encoders ({FLUX_ENCODERS_GB} GB), alone",
+        *card_lines(max(peak, FLUX_ENCODERS_GB), tflop, steps * len(runs), 0.5),
     ]
     return "\n".join([*lines, *fit_lines(peak, ways)])
 
@@ -450,7 +450,7 @@ def unet_cost(unet: Any, side: int) -> tuple[float, float]:
 
 def plan_sd(script: Any, config: Any) -> str:
     """Return the plan of train_dreambooth_pairs.py, or of a fork of it."""
-    unet, index = empty_unet(config.pretrained_model_name_or_path), FileIndex(config.cache_dir)
+    unet, index = empty_unet(config.pretrained_model_name_or_path), FileIndex(None)
     samples = script.check_samples(config, script.match_pictures(config)[0], index)[0]
     sizes = Counter(sample.size for sample in samples)
     ends = script.TARGETS[config.target_modules]
@@ -475,9 +475,9 @@ def plan_sd(script: Any, config: Any) -> str:
         f"Samples      {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
         f"UNet         {weights / 1e6:.0f} million parameters; adapter on {len(layers)} layers, "
         f"{adapter / 1e6:.2f} million",
-        f"Step         {rows} rows of {config.objective}, {tflop:.1f} TFLOP",
-        *time_lines(tflop, steps, 0.25),
-        f"Memory       about {peak:.1f} GB while training ({said})",
+        f"Step         {rows} rows of {config.objective}, {two(tflop)} TFLOP",
+        f"Memory       about {two(peak)} GB while training ({said})",
+        *card_lines(peak, tflop, steps, 0.25),
     ]
     return "\n".join([*lines, *fit_lines(peak, {})])
 
@@ -488,7 +488,7 @@ def main() -> None:
     parser.add_argument("--script", type=Path, required=True, help="a training script, or a fork")
     given, settings = parser.parse_known_args()
     script = load_script(given.script)
-    print(plan(script, load_config(script.Config, settings, check=script.audit)))
+    print(planned(script, settings))
 
 
 if __name__ == "__main__":

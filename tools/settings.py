@@ -53,6 +53,40 @@ GONE = {  # names that users may expect: what to do instead
     "exclude_blocks": "target_modules takes a regular expression",
 }
 
+OTHERS = {  # names in other trainers: ours, of which a script has one
+    "learning_rate lr": "optimizer.init_args learning_rate",
+    "rank lora_rank network_dim lora_r network_rank r": "model.lora.r rank lora_rank",
+    "alpha lora_alpha network_alpha": "model.lora.lora_alpha alpha",
+    "steps max_train_steps max_steps num_steps iterations train_iteration": (
+        "train.max_train_steps train_iteration max_train_steps"
+    ),
+    "epochs num_epochs num_train_epochs max_train_epochs": "train.num_epochs num_train_epochs",
+    "batch_size train_batch_size": "data.batch_size batch_size train_batch_size",
+    "gradient_accumulation grad_accum gradient_accumulation_steps": (
+        "train.gradient_accumulation_steps gradient_accumulation_steps"
+    ),
+    "image_dir dataset dataset_dir dataset_path data_dir train_data_dir instance_data_dir": (
+        "data.dataset_configs.*.train_data_dir datasets_folder before_data_dir"
+    ),
+    "control_dir source_dir conditioning_data_dir reference_dir before_dir": (
+        "data.dataset_configs.*.reference_dirs source_folder before_data_dir"
+    ),
+    "base_model model_name model_path model pretrained_model model_name_or_path": (
+        "model.pretrained_model_name_or_path pretrained_model_name_or_path"
+    ),
+    "output output_path save_dir output_folder output_dir": (
+        "logging.output_dir output_folder output_dir"
+    ),
+    "resume resume_from save_state": "train.resume_from_checkpoint resume_from_checkpoint",
+    "save_every save_steps save_every_n_steps checkpointing_steps": (
+        "train.checkpointing_steps save_per_steps checkpointing_steps"
+    ),
+    "precision quant quantization": "model.base_model_precision base_model_precision",
+    "resolution size image_size": "data.dataset_configs.*.resolution resolution",
+    "caption_dropout dropout": "data.caption_dropout_rate",
+    "num_inference_steps sample_steps": "validation.num_inference_steps num_inference_steps",
+}
+
 FIRST = {  # of each script the settings that --help shows first
     "train_qwen_edit.py": (
         "model.pretrained_model_name_or_path data.dataset_configs.*.train_data_dir "
@@ -114,12 +148,37 @@ def default_of(field: Any) -> str:
     )
 
 
+def explain(cls: type[Section], data: Any, errors: Any) -> list[str]:
+    """Return what a ValidationError says, one line each, with the path as the config has it."""
+    return [line for error in errors.errors() for line in explain_one(cls, data, error)]
+
+
+def explain_one(cls: type[Section], data: Any, error: Any) -> list[str]:
+    """Return what one of pydantic's errors says, one line each."""
+    place: list[str] = []
+    for part in error["loc"]:  # pydantic adds the tags of union members
+        data = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(data, dict) and part in data:
+            place, data = [*place, str(part)], data[part]
+    missing, text = error["type"] == "missing", error["msg"].removeprefix("Value error, ")
+    where = ".".join(place + [str(part) for part in error["loc"][-1:] if missing])
+    if error["type"] == "extra_forbidden":
+        text = instead(cls, ".".join(place))
+    elif not (missing or isinstance(error["input"], dict | Section)):
+        text = "\n".join(f"{line} (got {str(error['input'])[:60]!r})" for line in text.splitlines())
+    return [f"{where}: {line}".removeprefix(": ") for line in text.splitlines()]
+
+
 def instead(cls: type[Section], path: str) -> str:
     """Return what to do about a setting that is not there; what stands beside it is meant first."""
     *place, name = path.split(".")
     paths = [path for path, _ in settings(cls)]
     if name in GONE:
         return f"no such setting: {GONE[name]}"
+    others = [ours for theirs, ours in OTHERS.items() if name in theirs.split()]
+    if known := [ours for each in others for ours in each.split() if ours in paths]:
+        ours = known[0].replace("*", "0") + ".lr" * known[0].endswith("init_args")
+        return f"no such setting here, it is called {ours}"
     if elsewhere := [path for path in paths if path.endswith(f".{name}")]:
         return f"not a setting here, but there is {elsewhere[0]}"
     split = [path.split(".") for path in paths]

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, check_packages, check_writable, listed, progress, run_script
+from utils import UserError, check_setup, listed, progress, run_script
 
 SIZE = 32  # px of the small frames that are compared
 STILL = 0.004  # mean difference (0 to 1) of two frames below which nothing changes
@@ -100,7 +100,7 @@ def main() -> None:
     problems += [] if given.frame_gap >= 1 else ["--frame_gap: 1 or more"]
     if any((given.output_dir / side).exists() for side in ("before", "after")):
         problems.append(f"{given.output_dir} holds pairs already: name another folder")
-    problems += check_packages("av") + check_writable("--output_dir", given.output_dir)
+    problems += check_setup(packages=["av"], writes={"--output_dir": given.output_dir})
     if problems:
         raise UserError(f"nothing was written\n{listed(problems)}")
     count, left_out = cut_video(given.video, given.output_dir, given.frame_gap)

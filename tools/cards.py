@@ -1,0 +1,61 @@
+"""Which cards a run fits on, and how long it takes there: computed, for plan.py."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+CARDS = {  # GB that programs see, TFLOPS (16 bit, dense, as published; None: bf16 is emulated)
+    "T4": (15.6, None),
+    "L4": (23.5, 121),
+    "A10G": (23.5, 70),
+    "RTX 4090": (25.2, 165),
+    "A100 40 GB": (42.3, 312),
+    "H100 80 GB": (85.0, 790),
+}
+
+
+def two(number: float) -> str:
+    """Write a number with at least two digits."""
+    return f"{number:.1f}" if number >= 1 else f"{number:#.2g}"
+
+
+def card_lines(peak_gb: float, tflop: float, steps: int, share: float) -> list[str]:
+    """Say on which cards a run fits, and how long it takes there, at a share of their speed."""
+    words = {0.5: "half of", 0.25: "a quarter of"}[share]
+    lines = [f"Cards        times at {words} the published speed, what such steps tend to reach"]
+    for name, (gb, speed) in CARDS.items():
+        said = "does not fit"
+        if peak_gb < gb and speed:
+            seconds = tflop / (speed * share)
+            said = f"fits, {two(seconds)} s a step, {two(steps * seconds / 3600)} h"
+        elif peak_gb < gb:
+            said = "fits; it has no bf16, its time is not known"
+        lines.append(f"  {name:10} {gb:5.1f} GB  {said}")
+    return lines
+
+
+def room_gb() -> float | None:
+    """Return the memory of the smallest CUDA device here, or None."""
+    devices = range(torch.cuda.device_count())
+    rooms = [torch.cuda.get_device_properties(i).total_memory / 1e9 for i in devices]
+    return min(rooms, default=None)
+
+
+def fit_lines(peak_gb: float, ways: dict[str, tuple[float, float]]) -> list[str]:
+    """Say whether a run fits here, and which ways out ({words: (GB, x computation)}) lower it."""
+    room = room_gb()
+    lines = ["  this machine has no CUDA device"]
+    if room is not None:
+        word = "fits" if peak_gb < room else "DOES NOT FIT"
+        lines = [f"  {word}: the smallest CUDA device here has {room:.1f} GB"]
+    lower = {words: way for words, way in ways.items() if way[0] < peak_gb - 0.05}
+    lines += ["What would lower it"] if lower else []
+    for words, (gb, times) in lower.items():
+        fits = ", fits" if room and gb < room else ""
+        lacks = "nf4-bnb" in words and not importlib.util.find_spec("bitsandbytes")
+        install = ", pip install bitsandbytes" if lacks else ""
+        cost = f"{times:.2f} x the computation" + ", blocks travel" * ("swap" in words)
+        lines.append(f"  {words}: {two(gb)} GB, {cost}{fits}{install}")
+    return lines

@@ -1,0 +1,410 @@
+"""What can be known to be wrong before a model loads, beyond the settings' own types.
+
+The scripts call problems() through utils.check_setup(); nothing here is needed for a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import itertools
+import json
+import logging
+import math
+import netrc
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils import UserError, checksum, named, nearest, read_model_json, read_text
+
+OURS = ("index.jsonl", "metrics.jsonl", ".lock", ".writer", "run.json", "config.yaml", "README.md")
+MOST_CHARACTERS = 20_000
+MOST_FACTOR = 1e5  # in a LoRA; what is larger draws black or grey
+OTHER_PICTURES = r".*\.(heic|heif|jxl|psd|svg|eps|tga|ppm|exr|jp2|dng|cr2|nef|arw|ico|pdf)"
+CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|</?tool_call>")
+NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # half a character, or the end of a C string
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+LAYERS = ("down_blocks.0.attentions.0.transformer_blocks.10.attn1.to_out.0", "x" * 40)
+ABOUT = "image_edit_lora"  # what our trainers tell about a LoRA
+SAVE = "save_pretrained('FOLDER') in Python makes a folder of plain .safetensors"
+
+log = logging.getLogger("check")
+
+
+def problems(
+    model: tuple[str, str, Mapping[str, str]] | None = None,
+    writes: Mapping[str, Path] | None = None,
+    reads: Iterable[Path] = (),
+    apart: Mapping[str, Path] | None = None,
+    devices: Mapping[str, str | None] | None = None,
+    packages: Iterable[str] = (),
+    texts: Mapping[str, str] | None = None,
+    patterns: Mapping[str, str] | None = None,
+    loras: Iterable[Path] = (),
+    folded: Iterable[Path] = (),
+) -> list[str]:
+    """Return every problem, one line each.
+
+    model: (setting, folder or Hub id, {part: what the name of its class begins with}); writes:
+    {setting: folder that is written}; reads: folders that are read with all below them; apart:
+    {setting: such a folder that no other may share}; devices: {setting: device or None}; packages:
+    that must be installed, or an optimizer's class; texts: {place: prompt or caption}; patterns:
+    {setting: expression}; loras: files in .safetensors (others are left alone); folded: such whose
+    alpha must be their r.
+    """
+    found = check_parts(*model) if model else []
+    reads = [*dict.fromkeys(reads)]
+    found += check_places(writes or {}, apart or {}, reads)
+    found += check_names([*reads, *(apart or {}).values()])
+    for name, device in (devices or {}).items():
+        found += check_device(name, device)
+    found += [text for package in packages for text in check_package(package)]
+    found += [text for file in sorted(loras) for text in check_lora(file)]
+    found += [text for file in sorted(folded) for text in check_lora(file, True)]
+    return found + check_texts(texts or {}) + check_patterns(patterns or {}) + check_launcher()
+
+
+def check_optimizer(path: str) -> list[str]:
+    """Return problems of an optimizer that a loop of gradients cannot drive."""
+    module, _, name = path.rpartition(".")
+    with contextlib.suppress(ImportError, AttributeError, ValueError):  # said when it is made
+        step = inspect.signature(getattr(importlib.import_module(module), name).step)
+        closure = step.parameters.get("closure")
+        if closure and closure.default is inspect.Parameter.empty:
+            return [f"optimizer.class_path: {path} wants a closure, which the loop does not have"]
+        if name == "SparseAdam":
+            return [f"optimizer.class_path: {path} wants sparse gradients"]
+    return []
+
+
+def check_package(name: str) -> list[str]:
+    """Return problems of a package that the settings need: not installed, or without its key."""
+    root = name.partition(".")[0]
+    if root and importlib.util.find_spec(root) is None:
+        return [f"{name} is not installed: pip install {root}"]
+    if "." in name:
+        return check_optimizer(name)
+    if name != "wandb" or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return []
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc().authenticators("api.wandb.ai"):
+            return []
+    known = os.environ.get("WANDB_API_KEY")
+    return [] if known else ["wandb has no key: wandb login, or set WANDB_MODE=offline"]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int, what: str) -> Iterator[None]:
+    """Raise UserError where `with` takes longer; where there are no alarms, do not."""
+
+    def stop(*_: object) -> None:
+        raise UserError(f"{what}: no end after {seconds} s")
+
+    if not hasattr(signal, "alarm") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)  # an expression is interrupted, too
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_launcher() -> list[str]:
+    """Return problems of what `accelerate config` or a launcher may have set."""
+    wrong = "ACCELERATE_USE_(DEEPSPEED|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|TP)"
+    numbers = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if odd := [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()]:
+        return [f"{', '.join(odd)}: a number is wanted; unset what a launcher has left"]
+    given = [name for name, value in os.environ.items() if value.lower() in ("1", "true", "yes")]
+    text = "only plain data parallel runs, as `accelerate launch --multi_gpu` starts them"
+    return [f"{name}: {text}" for name in given if re.fullmatch(wrong, name)]
+
+
+def check_patterns(patterns: Mapping[str, Any]) -> list[str]:
+    """Return problems of regular expressions: none, or no end on names of layers."""
+    found = []
+    for setting, pattern in patterns.items():
+        try:
+            with time_limit(5, setting):
+                [re.fullmatch(pattern, name) for name in LAYERS]
+        except (re.error, UserError) as error:
+            found.append(f"{setting}: {error}")
+    return found
+
+
+PAIRED = {".lora_A": ".lora_B", ".lora_down": ".lora_up", ".lora.down": ".lora.up"}
+PAIRED |= {up: down for down, up in PAIRED.items()}
+
+
+def check_lora(file: Path, folded: bool = False) -> list[str]:
+    """Return problems of a LoRA file: not readable, not whole, not finite, hostile settings."""
+    if file.suffix != ".safetensors" and file.is_file():
+        return []
+    try:
+        with named(f"LoRA {file}"):
+            with safe_open(file, framework="pt") as opened:
+                told, names = opened.metadata() or {}, list(opened.keys())
+                tensors = {name: opened.get_tensor(name) for name in names}
+            check_factors(tensors)
+            if told.get("crc32", checksum(tensors)) != checksum(tensors):
+                raise ValueError("damaged: its checksum is wrong")
+            about = [json.loads(told.get(key, "{}")) for key in ("lora_adapter_metadata", ABOUT)]
+            if not all(isinstance(its, dict) for its in about):
+                raise ValueError("its metadata are no mappings of names to values")
+            check_settings(about[0], tensors)
+            for end, value in about[0].items() if folded else ():
+                of = about[0].get(f"{end.rpartition('.')[0]}.r")
+                if end.endswith((".lora_alpha", ".alpha")) and value != of:
+                    raise ValueError(
+                        f"{end} is {value}, r {of}: it would start at another strength"
+                    )
+                if end.endswith("use_rslora") and value:
+                    raise ValueError("use_rslora: it starts at another strength")
+            expressions: list[Any] = []  # that PEFT will match with the names of layers
+            for name, value in about[0].items():
+                if name.endswith("_pattern"):
+                    expressions += dict(value or {})
+                elif name.endswith("modules") and isinstance(value, str):
+                    expressions.append(value)
+    except UserError as error:
+        return [str(error)]
+    return check_patterns({f"LoRA {file}: {text!r}": text for text in expressions})
+
+
+def check_factors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where a tensor is none of a LoRA, or lacks its other factor."""
+    if bad := [n for n, t in tensors.items() if not (t.float().abs() <= MOST_FACTOR).all()]:
+        text = f"tensors are not finite, or beyond {MOST_FACTOR:g}"
+        raise ValueError(f"{len(bad)} of {len(tensors)} {text} ({bad[0]})")
+    for name, tensor in tensors.items():
+        end = next((end for end in PAIRED if end in name), None)
+        if not end:
+            continue
+        if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
+            shape = "x".join(map(str, tensor.shape)) or "one number"
+            raise ValueError(f"{name} is no factor: {shape}, {tensor.dtype}")
+        if name.replace(end, PAIRED[end]) not in tensors:
+            raise ValueError(f"{name} has no {name.replace(end, PAIRED[end])} beside it")
+
+
+def check_settings(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where PEFT's settings of a LoRA are none, or not those of its tensors."""
+    ranks = {t.shape[0] for n, t in tensors.items() if ".lora_A" in n or "lora_down" in n}
+    for name, value in settings.items():
+        end = name.rpartition(".")[2]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if end in ("lora_alpha", "alpha", "r") and not (number and 0 < value <= MOST_FACTOR):
+            raise ValueError(f"{name} in its metadata is {value!r}; wanted a number")
+        if end == "r" and ranks and value not in ranks and not settings.get(f"{name}ank_pattern"):
+            raise ValueError(f"{name} in its metadata is {value}; its factors have {min(ranks)}")
+        if end == "use_dora" and value and not any("magnitude" in key for key in tensors):
+            raise ValueError(f"{name} in its metadata, but no magnitudes")
+
+
+def check_shapes(rows: Iterable[Any], index: Any) -> list[str]:
+    """Return problems of masks without a region; say which pictures are cropped to their result."""
+    found, turned = [], []
+    for row in rows:
+        for path in filter(None, (row.before, row.after, row.mask)):
+            aspects = index[path]["aspect"], index[row.edited]["aspect"]
+            if math.log(aspects[0]) * math.log(aspects[1]) < -0.02:  # one is turned
+                turned.append(str(path))
+        if row.mask and index[row.mask]["brightest"] < 128:
+            found.append(f"{row.mask} has no white (255): no region to look at")
+    if turned:
+        text = "%d picture(s) lie on another side than their results, and are cropped (%s)"
+        log.warning(text, len(turned), turned[0])
+    return found
+
+
+COLUMNS = ("images", "image", "prompt", "name", "seed")
+
+
+def check_row(row: Any) -> list[str]:
+    """Return the problems of one row of a table."""
+    if not isinstance(row, dict):
+        return [f'wanted {{"images": [...], "prompt": "..."}}, got {str(row)[:40]}']
+    problems = ["more cells than columns; quote a text with commas"] if None in row else []
+    strange = sorted(row.keys() - {*COLUMNS, None})
+    problems += [f"unknown column '{key}'{nearest(key, COLUMNS)}" for key in strange]
+    images = row.get("images") or row.get("image")
+    names = images if isinstance(images, list) else [images]
+    names = [name for text in names for name in (text.split(";") if isinstance(text, str) else [0])]
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        problems.append("no image, or one without a name")
+    if not isinstance(name := row.get("name") or "", str) or name == "." or not name.isprintable():
+        problems.append(f"name {name!r} is none for a file")
+    if not isinstance(row.get("prompt") or "", str):
+        problems.append(f"prompt {row['prompt']} is no text")
+    seed = str(row.get("seed") or 0).strip()
+    if not seed.isdecimal() or int(seed) >= 2**63:
+        problems.append(f"seed '{seed}' is no whole number below 2^63")
+    return problems
+
+
+def check_texts(texts: Mapping[str, str]) -> list[str]:
+    """Return problems of texts: control tokens of the model, more than an encoder takes."""
+    found = []
+    for place, text in texts.items():
+        if NO_TEXT.search(text):
+            found.append(f"{place}: {ascii(text)[:80]} is no text in UTF-8")
+        elif token := CONTROL_TOKEN.search(text):
+            found.append(f"{place}: {token[0]!r} is a control token of the model, not text")
+        elif len(text) > MOST_CHARACTERS:
+            found.append(f"{place}: {len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
+    return found
+
+
+def check_places(
+    writes: Mapping[str, Path], apart: Mapping[str, Path], reads: Iterable[Path]
+) -> list[str]:
+    """Return problems of folders: nothing can be written there, or one holds another."""
+    found = [text for name, place in writes.items() for text in check_writable(name, place)]
+    places = [*writes.items(), *apart.items(), *(("", place) for place in reads)]
+    for (name, place), (_, other) in itertools.combinations(places, 2):
+        a, b = place.resolve(), other.resolve()
+        if name and (a.is_relative_to(b) or b.is_relative_to(a)):
+            found.append(f"{name}: {place} and {other} lie in one another; move one")
+    return found
+
+
+def notes(samples: Iterable[tuple[str, Mapping[str, Any], float, Any]]) -> list[str]:
+    """Return what is done to samples unasked: a line per data set, with their number.
+
+    samples: (data set, what look_at_picture() says, area in training in px, caption lines?).
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    for place, facts, area_px, lines in samples:
+        if facts["width"] * facts["height"] * 2 < area_px:
+            found[place, "are enlarged to more than twice their pixels; see resolution"] += 1
+        if not 1 / 3 <= facts["aspect"] <= 3:
+            found[place, "are longer than 3:1 and cut at their ends; crop them yourself"] += 1
+        if lines:
+            found[place, "have a caption per line of their file; see caption_lines"] += 1
+    return [f"{place}: {n} sample(s) {text}" for (place, text), n in sorted(found.items())]
+
+
+def room(error: Exception, what: str = "") -> str:
+    """Return how much is free where a file could not be written; "" where that is not why."""
+    if not re.search(
+        "No space left|Disk quota|File too large|file write failed|unexpected pos", str(error)
+    ):
+        return ""
+    place = what.partition(" cannot be written")[0] or getattr(error, "filename", None)
+    place = Path(place or tempfile.gettempdir()).absolute()
+    folder = next(place for place in (place, *place.parents) if place.is_dir())
+    free_mb = shutil.disk_usage(folder).free / 1e6
+    return f"; the disk is full: {free_mb:.1f} MB are free in {folder}; make room, then go on"
+
+
+def check_names(reads: Iterable[Path]) -> list[str]:
+    """Return problems of files' names; say which pictures are of a kind that is not read."""
+    found = []
+    for folder, _, names in itertools.chain(*map(os.walk, reads)):
+        other = [name for name in names if re.fullmatch(OTHER_PICTURES, name.lower())]
+        for name in other:
+            log.warning("%s is left out: convert it to PNG or JPEG", Path(folder, name))
+        if not "".join(names).isprintable():
+            odd = [name for name in names if re.search("[\ud800-\udfff]", name)]  # no UTF-8
+            found += [f"{folder}: a file is called {name!a}: rename it" for name in odd]
+    return found
+
+
+def check_writable(name: str, folder: Path) -> list[str]:
+    """Make a folder; return a problem where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            odd = [folder / n for n in OURS if (folder / n).exists() and not (folder / n).is_file()]
+            return [f"{name}: {file} is no file; remove it" for file in odd]
+    except FileExistsError:
+        return [f"{name}: {folder} is a file; wanted a folder"]
+    except (OSError, ValueError) as error:
+        return [f"{name}: cannot write there: {error}"]
+
+
+def check_device(name: str, value: str | None) -> list[str]:
+    """Return problems of a device setting on this machine; None is the default device."""
+    try:
+        if torch.empty(0, device=value).is_meta:
+            return [f"{name}: meta computes nothing"]
+    except (RuntimeError, AssertionError) as error:
+        return [f"{name}: '{value}': {str(error).splitlines()[0]}"]
+    return []
+
+
+def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
+    """Return problems of a checkpoint's parts: missing, of another class, cut off.
+
+    Reads configs and headers of weights; of a checkpoint on the Hub nothing.
+    """
+    found, folder = [], Path(name).expanduser()
+    for part, kind in parts.items() if folder.is_dir() else ():
+        try:
+            with named(f"{setting}: {folder / part}"):
+                check_part(folder / part, kind)
+        except UserError as error:
+            text = str(error)
+            found.append(text if text.startswith(setting) else f"{setting}: {text}")
+    return found
+
+
+def no_checkpoint(name: str) -> str:
+    """Return what to say of a place that is no folder."""
+    if not Path(name).expanduser().is_file():
+        return f"no folder {name}"
+    way = f"DiffusionPipeline.from_single_file({name!r}).save_pretrained('FOLDER')"
+    return f"{name} is one file; make a folder of it: python -c with diffusers, {way}"
+
+
+def check_part(place: Path, kind: str) -> None:
+    """Raise ValueError, or what reading raises, where a part of a checkpoint is wrong."""
+    files = {file.name for file in place.iterdir()}
+    if not files:
+        raise ValueError("the folder is empty")
+    if place.name.startswith("tokenizer") and not files & {*VOCABULARIES}:
+        raise ValueError(f"no vocabulary ({', '.join(VOCABULARIES)})")
+    for file in files:
+        if file.endswith(".json") and not isinstance(
+            json.loads(read_text(place / file, 2**28)), dict
+        ):
+            raise ValueError(f"{file} is no mapping of names to values")
+    if place.name.startswith(("tokenizer", "processor")):
+        return
+    scheduler = place.name == "scheduler"
+    about = read_model_json(str(place), "scheduler_config.json" if scheduler else "config.json")
+    is_a = about.get("_class_name") or ", ".join(about.get("architectures") or ["nothing known"])
+    if not re.match(kind, is_a):
+        raise ValueError(f"is {is_a}; another kind of model")
+    if scheduler:
+        return
+    weights = {file for file in files if file.endswith(".safetensors")}
+    for index in (file for file in files if file.endswith(".safetensors.index.json")):
+        weights |= {*read_model_json(str(place), index)["weight_map"].values()}
+    if not [file for file in weights if ".fp16." not in file]:
+        there = ", ".join(sorted(files - {"config.json"})) or "none"
+        raise ValueError(f"no plain .safetensors ({there}); {SAVE}")
+    for file in weights:
+        try:
+            with safe_open(place / file, framework="pt"):
+                pass  # its length must be what its header says
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: {error}") from error
