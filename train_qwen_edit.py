@@ -935,7 +935,7 @@ def check_frames(data: PairData) -> list[str]:
                 if not aligns(index[path]["aspect"], index[target]["aspect"]):
                     text = "another aspect than its target; masks and reference_strict want one"
                     wrong.add(f"{path}: {text} frame")
-            if variant.mask and index[variant.mask]["brightest"] < 2:
+            if variant.mask and index[variant.mask].get("dark", 255) < 2:
                 wrong.add(f"{variant.mask} is black (white is 255): nothing of it would be trained")
             pixels = index[target]["pixels"]
             for path in (path for path in shown if index[path]["pixels"] == pixels):

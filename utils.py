@@ -524,7 +524,7 @@ def look_at_picture(path: Path) -> dict[str, Any]:
     image = open_rgb(path)
     pixels = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
     size = {"width": image.width, "height": image.height, "aspect": image.width / image.height}
-    size["brightest"] = int(np.asarray(image).max())
+    size |= {"dark": high} if (high := int(np.asarray(image).max())) < 128 else {}
     return {**size, "content": hash_file(path), "pixels": pixels}
 
 

@@ -227,7 +227,7 @@ def check_shapes(rows: Iterable[Any], index: Any) -> list[str]:
             aspects = index[path]["aspect"], index[row.edited]["aspect"]
             if math.log(aspects[0]) * math.log(aspects[1]) < -0.02:  # one is turned
                 turned.append(str(path))
-        if row.mask and index[row.mask]["brightest"] < 128:
+        if row.mask and "dark" in index[row.mask]:
             found.append(f"{row.mask} has no white (255): no region to look at")
     if turned:
         text = "%d picture(s) lie on another side than their results, and are cropped (%s)"
