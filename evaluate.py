@@ -323,10 +323,9 @@ def find_results(config: Config, series: str, folder: Path, edited: bool) -> lis
             name = about["name"].removesuffix(config.before_suffix)
             name = name.removesuffix(config.after_suffix)
             run, scale, seed, prompt = map(about.get, ("run", "scale", "seed", "prompt"))
-            if not math.isfinite(float(scale or 0)):
-                raise ValueError(f"scale {scale}")
-            scale, prompt = scale and float(scale), "".join(config.prompt or prompt or "") or None
-            row = Result(run or "", scale, name, seed, prompt, path)
+            if not math.isfinite(float(scale or 0)) or not isinstance(prompt, str | None):
+                raise ValueError(f"scale {scale}, prompt {prompt!r}")
+            row = Result(run or "", scale, name, seed, config.prompt or prompt, path)
             rows.append(row._replace(before=reference_of(about)))
     if not rows:
         raise UserError(f"{folder}: nothing of generate.py (else: --edited_dir)")

@@ -40,11 +40,9 @@ Shapes: B scales drawn at once, H W pixels in [-1, 1], h w latents (H/8 W/8), C 
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import gc
 import importlib
-import io
 import json
 import math
 import os
@@ -437,27 +435,24 @@ def find_rows(config: JobsConfig) -> tuple[list[Row], list[str]]:
 
 
 def read_jobs(path: Path) -> tuple[list[Row], list[str]]:
-    """Return rows of a .csv or .jsonl table; relative paths are from here, or from the table."""
-    rows: list[Any] = []
+    """Return rows of a table; relative paths are from here, or from the table."""
     try:
-        file = io.StringIO(utils.read_text(path, 2**30), newline="")
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file if line.strip()]
-        else:
-            return [], [f"table: {path} must be a .csv or a .jsonl file"]
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        return [], [f"table: {path}: {error}"]
+        rows = load_tool("pair_rows").read_records(path)
+    except UserError as error:
+        return [], [str(error)]
     good, problems = [], [] if rows else [f"table: no row in {path}"]
     for number, row in enumerate(rows, 1):
-        if wrong := utils.from_tool("check", "check_row", [], row):
+        if wrong := load_tool("check").check_row(row):
             problems += [f"{path} row {number}: {problem}" for problem in wrong]
             continue
         images = row.get("images") or row.get("image")
         names = images.split(";") if isinstance(images, str) else images or []
         files = [Path(name.strip()) for name in names]
-        files = [file if file.exists() else path.parent / file for file in files]
+        try:
+            files = [file if file.exists() else path.parent / file for file in files]
+        except OSError as error:  # a name that no file can have
+            problems.append(f"{path} row {number}: {error}")
+            continue
         name = str(row.get("name") or "+".join(file.stem for file in files))
         good.append({**row, "images": files, "name": name})
     return good, problems
@@ -534,9 +529,8 @@ def plan_runs(painter: Painter, config: Any) -> tuple[list[Strip], list[str]]:
     for number, dataset in enumerate(config.datasets):
         try:
             lines = prompt_lines(config, number)
-            draws = [
-                utils.uniform(config.seed, "prompt", dataset, k) for k in range(config.count_gen)
-            ]
+            chance = functools.partial(utils.uniform, config.seed, "prompt", dataset)
+            draws = [chance(k) for k in range(config.count_gen)]
             prompts[dataset] = [lines[int(draw * len(lines))] for draw in draws]
         except UserError as error:
             problems.append(str(error))
@@ -546,9 +540,8 @@ def plan_runs(painter: Painter, config: Any) -> tuple[list[Strip], list[str]]:
         photos: list[Path] = []
         if run.image_id:
             folder = config.datasets_folder / run.dataset / config.source_folder
-            photos = (utils.list_images(folder) if folder.is_dir() else {}).get(run.image_id, [])[
-                :1
-            ]
+            there = utils.list_images(folder) if folder.is_dir() else {}
+            photos = there.get(run.image_id, [])[:1]
             if not photos:
                 problems.append(
                     f"no picture {run.image_id}.* in {folder}; its size is the result's"
@@ -1434,9 +1427,8 @@ class ChangePainter(Painter):
         from accelerate import init_empty_weights
 
         name = self.config.pretrained_model_name_or_path
-        unet, text = (
-            utils.read_model_json(name, f"{x}/config.json") for x in ("unet", "text_encoder")
-        )
+        read = functools.partial(utils.read_model_json, name)
+        unet, text = (read(f"{part}/config.json") for part in ("unet", "text_encoder"))
         with init_empty_weights():
             return {
                 "unet": diffusers.UNet2DConditionModel.from_config(unet),
@@ -1573,7 +1565,7 @@ KINDS = {"FluxPipeline": SliderPainter, "StableDiffusionPipeline": ChangePainter
 def settings_given(argv: Sequence[str]) -> dict[str, Any]:
     """Return the settings of the file and of the flags, as text. Raises UserError."""
     given = utils.parse_args(argv)
-    file = utils.read_config("".join(given["config"][-1])) if "config" in given else {}
+    file = utils.read_config(" ".join(given["config"][-1])) if "config" in given else {}
     return file | {name.partition(".")[0]: "".join(texts[-1]) for name, texts in given.items()}
 
 
@@ -1583,9 +1575,8 @@ def pick_painter(given: dict[str, Any]) -> type[Painter]:
     if name == PUBLISHED_FLUX:
         return SliderPainter
     with contextlib.suppress(UserError):  # which the check of the settings will tell
-        kind = (
-            utils.read_model_json(name, "model_index.json").get("_class_name", "") if name else ""
-        )
+        index = utils.read_model_json(name, "model_index.json") if name else {}
+        kind = index.get("_class_name", "")
     if kind:
         return KINDS.get(kind, EditPainter)
     for painter in (ChangePainter, SliderPainter):

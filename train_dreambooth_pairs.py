@@ -618,8 +618,11 @@ def match_pictures(config: Config) -> Found:
             problems.append(f"{', '.join(map(str, twice[0]))}: same stem; keep one")
         elif len(there) < least:
             lacking = [d for d, f in zip(folders, stems, strict=True) if stem not in f]
-            text = f"no picture {stem}.* in {', '.join(map(str, lacking))}; on_missing: skip"
-            (notes if config.on_missing == "skip" else problems).append(text)
+            text = f"no picture {stem}.* in {', '.join(map(str, lacking))}"
+            if config.on_missing == "skip":
+                notes.append(text)
+            else:
+                problems.append(f"{text}; on_missing: skip leaves it out")
         else:
             scales, times = zip(*((scale, file) for scale, [file] in there), strict=True)
             samples.append(Sample(stem, times, scales))

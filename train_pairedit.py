@@ -570,8 +570,11 @@ def find_pairs(config: Config, dataset: str, index: utils.FileIndex) -> Found:
     for stem in config.image_ids or sorted(set().union(*found)):
         files = [stems.get(stem, []) for stems in found]
         if [] in files:
-            text = f"{dataset}: no picture {stem}.* in {folders[files.index([])]}; on_missing: skip"
-            (odd if config.on_missing == "skip" else problems).append(text)
+            text = f"{dataset}: no picture {stem}.* in {folders[files.index([])]}"
+            if config.on_missing == "skip":
+                odd.append(text)
+            else:
+                problems.append(f"{text}; on_missing: skip leaves it out")
         elif several := [str(file) for its in files for file in its if len(its) > 1]:
             problems.append(f"{dataset}: {', '.join(several)} have the same name; keep one")
         else:

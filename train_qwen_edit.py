@@ -838,10 +838,10 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
         captions = read_captions(caption_beside(ds, files), ds.caption_lines is not False)
     if not captions:
         raise ValueError(f"no prompt for {files['target']}: fill its column, or set caption")
+    rate = config.data.caption_dropout_rate
     for caption in captions:
-        how: Any = {"mask": files.get("mask")}
-        how["caption_dropout"] = config.data.caption_dropout_rate
-        yield Variant(files["target"], shown, shown, caption, ds.resolution, **how)
+        what = files["target"], shown, shown, caption, ds.resolution
+        yield Variant(*what, mask=files.get("mask"), caption_dropout=rate)
 
 
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
@@ -898,10 +898,9 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
             continue  # pictures that nothing uses
         try:
             if lacking:
-                there = (
-                    ", ".join(map(str, row.files.values())) + "; on_missing: skip goes without it"
-                )
-                raise ValueError(f"'{name}' lacks its {', '.join(lacking)} (there is {there})")
+                there = f"there is {', '.join(map(str, row.files.values()))}"
+                text = f"'{name}' lacks its {', '.join(lacking)} ({there})"
+                raise ValueError(f"{text}; on_missing: skip leaves it out")
             variants[name] = tuple(make(config, ds, row))
         except (UserError, ValueError) as error:
             broken.append(str(error))
@@ -935,8 +934,9 @@ def check_frames(data: PairData) -> list[str]:
                 if not aligns(index[path]["aspect"], index[target]["aspect"]):
                     text = "another aspect than its target; masks and reference_strict want one"
                     wrong.add(f"{path}: {text} frame")
-            if variant.mask and index[variant.mask].get("dark", 255) < 2:
-                wrong.add(f"{variant.mask} is black (white is 255): nothing of it would be trained")
+            white, loss = variant.mask and index[variant.mask].get("dark", 255), data.config.loss
+            if white == 1 or (white == 0 and not loss.background_weight):
+                wrong.add(f"{variant.mask} has no white (255): nothing of it would be trained")
             pixels = index[target]["pixels"]
             for path in (path for path in shown if index[path]["pixels"] == pixels):
                 wrong.add(f"{path} is the same picture as {target}: no change to learn")

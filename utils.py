@@ -48,9 +48,10 @@ from tqdm.auto import tqdm
 MAX_PIXELS = 2**28  # of a picture that is read; a larger one takes more than 1 GB of memory
 CACHE_FORMAT = 3  # raise it when entries change their meaning: old ones are then built again
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # never EPS: it runs Ghostscript
+DISK_FULL = "No space left|Disk quota|File too large|file write failed|unexpected pos"  # torch's
 SRGB_CRC32 = (0, 0x182EA552)  # no colour profile; sRGB IEC61966-2.1, which most programs write
+OTHER_PICTURES = r".*\.(heic|heif|jxl|psd|svg|eps|tga|ppm|exr|jp2|dng|cr2|nef|arw|ico|pdf)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".tif", *(f".{name.lower()}" for name in FORMATS))
-
 _SORTED = json.JSONEncoder(sort_keys=True, default=str)
 Facts = dict[str, Any]
 C = TypeVar("C", bound="Section")
@@ -86,12 +87,12 @@ def run_script(main: Callable[[], None]) -> None:
         _hush(sys.stdout)
         sys.exit(0)
     except (OSError, RuntimeError, SafetensorError) as error:
-        room = from_tool("check", "room", "", error)
-        if not room and not getattr(error, "filename", None):
+        if not re.search(DISK_FULL, str(error)) and not getattr(error, "filename", None):
             raise
-        code, text = 2, f"{name}: {error}{room} (what was saved is complete; {again})"
+        code, text = 2, f"{name}: {error} (what was saved is complete; {again})"
     except KeyboardInterrupt:
         code, text = 130, f"stopped; what was saved is complete ({again})"
+    text += from_tool("check", "room", "", text) if re.search(DISK_FULL, text) else ""
     if rank != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         time.sleep(3)  # let process 0 report in full before the launcher ends it
         text = f"process {rank}: {text.splitlines()[0]}"
@@ -127,13 +128,18 @@ def named(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # each library that reads them has classes of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}{from_tool('check', 'room', '', error, what)}") from error
+        raise UserError(f"{what}: {reason}") from error
 
 
 class StopSignal:
     """A context in which the first SIGTERM, SIGHUP or Ctrl-C sets `requested`; a second stops."""
 
-    requested = False
+    def __enter__(self) -> StopSignal:
+        self.requested, self._process = False, os.getpid()
+        numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
+        numbers -= {n for n in numbers if signal.getsignal(n) == signal.SIG_IGN}  # as nohup has it
+        self._before = {n: signal.signal(n, self._handle) for n in numbers}
+        return self
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker: it goes on until the loop has ended
@@ -145,13 +151,6 @@ class StopSignal:
             print(f"\n{signal.strsignal(number)}: saves, then stops (again: now)", file=sys.stderr)
         except OSError:  # the terminal is gone
             _hush(sys.stdout, sys.stderr)
-
-    def __enter__(self) -> StopSignal:
-        self._process = os.getpid()
-        numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}
-        numbers -= {n for n in numbers if signal.getsignal(n) == signal.SIG_IGN}  # as nohup has it
-        self._before = {n: signal.signal(n, self._handle) for n in numbers}
-        return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
@@ -265,11 +264,10 @@ def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str
     """Put flags into `data`, the last of equal ones or, in `lists`, all; return the problems."""
     problems = []
     for key, found in given.items():
-        values = [_value(text) for text in found[-1]] or ["true"]
-        value = values[0]
+        value, *more = [_value(text) for text in found[-1]] or ["true"]
         if re.sub(r"\.\d+(?=\.|$)", ".*", key) in lists and not isinstance(value, list | None):
             value = [_value(text) for texts in found for text in texts]
-        elif len(values) > 1:
+        elif more:
             problems.append(f"--{key}: one value is wanted, got {' '.join(found[-1])}")
         try:
             _assign(data, key, value)
@@ -314,9 +312,8 @@ def load_config(
             sys.exit(0)
         problems = [*dict.fromkeys(problems or (check(config) if check else []))]
     if problems:
-        raise UserError(
-            f"{len(problems)} problem(s), nothing was loaded\n{listed(problems, 10**6)}"
-        )
+        text = listed(problems, len(problems))
+        raise UserError(f"{len(problems)} problem(s), nothing was loaded\n{text}")
     return config
 
 
@@ -346,9 +343,7 @@ def from_tool(name: str, function: str, otherwise: Any, *args: Any, **kwargs: An
     return otherwise
 
 
-def check_setup(**what: Any) -> list[str]:
-    """Return what tools/check.py finds wrong before a model loads; see problems() there."""
-    return from_tool("check", "problems", [], **what)
+check_setup = functools.partial(from_tool, "check", "problems", [])  # before a model loads
 
 
 # --- 3. randomness: every draw is a function of (seed, purpose, index) ----------------------------
@@ -387,9 +382,13 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
         folders[:] = sorted(f for f in folders if f[0] != "." and (here / f).resolve() not in above)
         prefix = Path(os.path.relpath(place, folder)).as_posix() + "/"
         for name in sorted(name for name in names if not name.startswith(".")):
+            if re.search("[\ud800-\udfff]", name):  # bytes that are no UTF-8
+                raise UserError(f"{place}: a file is called {name!a}: rename it")
             stem, _, end = (prefix.removeprefix("./") + name).rpartition(".")
             if f".{end.lower()}" in IMAGE_SUFFIXES:
                 found.setdefault(unicodedata.normalize("NFC", stem), []).append(here / name)
+            elif re.fullmatch(OTHER_PICTURES, name.lower()):
+                log.warning("%s is left out: convert it to PNG or JPEG", here / name)
     return found
 
 
@@ -418,10 +417,7 @@ def hash_file(path: Path) -> str:
 
 
 class FileIndex:
-    """Facts about files (hash, width ...) by path, size and time, in `folder/index.jsonl`.
-
-    Any number of processes may append to it; `None` keeps it in memory.
-    """
+    """Facts about files by path, size and time; processes append to `folder/index.jsonl`."""
 
     def __init__(self, folder: Path | None) -> None:
         self._facts: dict[str, tuple[str, dict[str, Any]]] = {}  # path: (stamp, facts)
@@ -495,8 +491,7 @@ def save_text(path: Path, text: str) -> None:
 def to_rgb(file: Image.Image) -> Image.Image:
     """Return a picture as upright 8-bit sRGB, alpha on white; odd ones by tools/pictures.py."""
     if file.width * file.height > MAX_PIXELS or max(file.size) > 100 * min(file.size):
-        limits = f"at most {MAX_PIXELS:,} px (utils.MAX_PIXELS) and 100:1 are read"
-        raise ValueError(f"{file.width} x {file.height} px; {limits}")
+        raise ValueError(f"{file.width} x {file.height} px; at most utils.MAX_PIXELS, and 100:1")
     deep = file.mode[0] in "IF" or ";16" in str(getattr(file, "tile", None))
     profile, frames = zlib.crc32(file.info.get("icc_profile", b"")), getattr(file, "n_frames", 1)
     odd = deep or profile not in SRGB_CRC32 or "gamma" in file.info or frames > 1
@@ -539,15 +534,20 @@ def contact_sheet(
     width, top = max(map(len, rows)) * across + gap, line if heads else gap
     sheet = Image.new("RGB", (width, top + len(rows) * down), "white")
     draw = ImageDraw.Draw(sheet)
+
+    def write(x: int, y: int, text: str, colour: str, width_px: float) -> None:
+        text = " ".join(text.split())
+        fits = int(len(text) * width_px / max(1, font.getlength(text)))
+        draw.text((x, y), text if fits >= len(text) else text[: fits - 1] + "…", colour, font)
+
     for x, head in enumerate(heads):
-        draw.text((gap + x * across, 3), head[: cell_px // 8], "black", font)  # 8 px a letter
+        write(gap + x * across, 3, head, "black", cell_px)
     for y, row in enumerate(fitted):
         for x, image in enumerate(row):
             if image:
                 sheet.paste(image, (gap + x * across, top + y * down))
         if captions:
-            text = " ".join(captions[y].split())[: width // 8]
-            draw.text((gap, top + y * down + height + 3), text, "dimgray", font)
+            write(gap, top + y * down + height + 3, captions[y], "dimgray", width - 2 * gap)
     return sheet
 
 
@@ -566,11 +566,11 @@ def entry_path(cache_dir: Path, key: str) -> Path:
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the CRC-32 of names, shapes and values of tensors, 8 hex digits."""
+    """Return the CRC-32 of names, shapes, dtypes and values of tensors, 8 hex digits."""
     crc = 0
     for name, tensor in sorted(tensors.items()):
-        data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-        crc = zlib.crc32(data.data, zlib.crc32(f"{name}{tensor.shape}".encode(), crc))
+        crc = zlib.crc32(f"{name} {tensor.shape} {tensor.dtype}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
@@ -637,8 +637,8 @@ def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
 
     for name in [n for n in os.environ if re.match("ACCELERATE_(?!USE_)", n)]:
         del os.environ[name]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        log.warning("%s processes meet at %s", *map(os.environ.get, ("WORLD_SIZE", "MASTER_ADDR")))
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") == "0":
+        log.warning("waiting for %s processes (WORLD_SIZE, MASTER_ADDR)", os.environ["WORLD_SIZE"])
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
     # KEEP: quantised weights are buffers; sending them would hang validation
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -667,7 +667,9 @@ class Checkpoints:
                 yield
         except Timeout as error:
             who = writer.read_text(encoding="utf-8") if writer.exists() else "it has just begun"
-            text = f"another run ({who}) writes into {self.output_dir}; wait, or name another"
+            text = (
+                f"another run ({who}) writes into {self.output_dir}; wait, or name another folder"
+            )
             raise UserError(text) from error
 
     def folders(self) -> list[Path]:
@@ -698,15 +700,15 @@ class Checkpoints:
             if found := self.state(folder):
                 break
             if wanted != "latest":
-                names = nearest(named.name, [f.name for f in there])
-                raise UserError(f"resume_from_checkpoint: no latest, null or valid {named}{names}")
+                names = nearest(named.name, ["latest", "null", *(f.name for f in there)])
+                raise UserError(f"resume_from_checkpoint: no valid checkpoint {named}{names}")
             log.warning("%s is damaged; looking for an older one", folder)
         if not found:
             log.info("%s: starting from step 0", self.output_dir)
             return None
         newer = [f.name for f in there if int(f.name.rpartition("-")[2]) > found["step"]]
         if newer and wanted != "latest":
-            raise UserError(f"{folder}: {', '.join(newer)} are newer; delete them")
+            raise UserError(f"{folder}: {', '.join(newer)} are newer; delete them, or take latest")
         before, keys = found["trained_as"], trained_as.keys() | found["trained_as"].keys()
         was_is = {key: (before.get(key), trained_as.get(key)) for key in sorted(keys)}
         if changed := [f"{k}: was {a}, is {b}" for k, (a, b) in was_is.items() if a != b]:
@@ -718,14 +720,13 @@ class Checkpoints:
         """Move what an earlier run left (checkpoints, `patterns`) into earlier-<n>/."""
         names = "checkpoint-* samples metrics.jsonl report.html run.json config.yaml README.md"
         old = [p for name in (*names.split(), *patterns) for p in self.output_dir.glob(name)]
-        if not old:
-            return
-        numbered = (self.output_dir / f"earlier-{n}" for n in itertools.count(1))
-        place = next(folder for folder in numbered if not folder.exists())
-        place.mkdir()
-        for path in old:
-            path.rename(place / path.name)
-        log.warning("an earlier run is now in %s (to go on with it, move it back)", place)
+        if old:
+            numbered = (self.output_dir / f"earlier-{n}" for n in itertools.count(1))
+            place = next(folder for folder in numbered if not folder.exists())
+            place.mkdir()
+            for path in old:
+                path.rename(place / path.name)
+            log.warning("an earlier run is now in %s (to go on with it, move it back)", place)
 
     def save(
         self, step: int, trained_as: Facts, training: Facts, write: Callable[[Path], object]
@@ -794,7 +795,6 @@ class RunLog:
         """Write samples/<name>.png; trackers that take pictures get it, too."""
         save_atomic(self.output_dir / f"samples/{name}.png", lambda f: image.save(f, format="PNG"))
         shown = {re.sub("step.*", "validation", name): np.asarray(image)[None]}
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(shown, step=step, **layout)
+        for tracker in (t for t in self.accelerator.trackers if hasattr(t, "log_images")):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images(shown, step=step, **layout)

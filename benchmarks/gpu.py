@@ -11,9 +11,11 @@ the median of 5 steps after 2; reach is TFLOP (as --plan counts them) over time 
 """
 
 import argparse
+import functools
 import gc
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,9 +69,8 @@ def random_parts(script):
 
     def fill(model, folder, dtype, parts, precision):
         for part, device in parts.items():
-            names = [name for name in model.state_dict() if name.startswith(f"{part}.")]
-            state = model.state_dict()
-            tensors = {n: random_tensor(n, state[n].shape, device, dtype) for n in names}
+            empty = {n: t for n, t in model.state_dict().items() if n.startswith(f"{part}.")}
+            tensors = {n: random_tensor(n, t.shape, device, dtype) for n, t in empty.items()}
             model.load_state_dict(tensors, strict=False, assign=True)
             tensors.clear()
             if part[-1].isdigit() and precision != "no_change":
@@ -139,15 +140,12 @@ def card(place, dry):
 # --- b. right on CUDA -----------------------------------------------------------------------------
 
 
+@functools.cache
 def tiny_base(place):
     """A tiny Qwen-Image-Edit-2511 of the true classes."""
     import tiny
 
-    return (
-        tiny.build_all(place / "bases")["2511"]
-        if not (place / "bases").exists()
-        else next(folder for folder in (place / "bases").iterdir() if "2511" in folder.name)
-    )
+    return tiny.build_all(place / "bases")["2511"]
 
 
 def forget_processes():
@@ -347,8 +345,8 @@ def qwen_row(size, other, *flags, compiled=False):
         )
         argv = [f"--model.pretrained_model_name_or_path={folder}", "--train.max_train_steps=99"]
         argv += [f"--cache.cache_dir={place / 'none'}", f"--logging.output_dir={place / 'o'}"]
-        swap = [f"--model.blocks_to_swap={2}" for flag in flags if "blocks_to_swap" in flag and dry]
-        config = load_config(train_qwen_edit.Config, [*argv, *flags, *swap])
+        argv += [SWAP_DRY if dry and flag == SWAP else flag for flag in flags]
+        config = load_config(train_qwen_edit.Config, argv)
         trainer = train_qwen_edit.QwenImageEditTrainer(config)
         started = time.perf_counter()
         trainer.set_lora()
@@ -497,8 +495,9 @@ def prompts(place, dry):
     return {"prompts_s": 1 / seconds, "peak_gb": gb}
 
 
-BF16, KEEP = "--model.base_model_precision=no_change", "--train.gradient_checkpointing=false"
-INT8, SWAP = "--model.base_model_precision=int8-quanto", "--model.blocks_to_swap=30"
+KEEP = "--train.gradient_checkpointing=false"
+INT8 = "--model.base_model_precision=int8-quanto"
+SWAP, SWAP_DRY = "--model.blocks_to_swap=30", "--model.blocks_to_swap=2"
 ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what runs)
     "card": (5, 9, card),
     "loss and gradients = CPU's": (15, 1, on_cpu_and_gpu),
@@ -526,8 +525,6 @@ ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what run
 
 def commit():
     """The commit of the code, if git tells."""
-    import subprocess
-
     done = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )

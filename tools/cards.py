@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-CARDS = {  # GB that programs see, TFLOPS (16 bit, dense, as published; None: bf16 is emulated)
+CARDS = {  # GB that programs see, TFLOPS in bf16 (published, H100: of a large product; T4: none)
     "T4": (15.6, None),
     "L4": (23.5, 121),
     "A10G": (23.5, 70),
@@ -14,6 +16,9 @@ CARDS = {  # GB that programs see, TFLOPS (16 bit, dense, as published; None: bf
     "A100 40 GB": (42.3, 312),
     "H100 80 GB": (85.0, 790),
 }
+
+
+BITS = {"int8": 8.01, "fp8": 8.01, "int4": 4.25, "int2": 2.25, "nf4": 4.5}  # of a weight and scale
 
 
 def two(number: float) -> str:
@@ -34,6 +39,18 @@ def card_lines(peak_gb: float, tflop: float, steps: int, share: float) -> list[s
             said = "fits; it has no bf16, its time is not known"
         lines.append(f"  {name:10} {gb:5.1f} GB  {said}")
     return lines
+
+
+def weights_gb(model: Any, precision: str, plain_bytes: int, fine: Sequence[str]) -> float:
+    """Return the size of a transformer whose blocks are quantised, modulation (`fine`) to 8 bit."""
+    bits = BITS.get(precision.partition("-")[0])
+    total = sum(parameter.numel() for parameter in model.parameters()) * plain_bytes
+    for name, module in model.named_modules():
+        if bits and isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
+            inside = name.split("transformer_blocks.")[1].partition(".")[2]
+            own = max(bits, 8.01) if inside.startswith(tuple(fine)) else bits
+            total -= module.weight.numel() * (plain_bytes - own / 8)
+    return total / 1e9
 
 
 def room_gb() -> float | None:

@@ -35,7 +35,6 @@ from utils import UserError, checksum, named, nearest, read_model_json, read_tex
 OURS = ("index.jsonl", "metrics.jsonl", ".lock", ".writer", "run.json", "config.yaml", "README.md")
 MOST_CHARACTERS = 20_000
 MOST_FACTOR = 1e5  # in a LoRA; what is larger draws black or grey
-OTHER_PICTURES = r".*\.(heic|heif|jxl|psd|svg|eps|tga|ppm|exr|jp2|dng|cr2|nef|arw|ico|pdf)"
 CONTROL_TOKEN = re.compile(r"<\|[^\s|<>]{1,40}\|>|</s>|<pad>|<unk>|<extra_id_\d+>|</?tool_call>")
 NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # half a character, or the end of a C string
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -68,9 +67,7 @@ def problems(
     alpha must be their r.
     """
     found = check_parts(*model) if model else []
-    reads = [*dict.fromkeys(reads)]
     found += check_places(writes or {}, apart or {}, reads)
-    found += check_names([*reads, *(apart or {}).values()])
     for name, device in (devices or {}).items():
         found += check_device(name, device)
     found += [text for package in packages for text in check_package(package)]
@@ -170,14 +167,8 @@ def check_lora(file: Path, folded: bool = False) -> list[str]:
             if not all(isinstance(its, dict) for its in about):
                 raise ValueError("its metadata are no mappings of names to values")
             check_settings(about[0], tensors)
-            for end, value in about[0].items() if folded else ():
-                of = about[0].get(f"{end.rpartition('.')[0]}.r")
-                if end.endswith((".lora_alpha", ".alpha")) and value != of:
-                    raise ValueError(
-                        f"{end} is {value}, r {of}: it would start at another strength"
-                    )
-                if end.endswith("use_rslora") and value:
-                    raise ValueError("use_rslora: it starts at another strength")
+            if folded:
+                check_folded(about[0])
             expressions: list[Any] = []  # that PEFT will match with the names of layers
             for name, value in about[0].items():
                 if name.endswith("_pattern"):
@@ -212,11 +203,24 @@ def check_settings(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tens
         end = name.rpartition(".")[2]
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if end in ("lora_alpha", "alpha", "r") and not (number and 0 < value <= MOST_FACTOR):
-            raise ValueError(f"{name} in its metadata is {value!r}; wanted a number")
-        if end == "r" and ranks and value not in ranks and not settings.get(f"{name}ank_pattern"):
+            text = f"wanted a number above 0, up to {MOST_FACTOR:g}"
+            raise ValueError(f"{name} in its metadata is {value!r}; {text}")
+        own = settings.get(f"{name.removesuffix('r')}rank_pattern")
+        if end == "r" and ranks and value not in ranks and not own:
             raise ValueError(f"{name} in its metadata is {value}; its factors have {min(ranks)}")
         if end == "use_dora" and value and not any("magnitude" in key for key in tensors):
             raise ValueError(f"{name} in its metadata, but no magnitudes")
+
+
+def check_folded(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a LoRA's strength is in its settings, and not in its factors."""
+    for name, value in settings.items():
+        part, _, end = name.rpartition(".")
+        if end in ("lora_alpha", "alpha") and value != (rank := settings.get(f"{part}.r")):
+            text = f"{value}, r {rank}: its strength would be lost; fold alpha / r into lora_B"
+            raise ValueError(f"{name} in its metadata is {text}")
+        if end == "use_rslora" and value:
+            raise ValueError(f"{name} in its metadata: its strength would be lost; fold it in")
 
 
 def check_shapes(rows: Iterable[Any], index: Any) -> list[str]:
@@ -302,30 +306,13 @@ def notes(samples: Iterable[tuple[str, Mapping[str, Any], float, Any]]) -> list[
     return [f"{place}: {n} sample(s) {text}" for (place, text), n in sorted(found.items())]
 
 
-def room(error: Exception, what: str = "") -> str:
-    """Return how much is free where a file could not be written; "" where that is not why."""
-    if not re.search(
-        "No space left|Disk quota|File too large|file write failed|unexpected pos", str(error)
-    ):
-        return ""
-    place = what.partition(" cannot be written")[0] or getattr(error, "filename", None)
-    place = Path(place or tempfile.gettempdir()).absolute()
+def room(text: str) -> str:
+    """Return how much is free at the place that a message of a full disk names."""
+    named = re.search(r"(/[^\n]*?) cannot be written|: '([^'\n]+)'", text)
+    place = Path((named and (named[1] or named[2])) or tempfile.gettempdir()).absolute()
     folder = next(place for place in (place, *place.parents) if place.is_dir())
     free_mb = shutil.disk_usage(folder).free / 1e6
     return f"; the disk is full: {free_mb:.1f} MB are free in {folder}; make room, then go on"
-
-
-def check_names(reads: Iterable[Path]) -> list[str]:
-    """Return problems of files' names; say which pictures are of a kind that is not read."""
-    found = []
-    for folder, _, names in itertools.chain(*map(os.walk, reads)):
-        other = [name for name in names if re.fullmatch(OTHER_PICTURES, name.lower())]
-        for name in other:
-            log.warning("%s is left out: convert it to PNG or JPEG", Path(folder, name))
-        if not "".join(names).isprintable():
-            odd = [name for name in names if re.search("[\ud800-\udfff]", name)]  # no UTF-8
-            found += [f"{folder}: a file is called {name!a}: rename it" for name in odd]
-    return found
 
 
 def check_writable(name: str, folder: Path) -> list[str]:

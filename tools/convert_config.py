@@ -138,7 +138,7 @@ def converted(key: str, value: Any, rule: Rule, say: Say) -> Any:
             say(key, f"{value} has no counterpart -> {rule.values['*']}")
             value = "*"
         return copy.deepcopy(rule.values[value])
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{key}: cannot convert {value!r} ({error})") from error
 
 
@@ -462,7 +462,7 @@ def convert(tool: str, files: list[Path], say: Say) -> Config:
             ours = from_t2itrainer(read_json(files[0]), say)
         else:
             ours = from_simpletuner(read_json(files[0]), read_json(files[1]), say)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # text for a number, ...
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{files[0]} is not shaped like a config of {tool}: {error}") from error
     if "model.pretrained_model_name_or_path" not in ours:
         say("pretrained_model_name_or_path", "not in the file -> our default, 2511")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import progress, read_text
+from utils import UserError, named, progress, read_text
 
 log = logging.getLogger("pair_rows")
 
@@ -125,24 +125,29 @@ def read_csv(text: str) -> list[Any]:
     return list(reader)
 
 
+def read_records(table: Path) -> list[Any]:
+    """Return the rows of a CSV, JSONL or JSON table. Raises UserError, with its name."""
+    with named(f"table {table}"):
+        try:
+            text, kind = read_text(table, 2**30), table.suffix.lower()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"no text in UTF-8 (in Excel: save as CSV UTF-8): {error}") from error
+        if kind == ".csv":
+            return read_csv(text)
+        if kind == ".json":
+            return list(json.loads(text))
+        if kind == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        raise ValueError("wanted a name that ends in .csv, .jsonl or .json")
+
+
 def read_table(table: Path, folder: Path, columns: dict[Any, str] | None = None) -> Found:
-    """Read a CSV, JSONL or JSON table, under `folder` too; so are the pictures it names."""
+    """Read a table of pairs, under `folder` too; so are the pictures it names."""
     table = table if table.is_file() else folder / table
     try:
-        text, kind = read_text(table, 2**30), table.suffix.lower()
-        if kind == ".csv":
-            records: list[Any] = read_csv(text)
-        elif kind == ".json":
-            records = list(json.loads(text))
-        elif kind == ".jsonl":
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            raise ValueError("wanted a name that ends in .csv, .jsonl or .json")
-    except UnicodeDecodeError as error:
-        text = "it is no text in UTF-8 (in Excel: save as CSV UTF-8)"
-        return Found([], [f"table {table}: {text}: {error}"], [])
-    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
-        return Found([], [f"table {table}: {error}"], [])
+        records = read_records(table)
+    except UserError as error:
+        return Found([], [str(error)], [])
     if wrong := [i for i, record in enumerate(records, 1) if not isinstance(record, dict)]:
         return Found([], [f"table {table}: row {wrong[0]} is no record"], [])
     names = sorted({str(name) for record in records for name in record if name})

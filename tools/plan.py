@@ -9,7 +9,7 @@ Every figure is computed from shapes and settings; peaks are estimates.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import logging
 import math
 import shutil
 import sys
@@ -23,54 +23,57 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cards import card_lines, fit_lines, two
+from cards import BITS, card_lines, fit_lines, two, weights_gb
 
 from utils import FileIndex, load_config, load_script, read_model_json, run_script
 
 CONTEXT_GB = 1.0  # what CUDA and its libraries keep for themselves
-BITS = {"int8": 8.01, "fp8": 8.01, "int4": 4.25, "int2": 2.25, "nf4": 4.5}  # of a weight and scale
 
 
-def plan(script: Any, config: Any) -> str:
-    """Return the plan of a run of a training script (its module) with this config."""
-    families = {"QwenImageEditTrainer": plan_qwen, "PairEditTrainer": plan_flux}
-    found = [make for name, make in families.items() if hasattr(script, name)]
-    return (found or [plan_sd])[0](script, config)
+def plan(script: Any, config: Any, cache_dir: Path | None = None) -> str:
+    """Return the plan of a run of a training script (its module) with this config.
+
+    cache_dir: where the cache will lie, if not where the config says.
+    """
+    if hasattr(script, "QwenImageEditTrainer"):
+        return plan_qwen(script, config, cache_dir or config.cache.cache_dir)
+    return (plan_flux if hasattr(script, "PairEditTrainer") else plan_sd)(script, config)
 
 
 def planned(script: Any, argv: Sequence[str]) -> str:
     """Read the settings in argv, audit them, plan the run. Raises UserError; writes no file."""
+    moved: list[Any] = []
+
+    def audit(config: Any) -> list[str]:
+        moved.append(elsewhere(config, Path(place)))
+        return script.audit(moved[0])
+
     with tempfile.TemporaryDirectory() as place:
-        check = lambda config: script.audit(elsewhere(config, Path(place)))  # noqa: E731
-        return plan(script, load_config(script.Config, argv, check=check))
+        config = load_config(script.Config, argv, check=audit)
+        logging.disable(logging.WARNING)  # the audit has said it
+        try:
+            return plan(script, moved[0], cache_dir_of(config))
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def cache_dir_of(config: Any) -> Path:
+    """Return the folder of the cache, of a config with or without sections."""
+    return config.cache.cache_dir if hasattr(config, "cache") else config.cache_dir
 
 
 def elsewhere(config: Any, place: Path) -> Any:
     """Return a config whose output and cache are in another folder, with what is known of files."""
-    flat = not hasattr(config, "logging")
-    names = ("output_dir", "output_folder", "cache_dir")
-    cache_dir = config.cache_dir if flat else config.cache.cache_dir
-    with contextlib.suppress(OSError):
-        (place / "cache").mkdir(exist_ok=True)
-        shutil.copy(cache_dir / "index.jsonl", place / "cache")
-    if flat:
-        mine = [name for name in names if hasattr(config, name)]
-        return config.model_copy(update={n: place / n.removesuffix("_dir") for n in mine})
-    cache = config.cache.model_copy(update={"cache_dir": place / "cache"})
-    logging = config.logging.model_copy(update={"output_dir": place / "output"})
-    return config.model_copy(update={"cache": cache, "logging": logging})
-
-
-def weights_gb(model: Any, precision: str, plain_bytes: int, fine: Sequence[str]) -> float:
-    """Return the size of a transformer whose blocks are quantised, modulation (`fine`) to 8 bit."""
-    bits = BITS.get(precision.partition("-")[0])
-    total = sum(parameter.numel() for parameter in model.parameters()) * plain_bytes
-    for name, module in model.named_modules():
-        if bits and isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
-            inside = name.split("transformer_blocks.")[1].partition(".")[2]
-            own = max(bits, 8.01) if inside.startswith(tuple(fine)) else bits
-            total -= module.weight.numel() * (plain_bytes - own / 8)
-    return total / 1e9
+    cache, output = place / "cache", place / "output"
+    cache.mkdir()
+    if (index := cache_dir_of(config) / "index.jsonl").is_file():
+        shutil.copy(index, cache)
+    if hasattr(config, "logging"):
+        logs = config.logging.model_copy(update={"output_dir": output})
+        caching = config.cache.model_copy(update={"cache_dir": cache})
+        return config.model_copy(update={"logging": logs, "cache": caching})
+    name = "output_dir" if hasattr(config, "output_dir") else "output_folder"
+    return config.model_copy(update={name: output, "cache_dir": cache})
 
 
 # --- Qwen-Image-Edit ------------------------------------------------------------------------------
@@ -160,8 +163,7 @@ def encoder_sizes(config: Any) -> tuple[float, float]:
 def look_ahead(script: Any, config: Any, width: int) -> Outlook:
     """Return shapes, tokens, cache size of the data; width: channels of a prompt embedding."""
     flavour = script.detect_flavour(config.model.pretrained_model_name_or_path)
-    with tempfile.TemporaryDirectory() as place:
-        data, _ = script.find_samples(elsewhere(config, Path(place)), flavour)
+    data, _ = script.find_samples(config, flavour)
     loads: Counter[tuple[Any, int]] = Counter()
     numbers: dict[str, dict[str, int]] = {"latent": {}, "prompt": {}, "region": {}}  # in an entry
     for draw in data.possible_draws():
@@ -211,7 +213,7 @@ def ways_out(config: Any, n_blocks: int) -> Iterator[tuple[str, Any]]:
         yield changed(**swap, train__gradient_checkpointing=True)
 
 
-def qwen_data_lines(config: Any, outlook: Outlook) -> list[str]:
+def qwen_data_lines(config: Any, outlook: Outlook, cache_dir: Path) -> list[str]:
     """Return lines: samples per data set, shapes, cache."""
     lines = ["Data"]
     for number, ds in enumerate(config.data.dataset_configs):
@@ -231,14 +233,14 @@ def qwen_data_lines(config: Any, outlook: Outlook) -> list[str]:
     if len(outlook.loads) > 8:
         lines.append(f"  ... and {len(outlook.loads) - 8} more")
     if config.cache.use_cache:
-        place = config.cache.cache_dir.absolute()
+        place = cache_dir.absolute()
         free = next(shutil.disk_usage(p).free for p in (place, *place.parents) if p.exists()) / 1e9
         entries = f"{outlook.latents} latents, {outlook.prompts} prompts"
         lines.append(f"Cache        {entries}: {outlook.cache_gb:.2f} GB on disk ({free:.0f} free)")
     return lines
 
 
-def plan_qwen(script: Any, config: Any) -> str:
+def plan_qwen(script: Any, config: Any, cache_dir: Path) -> str:
     """Return the plan of train_qwen_edit.py, or of a fork of it."""
     from accelerate import init_empty_weights
 
@@ -263,7 +265,7 @@ def plan_qwen(script: Any, config: Any) -> str:
     batch = config.data.batch_size
     peak = qwen_peak_gb(script, config, plain, trained, heaviest * batch)
     lines = [
-        *qwen_data_lines(config, outlook),
+        *qwen_data_lines(config, outlook, cache_dir),
         f"Steps        {steps} of {per_step} sample(s) on each process, {epoch} an epoch; "
         f"{two(mean * per_step)} TFLOP a step",
         "",
@@ -367,7 +369,7 @@ def flux_memory(script: Any, config: Any, transformer: Any, tokens: int) -> dict
 def plan_flux(script: Any, config: Any) -> str:
     """Return the plan of train_pairedit.py, or of a fork of it."""
     transformer, runs = planned_flux(script, config), script.all_runs(config)
-    index, sizes = FileIndex(None), Counter[tuple[int, int]]()
+    index, sizes = FileIndex(config.cache_dir), Counter[tuple[int, int]]()
     for dataset in config.datasets:
         sizes.update(sample.size for sample in script.find_pairs(config, dataset, index)[0])
     tokens = max(w * h for w, h in sizes) // token_area_px(config) + config.max_sequence_length
@@ -450,7 +452,7 @@ def unet_cost(unet: Any, side: int) -> tuple[float, float]:
 
 def plan_sd(script: Any, config: Any) -> str:
     """Return the plan of train_dreambooth_pairs.py, or of a fork of it."""
-    unet, index = empty_unet(config.pretrained_model_name_or_path), FileIndex(None)
+    unet, index = empty_unet(config.pretrained_model_name_or_path), FileIndex(config.cache_dir)
     samples = script.check_samples(config, script.match_pictures(config)[0], index)[0]
     sizes = Counter(sample.size for sample in samples)
     ends = script.TARGETS[config.target_modules]
