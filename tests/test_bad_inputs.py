@@ -520,8 +520,12 @@ def test_a_picture_of_somebody_else_is_not_overwritten(base, checkpoints, call_g
     ("kind", "flags", "said"),
     [
         ("qwen", {"optimizer.init_args": "{lr: fast}"}, "optimizer .*'lr': 'fast'"),
-        ("qwen", {"train.resume_from_checkpoint": "false"}, "no latest, null or valid .*false"),
-        ("sd", {"resume_from_checkpoint": "false"}, "no latest, null or valid .*false"),
+        (
+            "qwen",
+            {"train.resume_from_checkpoint": "false"},
+            "no valid checkpoint .*false.*latest, null",
+        ),
+        ("sd", {"resume_from_checkpoint": "false"}, "no valid checkpoint .*false.*latest, null"),
         ("pairedit", {"resume_from_checkpoint": "false"}, "resume_from_checkpoint: .*'latest'"),
         ("pairedit", {"learning_rate": "fast"}, "learning_rate: .*number"),
         ("sd", {"learning_rate": "fast"}, "learning_rate: .*number"),
@@ -713,7 +717,12 @@ def test_masks_that_train_nothing_are_named(world, audit):
     for name in "abc":
         Image.new("L", (64, 32), 1).save(world / f"masks/{name}.png")
     flags = {"loss.mask": "file", "data.dataset_configs.0.mask_dir": world / "masks"}
-    assert "a.png is black (white is 255)" in audit("qwen", **flags)
+    assert "a.png has no white (255)" in audit("qwen", **flags)  # 0 and 1
+    for name in "abc":
+        Image.new("L", (64, 32), 0).save(world / f"masks/{name}.png")
+    assert audit("qwen", **flags) == ""  # its background is trained
+    flags["loss.background_weight"] = 0
+    assert "a.png has no white (255)" in audit("qwen", **flags)
 
 
 @pytest.mark.parametrize("lr", ["0", "true", "-1", "fast"])
@@ -743,3 +752,15 @@ def test_a_page_of_somebody_else_stays(tmp_path):
     (tmp_path / "b.html").write_text("<!doctype html>\n<html>mine</html>")
     with pytest.raises(UserError, match=r"b\.html is no page of this tool"):
         page.write_page(tmp_path / "b.html", "b", [])
+
+
+def test_names_that_no_file_can_have_are_named_in_a_table_of_edits(tmp_path):
+    (tmp_path / "t.csv").write_text(f"image,prompt\n{'a' * 300},x\n")
+    rows, problems = generate.read_jobs(tmp_path / "t.csv")
+    assert not rows and "row 1" in problems[0] and "too long" in problems[0]
+
+
+def test_another_dtype_of_the_same_bits_is_damage(tmp_path):
+    ones = {"a": torch.ones(2, 3)}
+    bits = {"a": ones["a"].view(torch.int32)}
+    assert utils.checksum(ones) != utils.checksum(bits)
