@@ -168,6 +168,14 @@ class StopSignal:
 # --- 2. config: pydantic sections <- YAML or JSON <- dotted overrides -----------------------------
 
 
+def expanded(path: str) -> Path:
+    """Return the path with ~ replaced. Raises ValueError where it is empty or ~ names nobody."""
+    with contextlib.suppress(RuntimeError):
+        if path:  # Path("") is the working directory
+            return Path(path).expanduser()
+    raise ValueError(f"'{path}' is no place: empty, or the home of nobody")
+
+
 class Section(
     BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
 ):
@@ -182,11 +190,9 @@ class Section(
     def _plain_path(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[info.field_name or ""].annotation
         if Path in (kind, *get_args(kind)):
-            if value == "":  # Path("") is the working directory
-                raise ValueError("empty; name a place, or leave it out")
             if isinstance(value, list):
-                return [Path(v).expanduser() if isinstance(v, str) else v for v in value]
-            return Path(value).expanduser() if isinstance(value, str) else value
+                return [expanded(v) if isinstance(v, str) else v for v in value]
+            return expanded(value) if isinstance(value, str) else value
         return value
 
     @model_validator(mode="after")
@@ -279,7 +285,7 @@ def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str
 def read_config(text: str) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file. Raises UserError."""
     with named(f"--config {text or '(no file named)'}"):
-        data = yaml.load(read_text(Path(text).expanduser()), _Loader) or {}
+        data = yaml.load(read_text(expanded(text)), _Loader) or {}
         if isinstance(data, dict):
             return data
         raise ValueError("the file must hold `name: value` pairs")
@@ -594,7 +600,8 @@ def read_entry(path: Path) -> dict[str, torch.Tensor]:
 
 def fetch_checkpoint(name: str, *patterns: str) -> Path:
     """Return a checkpoint's folder; from the Hub as far as the patterns go. Raises UserError."""
-    place = Path(name).expanduser()
+    with named("the base model"):
+        place = expanded(name)
     if place.is_dir():
         return place
     if place.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):

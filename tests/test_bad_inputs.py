@@ -235,7 +235,7 @@ def test_places_that_hold_each_other_are_refused(kind, audit, world):
     for name in (output, cache):
         for place in ("pairs/before", "pairs/before/x", "pairs/after/../after"):
             assert f"{name}: " in audit(kind, **{name: world / place}), place
-        assert f"{name}: empty" in audit(kind, **{name: ""})
+        assert f"{name}: '' is no place" in audit(kind, **{name: ""})
         (world / "file").write_text("mine")
         assert "is a file" in audit(kind, **{name: world / "file"})
         assert (world / "file").read_text() == "mine"
@@ -764,3 +764,21 @@ def test_another_dtype_of_the_same_bits_is_damage(tmp_path):
     ones = {"a": torch.ones(2, 3)}
     bits = {"a": ones["a"].view(torch.int32)}
     assert utils.checksum(ones) != utils.checksum(bits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        (train_qwen_edit.Config, "logging.output_dir"),
+        (train_qwen_edit.Config, "config"),
+        (train_qwen_edit.Config, "data.dataset_configs.0.reference_dirs"),
+        (train_pairedit.Config, "output_folder"),
+        (train_dreambooth_pairs.Config, "output_dir"),
+        (generate.EditConfig, "output_dir"),
+    ],
+)
+@pytest.mark.parametrize("text", ["~nobody-of-that-name/x", ""])
+def test_the_home_of_nobody_is_named(kind, setting, text):
+    value = f"[{text!r}]" if setting.endswith("dirs") else text
+    with pytest.raises(UserError, match=r"is no place|no file named"):
+        load_config(kind, [f"--{setting}={value}"])

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, checksum, named, nearest, read_model_json, read_text
+from utils import UserError, checksum, expanded, named, nearest, read_model_json, read_text
 
 OURS = ("index.jsonl", "metrics.jsonl", ".lock", ".writer", "run.json", "config.yaml", "README.md")
 MOST_CHARACTERS = 20_000
@@ -343,7 +343,11 @@ def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
 
     Reads configs and headers of weights; of a checkpoint on the Hub nothing.
     """
-    found, folder = [], Path(name).expanduser()
+    found: list[str] = []
+    try:
+        folder = expanded(name)
+    except ValueError:  # read_model_json() has named it
+        return found
     for part, kind in parts.items() if folder.is_dir() else ():
         try:
             with named(f"{setting}: {folder / part}"):
@@ -356,7 +360,7 @@ def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
 
 def no_checkpoint(name: str) -> str:
     """Return what to say of a place that is no folder."""
-    if not Path(name).expanduser().is_file():
+    if not expanded(name).is_file():
         return f"no folder {name}"
     way = f"DiffusionPipeline.from_single_file({name!r}).save_pretrained('FOLDER')"
     return f"{name} is one file; make a folder of it: python -c with diffusers, {way}"
