@@ -174,7 +174,7 @@ class EditConfig(JobsConfig):
     """Instruction that guidance leads away from; "" is the empty one."""
     num_inference_steps: int = Field(40, ge=2, le=1000)
     """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
-    true_cfg_scale: float = Field(4.0, ge=1)
+    true_cfg_scale: float | None = Field(None, ge=1)
     """Guidance against negative_prompt; 1 switches it off and halves the time."""
     reference_area: Literal["lora", "1mp", "target"] | Annotated[int, Field(ge=1024)] = "lora"
     """Size of the references: what the LoRA was trained with, 1 MP, the output's, or px."""
@@ -922,8 +922,9 @@ class EditPainter(Painter):
         """Return what can be known to be wrong before a model loads."""
         problems = super().problems(strips)
         with contextlib.suppress(UserError):  # named already
-            if any(strip.images[1:] for strip in strips) and not self.flavour.vision_area:
-                problems.append("image: 2508 takes one reference; 2509 and 2511 take more")
+            most = self.flavour.most_references
+            if any(strip.images[most:] for strip in strips):
+                problems.append(f"image: {self.flavour.name} takes {most} reference(s) at most")
             for lora, about in zip(self.loras, self.about, strict=True):
                 if (trained := about.get("flavour", self.flavour.name)) != self.flavour.name:
                     text = f"was trained on {trained}, this model is {self.flavour.name}"
@@ -982,7 +983,8 @@ class EditPainter(Painter):
         import diffusers
 
         folder = utils.fetch_checkpoint(self.config.pretrained_model_name_or_path)
-        processor = self.script.load_processor(folder / "processor")
+        kind = self.flavour.processor_class
+        processor = self.script.load_processor(folder / "processor", kind)
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder, processor=processor, dtype=self.dtype, use_safetensors=True
         )
@@ -1021,13 +1023,14 @@ class EditPainter(Painter):
         areas = {"1mp": AREA_1MP, "target": width * height}
         area_px = int(areas.get(str(self.rule.reference_area), self.rule.reference_area))
         references = self.references(strip)
-        guided = config.true_cfg_scale > 1
+        scale = config.true_cfg_scale or self.flavour.guidance
+        guided = scale > 1
         with reference_sizes(self.pipeline, area_px, self.rule.vision_area):
             return self.pipeline(
-                image=references if self.flavour.vision_area else references[0],
+                image=references if self.flavour.most_references > 1 else references[0],
                 prompt=strip.prompt,
                 negative_prompt=config.negative_prompt if guided else None,
-                true_cfg_scale=config.true_cfg_scale,
+                true_cfg_scale=scale,
                 num_inference_steps=config.num_inference_steps,
                 width=width,
                 height=height,
@@ -1036,7 +1039,7 @@ class EditPainter(Painter):
 
     def references(self, strip: Strip) -> list[Image.Image]:
         """Open the pictures; those at the output's size are cropped to it, as in training."""
-        images = [open_rgb(file) for file in strip.images]
+        images = [open_rgb(file, self.flavour.picture_mode) for file in strip.images]
         if self.rule.reference_area != "target":
             return images
         wanted = strip.size[0] / strip.size[1]

@@ -1,4 +1,4 @@
-"""Train a LoRA for Qwen-Image-Edit (2508, 2509, 2511) on (references, instruction) -> target.
+"""Train a LoRA for Qwen-Image-Edit (2508, 2509, 2511) or Qwen-Image-2.1 on edits from pictures.
 
 Page: docs/train_qwen_edit.md
 
@@ -11,9 +11,10 @@ Page: docs/train_qwen_edit.md
 This is no library: copy the file, change it, run it; only utils.py must lie beside it.
 `# EDIT HERE:` marks what an ablation changes, `# KEEP:` what breaks otherwise.
 
-Shapes: B samples, T text tokens, D text width (3584), H W pixels, h w = H/8 W/8 latents (16
-channels), S = (h/2)(w/2) image tokens of 64 channels each, K references. Pixels lie in [-1, 1],
-latents are normalised per channel, sigma runs from 0 (picture) to 1 (noise), velocity = noise - x0.
+Shapes: B samples, T text tokens, D text width (3584; 2.1: 4096), H W pixels, C h w latents (16 H/8
+W/8; 2.1: 64 H/16 W/16), S image tokens, one per 16 x 16 px, of 64 channels, K references. Pixels
+lie in [-1, 1], latents are normalised per channel, sigma runs from 0 (picture) to 1 (noise),
+velocity = noise - x0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -87,6 +89,8 @@ class LossConfig(Section):
     """Standard deviation of timestep_density logit_normal; larger means wider."""
     timestep_shift: Literal["model"] | Annotated[float, Field(gt=0)] = "model"
     """Shift of sigma: as at inference ("model"), or s in s sigma / (1 + (s - 1) sigma)."""
+    noise_levels_per_sample: int = Field(1, ge=1, le=64)
+    """Noise levels per visit of a sample; 2.1 computes text and references once for all of them."""
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
@@ -98,7 +102,7 @@ class LossConfig(Section):
 
 
 def mse(velocity: torch.Tensor, target: torch.Tensor, loss: LossConfig) -> torch.Tensor:
-    """Return (velocity - target)^2 (rectified flow) of each element; (B, 16, 1, h, w) fp32."""
+    """Return (velocity - target)^2 (rectified flow) of each element; (B, C, 1, h, w) fp32."""
     return (velocity - target).square()
 
 
@@ -117,16 +121,21 @@ def compute_loss(
 ) -> torch.Tensor:
     """Return the loss per sample, (B,) fp32, of a batch of encoded() with noise and sigma (B,).
 
-    model: None is the transformer being trained, with its distributed wrapper.
+    model: None is the transformer being trained, with its distributed wrapper. Of k noise levels
+    per sample, noise (k, B, C, 1, h, w) and sigma (k, B), the mean.
     """
     loss, noise, sigma = trainer.config.loss, batch["noise"], batch["sigma"].float()
+    if sigma.dim() == 2:
+        seen, levels = {**batch, "prefix": {}}, zip(noise, sigma, strict=True)
+        parts = [{**seen, "noise": n, "sigma": s} for n, s in levels]
+        return torch.stack([compute_loss(trainer, part, model, shift) for part in parts]).mean(0)
     x0, wanted = batch["pixel_latent"].float(), loss.timestep_shift
     if shift:
-        mu = model_mu(trainer.scheduler.config, math.prod(token_grid(x0)))
+        mu = model_mu(trainer.scheduler.config, trainer.flavour.tokens(x0))
         sigma = shift_sigma(sigma, mu if wanted == "model" else math.log(wanted))
     noisy = add_noise(batch.get("start_latent", x0).float(), noise, sigma)
     with trainer.accelerator.autocast():
-        velocity = predict_velocity(model or trainer.transformer, noisy, sigma, batch)
+        velocity = trainer.flavour.velocity(model or trainer.transformer, noisy, sigma, batch)
     error = LOSSES[loss.loss_type](velocity.float(), noise - x0, loss)
     if "region" not in batch:
         return error.flatten(1).mean(1)
@@ -316,7 +325,8 @@ class LoraConfig(Section):
 ATTN_IMAGE = ["to_q", "to_k", "to_v", "to_out.0"]
 ATTN_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 MLP = [f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")]
-TARGET_SETS = {  # EDIT HERE: names for model.lora.target_modules
+MLP += ["img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"]  # 2.1
+TARGET_SETS = {  # EDIT HERE: names for model.lora.target_modules; layers a model lacks are left out
     "attn-image": ATTN_IMAGE,
     "attn-all": ATTN_IMAGE + ATTN_TEXT,
     "attn+mlp": ATTN_IMAGE + ATTN_TEXT + MLP,
@@ -345,7 +355,9 @@ def adapter_config(transformer: Any, lora: LoraConfig) -> Any:
     linear = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
     layers = [n for n in linear if not re.fullmatch(dead, n)]
     named: Any = lora.target_modules
-    named = TARGET_SETS.get(named, named) if isinstance(named, str) else list(named)
+    if isinstance(named, str) and named in TARGET_SETS:
+        named = [one for one in TARGET_SETS[named] if any(matches(n, [one]) for n in layers)]
+    named = named if isinstance(named, str) else list(named)
     each = [named] if isinstance(named, str) else [[name] for name in named]
     if wrong := [one for one in each if not any(matches(n, one) for n in layers)] or not named:
         short = sorted({n.split(".", 2)[2] for n in layers if n.startswith("transformer_blocks.")})
@@ -996,54 +1008,17 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     return data, shown
 
 
-class Flavour(NamedTuple):
-    """Which Qwen-Image-Edit a checkpoint is; read from its own files."""
-
-    name: str  # edit-v1 (2508) | edit-v2 (2509) | edit-v3 (2511)
-    pipeline_class: str
-    vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508)
-
-
-PUBLISHED = {  # so that a plan and an audit need no network
-    "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None),
-    "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", "QwenImageEditPlusPipeline", VISION_AREA),
-    "Qwen/Qwen-Image-Edit-2511": Flavour("edit-v3", "QwenImageEditPlusPipeline", VISION_AREA),
-}
-
-
-QWEN_PARTS = {  # of a checkpoint: how the name of its class begins
-    "transformer": "QwenImage",
-    "vae": "AutoencoderKLQwenImage",
-    "text_encoder": "Qwen2_5_VL",
-    **{"scheduler": "FlowMatch", "tokenizer": "", "processor": ""},
-}
-
-
-def detect_flavour(name_or_path: str) -> Flavour:
-    """Return 2508, 2509 or 2511 by model_index.json, transformer/config.json. Raises UserError."""
-    if name_or_path in PUBLISHED:
-        return PUBLISHED[name_or_path]
-    kind = utils.read_model_json(name_or_path, "model_index.json").get("_class_name")
-    settings = utils.read_model_json(name_or_path, "transformer/config.json")
-    conditioned = bool(settings.get("zero_cond_t"))
-    for flavour in PUBLISHED.values():
-        if flavour.pipeline_class == kind and conditioned == (flavour.name == "edit-v3"):
-            return flavour
-    kinds = sorted({flavour.pipeline_class for flavour in PUBLISHED.values()})
-    raise UserError(f"{name_or_path} is a {kind or 'folder'}; wanted {' or '.join(kinds)}")
-
-
 def check_model(config: Config, precision: str) -> list[str]:
     """Return problems of the model and its settings; reads no weights; `precision`: of blocks."""
     model, lora, name = config.model, config.model.lora, config.model.pretrained_model_name_or_path
-    settings: dict[str, Any] = {}
     try:
-        detect_flavour(name)
+        flavour = detect_flavour(name)
+        settings = flavour.transformer
         if name not in PUBLISHED:
             settings = utils.read_model_json(name, "transformer/config.json")
     except UserError as error:
         return [f"model.pretrained_model_name_or_path: {error}"]
-    n_blocks = settings.get("num_layers", 60)
+    n_blocks = settings.get("num_layers", flavour.transformer["num_layers"])
     several, nf4 = os.environ.get("WORLD_SIZE", "1") != "1", precision == "nf4-bnb"
     # modulation is held by quanto in every quantised base, and PEFT has no DoRA for that
     quanto = precision.endswith("quanto") or (nf4 and lora.target_modules == "all-linear")
@@ -1056,26 +1031,35 @@ def check_model(config: Config, precision: str) -> list[str]:
         "blocks_to_swap: not with several devices": model.blocks_to_swap and model.devices[1:],
     }
     problems = [f"model.{problem}" for problem, there in rules.items() if there]
+    levels = config.loss.noise_levels_per_sample > 1
+    constant = flavour.prefix_is_constant and settings.get("causal_condition", True)
+    if levels and not constant:
+        text = "needs a model whose text and references do not depend on the noise (2.1)"
+        problems.append(f"loss.noise_levels_per_sample: {text}")
+    if config.data.caption_dropout_mode == "zero" and flavour.prefix_is_constant:
+        problems.append("data.caption_dropout_mode: zero would hide where 2.1 has its pictures")
     named = lora.target_modules
     return problems + utils.check_setup(
-        model=("model.pretrained_model_name_or_path", name, QWEN_PARTS),
+        model=("model.pretrained_model_name_or_path", name, flavour.parts),
         packages=["bitsandbytes"] * nf4 + [config.optimizer.class_path],
         patterns={"model.lora.target_modules": named} if isinstance(named, str) else {},
         folded=[lora.pretrained_weight] if lora.pretrained_weight else [],
     )
 
 
-def check_2508(config: Config, samples: Sequence[Sample]) -> list[str]:
-    """Return problems of data for 2508, whose prompt has a place for exactly one picture."""
-    edits = enumerate(config.validation.samples)
-    wrong = {f"validation.samples.{i}" for i, edit in edits if len(edit.images) > 1}
-    for sample in samples:
+def check_shared(config: Config, data: PairData, flavour: Flavour) -> list[str]:
+    """Return problems of data for 2508 and 2.1, whose encoder sees the very pictures of the VAE."""
+    edits, most = enumerate(config.validation.samples), flavour.most_references
+    wrong = {f"validation.samples.{i}" for i, edit in edits if len(edit.images) > most}
+    for sample in data.samples:
         for v in sample.variants:
-            one_whole = len(v.references) == 1 and v.references[0].area is None
-            fewer = v.vision_dropout and v.vision_min < 1
-            if not one_whole or v.vision != v.references or fewer:
+            whole = not any(reference.area for reference in v.references)
+            count = 1 if most == 1 else min(len(v.references), most)
+            fewer = v.vision_dropout and v.vision_min < max(1, len(v.vision))
+            if len(v.references) != count or not whole or v.vision != v.references or fewer:
                 wrong.add(f"data.dataset_configs.{sample.dataset}")
-    text = "2508 takes one reference, which its encoder sees as the VAE does: no resize, no dropout"
+    text = f"{flavour.name} takes {'one' if most == 1 else f'up to {most}'} reference(s), which its"
+    text += " encoder sees as the VAE does: no resize, no dropout"
     return [f"{place}: {text}" for place in sorted(wrong)]
 
 
@@ -1101,11 +1085,253 @@ def audit(config: Config) -> list[str]:
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
     config._audited = None if problems or wrong else data
     if flavour and not flavour.vision_area:
-        wrong += check_2508(config, data.samples)
+        wrong += check_shared(config, data, flavour)
     return problems + wrong
 
 
-# --- 6. geometry, encoding and cache --------------------------------------------------------------
+# --- 6. model families ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Flavour:
+    """Which model a checkpoint is, by its own files, and how it is fed: here Qwen-Image-Edit.
+
+    EDIT HERE: another model is a subclass that does its own way what differs, and its checkpoints.
+    """
+
+    name: str  # edit-v1 (2508) | edit-v2 (2509) | edit-v3 (2511) | 2.1
+    pipeline_class: str
+    vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508, 2.1)
+    transformer: dict[str, Any]  # its config, where diffusers' defaults are not the published one
+
+    channels, latent_px, multiple_px = 16, 8, 16  # of latents; of a result's sides
+    picture_mode, vision_px, guidance = "RGB", 28, 4.0  # px per token of the text encoder
+    vae_class, processor_class = "AutoencoderKLQwenImage", "Qwen2VLProcessor"
+    prefix_is_constant = False  # text and references do not depend on noise and target
+    licence = "apache-2.0"
+    parts = {  # of a checkpoint: how the name of its class begins
+        "transformer": "QwenImageTransformer",
+        "vae": "AutoencoderKLQwenImage",
+        "text_encoder": "Qwen2_5_VL",
+        **{"scheduler": "FlowMatch", "tokenizer": "", "processor": ""},
+    }
+
+    @property
+    def most_references(self) -> int:
+        """Return how many references an edit may have."""
+        return 1000 if self.vision_area else 1
+
+    def main(self, pictures: Sequence[Any]) -> Any:
+        """Return the reference whose frame the result gets."""
+        return pictures[-1 if self.vision_area else 0]
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return (C, 1, h, w) of the latents of a picture of (W, H) px."""
+        return self.channels, 1, size[1] // self.latent_px, size[0] // self.latent_px
+
+    def tokens(self, latents: torch.Tensor) -> int:
+        """Return S of latents (..., h, w)."""
+        return math.prod(latents.shape[-2:]) * self.latent_px**2 // 256
+
+    def denormalise(
+        self, latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+    ) -> torch.Tensor:
+        """Return latents as the VAE decodes them, in the pipeline's own arithmetic."""
+        return latents / (1.0 / std) + mean  # KEEP: times std differs in the last bit
+
+    def encode_prompt(self, pipeline: Any, prompt: str, images: list[Any], device: Any) -> Any:
+        """Return the embedding (1, T, D) of an instruction with its pictures."""
+        shown: Any = images if self.vision_area else images[0]  # 2508's template has one slot
+        return pipeline.encode_prompt(prompt=prompt, image=shown or None, device=device)[0]
+
+    def velocity(self, *inputs: Any) -> torch.Tensor:
+        """Return predict_velocity(transformer, noisy, sigma, batch)."""
+        return predict_velocity(*inputs)
+
+    def guide(self, velocity: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the guided velocity, each token rescaled to the norm of the positive one."""
+        own, other = pack_latents(velocity), pack_latents(negative)
+        guided = other + scale * (own - other)
+        norms = [torch.norm(v, dim=-1, keepdim=True) for v in (own, guided)]
+        return unpack_latents(guided * (norms[0] / norms[1]), velocity)
+
+    def sigmas(self, name_or_path: str, steps: int) -> Any:
+        """Return the noise levels of sampling before the shift."""
+        return np.linspace(1.0, 1 / steps, steps)
+
+
+class Flavour21(Flavour):
+    """Qwen-Image-2.1: text and pictures in one causal sequence; alpha; sampled without guidance.
+
+    Pictures stand in the text, at the text encoder's slots (2 x 2 latents each). A prompt's
+    embedding has one channel more, (T, D + 1): 1 at the slots.
+    """
+
+    channels, latent_px, multiple_px = 64, 16, 32
+    picture_mode, vision_px, guidance = "RGBA", 32, 1.0
+    vae_class, processor_class = "AutoencoderKLQwenImage21", "Qwen3VLProcessor"
+    prefix_is_constant = True
+    licence = "qwen-research"
+    parts = {
+        "transformer": "QwenImage21Transformer",
+        "vae": "AutoencoderKLQwenImage21",
+        "text_encoder": "Qwen3VL",
+        **{"scheduler": "FlowMatch", "processor": ""},
+    }
+
+    @property
+    def most_references(self) -> int:
+        """Return how many references an edit may have."""
+        return 10
+
+    def main(self, pictures: Sequence[Any]) -> Any:
+        """Return the reference whose frame the result gets."""
+        return pictures[-1]
+
+    def denormalise(
+        self, latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+    ) -> torch.Tensor:
+        """Return latents as the VAE decodes them, in the pipeline's own arithmetic."""
+        return latents * std + mean
+
+    def encode_prompt(self, pipeline: Any, prompt: str, images: list[Any], device: Any) -> Any:
+        """Return the embedding (1, T, D + 1) of an instruction with its pictures."""
+        seen = {"prompt": prompt, "image": images or None, "device": device}
+        embeds, _, slots = pipeline.encode_prompt(**seen)
+        return torch.cat([embeds, slots.unsqueeze(-1).to(embeds)], -1)
+
+    def velocity(
+        self, transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, batch: Any
+    ) -> torch.Tensor:
+        """Return the target's velocity, shape of `noisy`, (B, 64, 1, h, w).
+
+        batch["prefix"], an empty dict at first, keeps keys and values of text and references: the
+        next call with it computes the target alone. Gradients flow through it.
+        """
+        embeds, padding = batch["prompt_embed"], batch.get("prompt_embeds_mask")
+        controls, remembered = batch["control_latent"], batch.get("prefix")
+        if padding is not None:
+            # KEEP: RoPE counts padding before the target, so one text length goes at a time
+            found, lengths = torch.empty_like(noisy), padding.sum(1).tolist()
+            for length in sorted(set(lengths)):
+                rows = [row for row, own in enumerate(lengths) if own == length]
+                part: dict[str, Any] = {"prompt_embed": embeds[rows, :length]}
+                part["control_latent"] = [control[rows] for control in controls]
+                if remembered is not None:
+                    part["prefix"] = remembered.setdefault(length, {})
+                velocity = self.velocity(transformer, noisy[rows], sigma[rows], part)
+                found[rows] = velocity.to(found)
+            return found
+        how: dict[str, Any] = {}
+        if remembered is not None:
+            how["kv_cache_mode"] = "cached" if remembered else "extract"
+            how["kv_cache"] = remembered.setdefault("cache", new_prefix(transformer))
+        slots = embeds[..., -1] > 0.5
+        target = slots.new_ones(len(noisy), self.tokens(noisy) // 4)
+        tokens = [picture.flatten(2).transpose(1, 2) for picture in (*controls, noisy)]
+        velocity = transformer(
+            hidden_states=torch.cat(tokens, dim=1).to(embeds.dtype),  # (B, sum Sk + S, 64)
+            timestep=sigma,
+            encoder_hidden_states=embeds[..., :-1],
+            img_shapes=[[(1, *p.shape[-2:]) for p in (*controls, noisy)]] * len(noisy),
+            img_mask=torch.cat([slots, target], dim=1),
+            return_dict=False,
+            **how,
+        )[0]
+        return velocity[:, -self.tokens(noisy) :].transpose(1, 2).reshape(noisy.shape)
+
+    def guide(self, velocity: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the guided velocity."""
+        return negative + scale * (velocity - negative)
+
+    def sigmas(self, name_or_path: str, steps: int) -> Any:
+        """Return the noise levels of sampling before the shift: the checkpoint's own, if any."""
+        own = utils.read_model_json(name_or_path, "model_index.json").get("sample_sigmas")
+        return own or super().sigmas(name_or_path, steps)
+
+
+def new_prefix(transformer: Any) -> Any:
+    """Return an empty cache of keys and values, one per block."""
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+    bare = getattr(transformer, "module", transformer)  # of a distributed wrapper
+    return QwenImage21KVCache(len(bare.transformer_blocks))
+
+
+PLUS = "QwenImageEditPlusPipeline"
+EDIT_CONFIG = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 60}
+CONFIG_21 = {"_class_name": "QwenImage21Transformer2DModel", "num_layers": 32}
+PUBLISHED = {  # so that a plan and an audit need no network
+    "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None, EDIT_CONFIG),
+    "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", PLUS, VISION_AREA, EDIT_CONFIG),
+    "Qwen/Qwen-Image-Edit-2511": Flavour(
+        "edit-v3", PLUS, VISION_AREA, EDIT_CONFIG | {"zero_cond_t": True}
+    ),
+    "Qwen/Qwen-Image-2.1": Flavour21("2.1", "QwenImage21Pipeline", None, CONFIG_21),
+}
+
+
+def detect_flavour(name_or_path: str) -> Flavour:
+    """Return 2508, 2509, 2511 or 2.1 by model_index.json, transformer/config.json.
+
+    Raises UserError.
+    """
+    if name_or_path in PUBLISHED:
+        return PUBLISHED[name_or_path]
+    kind = utils.read_model_json(name_or_path, "model_index.json").get("_class_name")
+    settings = utils.read_model_json(name_or_path, "transformer/config.json")
+    conditioned = bool(settings.get("zero_cond_t"))
+    for flavour in PUBLISHED.values():
+        expected = bool(flavour.transformer.get("zero_cond_t"))
+        if flavour.pipeline_class == kind and conditioned == expected:
+            return flavour
+    kinds = sorted({flavour.pipeline_class for flavour in PUBLISHED.values()})
+    raise UserError(f"{name_or_path} is a {kind or 'folder'}; wanted {' or '.join(kinds)}")
+
+
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
+    """Pack (B, 16, 1, h, w) to tokens (B, h/2 * w/2, 64): channel, row, column in patch."""
+    b, c, _, h, w = latents.shape
+    tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(b, (h // 2) * (w // 2), c * 4)
+
+
+def unpack_latents(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Unpack tokens (B, S, 64) to latents of the shape of `like`, (B, 16, 1, h, w)."""
+    b, c, _, h, w = like.shape
+    latents = tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, c, 1, h, w)
+
+
+def token_grid(latents: torch.Tensor) -> tuple[int, int, int]:
+    """Return (frames, rows, columns) of the tokens of (B, 16, 1, h, w)."""
+    return 1, latents.shape[-2] // 2, latents.shape[-1] // 2
+
+
+def predict_velocity(
+    transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, batch: dict[str, Any]
+) -> torch.Tensor:
+    """Return the target's velocity at (noisy, sigma (B,)), shape of `noisy`, (B, 16, 1, h, w).
+
+    Of the batch: control_latent K x (B, 16, 1, hk, wk), never noised; prompt_embed (B, T, D), whose
+    dtype all get; prompt_embeds_mask (B, T) or None.
+    """
+    pictures = [noisy, *batch["control_latent"]]
+    tokens = torch.cat([pack_latents(p) for p in pictures], dim=1)  # (B, S + sum Sk, 64)
+    velocity = transformer(
+        hidden_states=tokens.to(batch["prompt_embed"].dtype),
+        timestep=sigma,
+        encoder_hidden_states=batch["prompt_embed"],
+        # KEEP: None when nothing is padded (flash attention)
+        encoder_hidden_states_mask=batch.get("prompt_embeds_mask"),
+        # KEEP: RoPE takes the shapes of sample 0 for all, so a batch has one shape
+        img_shapes=[[token_grid(p) for p in pictures]] * len(noisy),
+        return_dict=False,
+    )[0]
+    return unpack_latents(velocity[:, : math.prod(token_grid(noisy))], noisy)
+
+
+# --- 7. geometry, encoding and cache --------------------------------------------------------------
 
 
 class CacheConfig(Section):
@@ -1349,10 +1575,9 @@ class PairData(torch.utils.data.Dataset):
         batch: dict[str, Any] = {"examples": examples}
         if self.config.cache.use_cache:
             batch = encoded(examples, self.read)
-        width, height = examples[0].pictures["pixel"][0].size
-        shape = (16, 1, height // 8, width // 8)
-        batch["noise"] = torch.stack([normal(shape, seed, "noise", d.visit) for d in draws])
-        batch["sigma"] = torch.tensor([sample_sigma(loss, seed, "sigma", d.visit) for d in draws])
+        shape = self.flavour.latent_shape(examples[0].pictures["pixel"][0].size)
+        chances = [(seed, draw.visit) for draw in draws]
+        batch |= draw_noise(loss, shape, chances)
         batch["names"] = [example.name for example in examples]
         weights = [self.dataset(draw).loss_weight for draw in draws]
         if any(weight != 1 for weight in weights):
@@ -1367,11 +1592,25 @@ class PairData(torch.utils.data.Dataset):
         return utils.read_entry(path)[job.kind]
 
 
+def draw_noise(loss: LossConfig, shape: Any, chances: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Draw noise (B, *shape) and sigma (B,) by a chance per sample; (k, B, ...) of k > 1 levels."""
+    levels = []
+    for level in range(loss.noise_levels_per_sample):
+        more = (level,) if level else ()  # KEEP: the first is the same, however many there are
+        noise = [normal(shape, seed, "noise", *rest, *more) for seed, *rest in chances]
+        sigma = [sample_sigma(loss, seed, "sigma", *rest, *more) for seed, *rest in chances]
+        levels.append((torch.stack(noise), torch.tensor(sigma)))
+    noises, sigmas = zip(*levels, strict=True)
+    if len(levels) == 1:
+        return {"noise": noises[0], "sigma": sigmas[0]}
+    return {"noise": torch.stack(noises), "sigma": torch.stack(sigmas)}
+
+
 def encoded(examples: Iterable[Example], encode: Callable[[Job], torch.Tensor]) -> dict[str, Any]:
     """Collate tensors of examples of one shape to a batch; text is padded with zeros.
 
     prompt_embed (B, T, D); prompt_embeds_mask (B, T) bool, None if nothing is padded; pixel_latent,
-    start_latent (B, 16, 1, h, w); control_latent K x (B, 16, 1, hk, wk); region (B, 1, 1, h, w).
+    start_latent (B, C, 1, h, w); control_latent K x (B, C, 1, hk, wk); region (B, 1, 1, h, w).
     """
     rows = [jobs_of(example) for example in examples]
     items = [{name: [encode(job) for job in jobs] for name, jobs in row.items()} for row in rows]
@@ -1388,21 +1627,25 @@ def encoded(examples: Iterable[Example], encode: Callable[[Job], torch.Tensor]) 
     return batch
 
 
-def load_picture(picture: Picture) -> Image.Image:
-    """Open, crop at whole pixels, resize (Lanczos, as the pipelines do) to picture.size, RGB."""
+def load_picture(picture: Picture, mode: str = "RGB") -> Image.Image:
+    """Open, crop at whole pixels, resize (Lanczos, as the pipelines do) to picture.size.
+
+    mode: RGB (alpha on white) or RGBA.
+    """
     source, (left, top, right, bottom) = picture.source, picture.box
-    image = source if isinstance(source, Image.Image) else utils.open_rgb(source)
+    read: Any = utils.to_rgb if isinstance(source, Image.Image) else utils.open_rgb
+    image = read(source, mode)
     w, h = image.size
     box = (round(left * w), round(top * h), round(right * w), round(bottom * h))
     image = image.crop(box).resize(picture.size, Image.Resampling.LANCZOS)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if picture.flip else image
 
 
-def region_map(mask: Picture) -> torch.Tensor:
+def region_map(mask: Picture, latent_px: int = 8) -> torch.Tensor:
     """Turn a mask into (1, 1, h, w) fp32 in [0, 1], the mean of each latent's pixels."""
     level: Any = (np.asarray(load_picture(mask), np.float32) / 255).mean(-1)
-    height, width = level.shape
-    level = torch.from_numpy(level).view(1, 1, height // 8, 8, width // 8, 8)
+    height, width, n = *level.shape, latent_px
+    level = torch.from_numpy(level).view(1, 1, height // n, n, width // n, n)
     return level.mean((3, 5))
 
 
@@ -1436,21 +1679,24 @@ def vae_statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return mean, std
 
 
-def load_processor(folder: Path) -> Any:
-    """Load Qwen2VLProcessor; without torchvision one for stills only (all we need)."""
-    from transformers import ProcessorMixin, Qwen2VLProcessor
+def load_processor(folder: Path, kind: str = "Qwen2VLProcessor") -> Any:
+    """Load a processor of that class; without torchvision one for stills only (all we need)."""
+    import transformers
 
-    class StillsProcessor(Qwen2VLProcessor):
+    stock: Any = getattr(transformers, kind)
+
+    class StillsProcessor(stock):
         def __init__(
             self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
         ) -> None:
             self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
             self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
             self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+            start = transformers.ProcessorMixin.__init__
+            start(self, image_processor, tokenizer, chat_template=chat_template)
 
     both = importlib.util.find_spec("torchvision")
-    return (Qwen2VLProcessor if both else StillsProcessor).from_pretrained(folder)
+    return (stock if both else StillsProcessor).from_pretrained(folder)
 
 
 def fingerprint(folders: Sequence[Path], *extra: str) -> str:
@@ -1509,7 +1755,7 @@ def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> 
     return len(mine)
 
 
-# --- 7. the base model: weights, devices ----------------------------------------------------------
+# --- 8. the base model: weights, devices ----------------------------------------------------------
 
 
 class ModelConfig(Section):
@@ -1638,12 +1884,12 @@ def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> d
 
 
 def empty_transformer(settings: dict[str, Any]) -> Any:
-    """Build QwenImageTransformer2DModel without weights (meta device)."""
+    """Build the transformer without weights (meta device)."""
     import diffusers
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        return diffusers.QwenImageTransformer2DModel.from_config(settings)
+        return getattr(diffusers, settings["_class_name"]).from_config(settings)
 
 
 def load_transformer(
@@ -1798,7 +2044,7 @@ def place_adapter(transformer: Any) -> None:
             parameter.data = parameter.data.to(swap.device)
 
 
-# --- 8. sampling and validation -------------------------------------------------------------------
+# --- 9. sampling and validation -------------------------------------------------------------------
 
 
 class PredictDevices(Section):
@@ -1834,8 +2080,8 @@ class SamplingConfig(Section):
     """Seed of the noise; of the validation loss, too."""
     num_inference_steps: int = Field(20, ge=2, le=1000)
     """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
-    true_cfg_scale: float = Field(4.0, ge=1)
-    """Guidance of a picture against negative_prompt, as in the pipeline; 1 is none."""
+    true_cfg_scale: float | None = Field(None, ge=1)
+    """Guidance of a picture against negative_prompt; 1 is none; null is 4, for 2.1 none."""
     negative_prompt: str | None = ""
     """Instruction that guidance leads away from; "" with the same references; null: no guidance."""
 
@@ -1855,52 +2101,10 @@ class ValidationConfig(SamplingConfig):
     """Side of the square whose area pictures get, px; null is that of training, or of predict()."""
 
 
-def pack_latents(latents: torch.Tensor) -> torch.Tensor:
-    """Pack (B, 16, 1, h, w) to tokens (B, h/2 * w/2, 64): channel, row, column in patch."""
-    b, c, _, h, w = latents.shape
-    tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(b, (h // 2) * (w // 2), c * 4)
-
-
-def unpack_latents(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Unpack tokens (B, S, 64) to latents of the shape of `like`, (B, 16, 1, h, w)."""
-    b, c, _, h, w = like.shape
-    latents = tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return latents.reshape(b, c, 1, h, w)
-
-
-def token_grid(latents: torch.Tensor) -> tuple[int, int, int]:
-    """Return (frames, rows, columns) of the tokens of (B, 16, 1, h, w)."""
-    return 1, latents.shape[-2] // 2, latents.shape[-1] // 2
-
-
-def predict_velocity(
-    transformer: Any, noisy: torch.Tensor, sigma: torch.Tensor, batch: dict[str, Any]
-) -> torch.Tensor:
-    """Return the target's velocity at (noisy, sigma (B,)), shape of `noisy`, (B, 16, 1, h, w).
-
-    Of the batch: control_latent K x (B, 16, 1, hk, wk), never noised; prompt_embed (B, T, D), whose
-    dtype all get; prompt_embeds_mask (B, T) or None.
-    """
-    pictures = [noisy, *batch["control_latent"]]
-    tokens = torch.cat([pack_latents(p) for p in pictures], dim=1)  # (B, S + sum Sk, 64)
-    velocity = transformer(
-        hidden_states=tokens.to(batch["prompt_embed"].dtype),
-        timestep=sigma,
-        encoder_hidden_states=batch["prompt_embed"],
-        # KEEP: None when nothing is padded (flash attention)
-        encoder_hidden_states_mask=batch.get("prompt_embeds_mask"),
-        # KEEP: RoPE takes the shapes of sample 0 for all, so a batch has one shape
-        img_shapes=[[token_grid(p) for p in pictures]] * len(noisy),
-        return_dict=False,
-    )[0]
-    return unpack_latents(velocity[:, : math.prod(token_grid(noisy))], noisy)
-
-
-def prompt_jobs(example: Example, how: SamplingConfig) -> list[Job]:
+def prompt_jobs(example: Example, how: SamplingConfig, flavour: Flavour) -> list[Job]:
     """Return the prompt of an example and, for guidance, the negative one."""
     [prompt] = jobs_of(example)["prompt_embed"]
-    if how.true_cfg_scale <= 1 or how.negative_prompt is None:
+    if (how.true_cfg_scale or flavour.guidance) <= 1 or how.negative_prompt is None:
         return [prompt]
     return [prompt, prompt._replace(caption=how.negative_prompt)]
 
@@ -1909,35 +2113,32 @@ def prompt_jobs(example: Example, how: SamplingConfig) -> list[Job]:
 def draw_edit(
     trainer: Trainer, example: Example, how: SamplingConfig, encode: Callable[[Job], torch.Tensor]
 ) -> Image.Image:
-    """Draw an example, step for step as the diffusers pipelines; encode(job): what the cache has.
-
-    Guidance is rescaled to the norm of the positive prediction.
-    """
-    transformer, (width, height) = trainer.bare_transformer(), example.pictures["pixel"][0].size
+    """Draw an example, step for step as the pipelines do; encode(job): what the cache has."""
+    transformer, flavour = trainer.bare_transformer(), trainer.flavour
     device, steps = transformer.device, how.num_inference_steps
-    shape = (1, 16, 1, height // 8, width // 8)
-    embeds = [encode(job)[None].to(device) for job in prompt_jobs(example, how)]
+    shape = (1, *flavour.latent_shape(example.pictures["pixel"][0].size))
+    embeds = [encode(job)[None].to(device) for job in prompt_jobs(example, how, flavour)]
     dtype, generator = embeds[0].dtype, torch.Generator().manual_seed(how.seed)
     controls = [encode(job)[None].to(device, dtype) for job in jobs_of(example)["control_latent"]]
-    batches = [{"prompt_embed": each, "control_latent": controls} for each in embeds]
+    shown: Any = {"control_latent": controls}
+    batches: list[Any] = [{**shown, "prompt_embed": each, "prefix": {}} for each in embeds]
     latents = torch.randn(shape, generator=generator, dtype=dtype).to(device)
     # a copy: set_timesteps() changes it
     scheduler = type(trainer.scheduler).from_config(trainer.scheduler.config)
-    mu = model_mu(scheduler.config, math.prod(token_grid(latents)))
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=mu)
+    mu = model_mu(scheduler.config, flavour.tokens(latents))
+    name = trainer.config.model.pretrained_model_name_or_path
+    scheduler.set_timesteps(sigmas=flavour.sigmas(name, steps), device=device, mu=mu)
     scheduler.set_begin_index(0)
     # fp32 LoRA on a bf16 base: as in training
     mixed = bool(getattr(transformer, "peft_config", None)) and dtype != torch.float32
     with torch.autocast(device.type, dtype, enabled=mixed):
         for t in scheduler.timesteps:
             sigma = t.expand(1).to(dtype) / 1000
-            velocities = [predict_velocity(transformer, latents, sigma, b) for b in batches]
-            velocity, *negative = map(pack_latents, velocities)  # (1, S, 64)
-            if negative:
-                guided = negative[0] + how.true_cfg_scale * (velocity - negative[0])
-                norms = [torch.norm(v, dim=-1, keepdim=True) for v in (velocity, guided)]
-                velocity = guided * (norms[0] / norms[1])
-            velocity = unpack_latents(velocity, latents)
+            velocities = [flavour.velocity(transformer, latents, sigma, b) for b in batches]
+            velocity = velocities[0]
+            if velocities[1:]:
+                scale = how.true_cfg_scale or flavour.guidance
+                velocity = flavour.guide(velocity, velocities[1], scale)
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     return Image.fromarray(trainer.decode_vae_latent(latents)[0])
 
@@ -1948,16 +2149,17 @@ def edit_example(
     """Return what an edit without a target shows the model, by the rules of training.
 
     The main picture (2508: the first, else the last) is drawn at `size` (W, H) px, down to a
-    multiple of 16; default: 1 MP, or the training size if references are as large as the target.
+    multiple of 16 (2.1: 32); default: 1 MP, or the training size if references are as large as the
+    target.
     """
     datasets = trainer.config.data.dataset_configs
-    main = pictures[-1 if trainer.flavour.vision_area else 0]
+    main, multiple = trainer.flavour.main(pictures), trainer.flavour.multiple_px
     area, seen = (areas[0] for areas in inference_rules(trainer).values())
     aligned, usual = area == "target", pick_size(AREA_1MP, main.aspect)
     if aligned and datasets:
         usual = nearest_bucket(*main.size, datasets[0].resolution)
     wanted = zip(size or (None, None), usual, strict=True)
-    width, height = ((side or own) // 16 * 16 for side, own in wanted)
+    width, height = ((side or own) // multiple * multiple for side, own in wanted)
     # the frame that references share: the main one's, or of the one nearest to width x height
     aspects = [picture.aspect for picture in pictures]
     near = min(aspects, key=lambda aspect: abs(math.log(aspect / (width / height))))
@@ -1979,7 +2181,7 @@ def validation_edits(trainer: Trainer) -> list[tuple[Example, bool]]:
         if problems := data.index.update(sample.images, utils.look_at_picture):
             raise UserError(f"validation.samples\n{listed(problems)}")
         pictures = [whole_picture(path, data.index) for path in sample.images]
-        main = pictures[-1 if trainer.flavour.vision_area else 0]
+        main = trainer.flavour.main(pictures)
         size = pick_size(side_px**2, main.aspect) if side_px else ()
         example = edit_example(trainer, pictures, sample.prompt, size)
         edits.append((example._replace(name=sample.images[-1].stem), False))
@@ -2067,7 +2269,7 @@ def edit_sheet(examples: Sequence[Example], results: Any, heads: list[str]) -> I
     return utils.contact_sheet(rows, [f"reference {i + 1}" for i in range(most)] + heads, captions)
 
 
-# --- 9. the order of samples ----------------------------------------------------------------------
+# --- 10. the order of samples ---------------------------------------------------------------------
 
 
 class StepPlan:
@@ -2154,7 +2356,7 @@ def keep_references(variant: Variant, *parts: object) -> tuple[int, ...] | None:
     return tuple(kept)
 
 
-# --- 10. the trainer ------------------------------------------------------------------------------
+# --- 11. the trainer ------------------------------------------------------------------------------
 
 
 class QwenImageEditTrainer:
@@ -2173,11 +2375,11 @@ class QwenImageEditTrainer:
         self.lr_scheduler: Any = None
         self.ema: MovingAverage | None = None
         self.global_step = 0
-        self.vae: Any = None  # AutoencoderKLQwenImage
-        self.qwen_vl: Any = None  # Qwen2_5_VLForConditionalGeneration
-        self.transformer: Any = None  # QwenImageTransformer2DModel
+        self.vae: Any = None
+        self.qwen_vl: Any = None  # Qwen2.5-VL; 2.1: Qwen3-VL
+        self.transformer: Any = None
         self.tokenizer: Any = None  # Qwen2Tokenizer
-        self.processor: Any = None  # Qwen2VLProcessor
+        self.processor: Any = None
         self.scheduler: Any = None  # FlowMatchEulerDiscreteScheduler
         self.text_pipeline: Any = None  # the pipeline without VAE and transformer: encode_prompt()
         self.quantize = False  # true: fp8-quanto where the config says no_change
@@ -2226,17 +2428,18 @@ class QwenImageEditTrainer:
             folder = self.checkpoint("scheduler")
             self.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
         if "vae" in parts and self.vae is None:
-            kind = diffusers.AutoencoderKLQwenImage
+            kind = getattr(diffusers, self.flavour.vae_class)
             self.vae = kind.from_pretrained(self.checkpoint("vae"), subfolder="vae", **how)
             encode_stills_in_2d(self.vae.eval().requires_grad_(False))
         if "text_encoder" in parts and self.text_pipeline is None:
             folder = self.checkpoint("text_encoder", "tokenizer", "processor", "scheduler")
-            how |= {"processor": load_processor(folder / "processor")}
+            how["processor"] = load_processor(folder / "processor", self.flavour.processor_class)
             kind = getattr(diffusers, self.flavour.pipeline_class)
             pipeline = kind.from_pretrained(folder, transformer=None, vae=None, **how)
             self.text_pipeline, self.qwen_vl = pipeline, pipeline.text_encoder
             self.qwen_vl.eval().requires_grad_(False)
-            self.tokenizer, self.processor = pipeline.tokenizer, pipeline.processor
+            self.processor = pipeline.processor
+            self.tokenizer = pipeline.processor.tokenizer
         if "transformer" in parts and self.transformer is None:
             self.place_transformer(self.device)
 
@@ -2305,12 +2508,13 @@ class QwenImageEditTrainer:
 
     @torch.no_grad()
     def encode_image_embedding(self, image: Any, device: Any = None) -> torch.Tensor:
-        """Encode a picture (sides: multiples of 16 px) to its normalised mode (1, 16, 1, h, w)."""
+        """Encode a picture (sides: multiples of 16 px) to its normalised mode (1, C, 1, h, w)."""
         from diffusers.image_processor import VaeImageProcessor
 
         self.load_model(["vae"])
         self.vae.to(device or self.device)
-        [pixels] = VaeImageProcessor(do_resize=False).preprocess(as_image(image))  # (3, H, W)
+        shown = as_image(image, self.flavour.picture_mode)
+        [pixels] = VaeImageProcessor(do_resize=False).preprocess(shown)  # (3 or 4, H, W)
         pixels = pixels[None, :, None].to(self.vae.device, self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode()
         mean, std = vae_statistics(self.vae, latents)
@@ -2320,15 +2524,16 @@ class QwenImageEditTrainer:
     def encode_prompt_image_embedding(
         self, prompt: str, image: Any, device: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode instruction and picture(s) to embedding (1, T, D), mask (1, T) of ones."""
+        """Encode instruction and picture(s) to embedding (1, T, D), mask (1, T) of ones.
+
+        Of 2.1 (1, T, D + 1): the last channel marks the slots of the pictures.
+        """
         self.load_model(["text_encoder"])
         place = torch.device(device or self.device)
         self.qwen_vl.to(place)
-        shown: Any = [as_image(i) for i in (image if isinstance(image, list | tuple) else [image])]
-        if not self.flavour.vision_area:  # 2508's template has one picture slot
-            [shown] = shown
-        encode = self.text_pipeline.encode_prompt
-        embeds, _ = encode(prompt=prompt, image=shown or None, device=place)
+        several = image if isinstance(image, list | tuple) else [image]
+        shown = [as_image(one, self.flavour.picture_mode) for one in several]
+        embeds = self.flavour.encode_prompt(self.text_pipeline, prompt, shown, place)
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
     def _encode_empty_prompt(self, image: Any, device: Any = None) -> tuple[Any, Any]:
@@ -2337,21 +2542,22 @@ class QwenImageEditTrainer:
 
     @torch.no_grad()
     def decode_vae_latent(self, latents: torch.Tensor) -> np.ndarray:
-        """Decode normalised latents (B, 16, 1, h, w) to pictures (B, H, W, 3) uint8."""
+        """Decode normalised latents (B, C, 1, h, w) to pictures (B, H, W, 3; 2.1: 4) uint8."""
         from diffusers.image_processor import VaeImageProcessor
 
         self.load_model(["vae"])
         latents = latents.to(self.vae.device, self.vae.dtype)
         mean, std = vae_statistics(self.vae, latents)
-        # KEEP: divided by 1/std as the pipeline does; times std differs in the last bit
-        pixels = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        latents = self.flavour.denormalise(latents, mean, std)
+        pixels = self.vae.decode(latents, return_dict=False)[0][:, :, 0]
         return np.stack([np.asarray(image) for image in VaeImageProcessor().postprocess(pixels)])
 
     def encode(self, job: Job, vae: Any = None, text_encoder: Any = None) -> torch.Tensor:
-        """Return what the cache holds: latent (16, 1, h, w), prompt (T, D), region (1, 1, h, w)."""
+        """Return what the cache holds: latent (C, 1, h, w), prompt (T, D), region (1, 1, h, w)."""
+        flavour, cache = self.flavour, self.config.cache
         if job.kind == "region":
-            return region_map(job.pictures[0])
-        cache, images = self.config.cache, [load_picture(picture) for picture in job.pictures]
+            return region_map(job.pictures[0], flavour.latent_px)
+        images = [load_picture(picture, flavour.picture_mode) for picture in job.pictures]
         if job.kind == "latent":
             return self.encode_image_embedding(images[0], vae or cache.vae_encoder_device)[0].cpu()
         device = text_encoder or cache.text_encoder_device
@@ -2403,7 +2609,7 @@ class QwenImageEditTrainer:
                 jobs += itertools.chain(*jobs_of(self.data.resolve(draw)).values())
         for example, _ in [] if renewed else validation_edits(self):
             jobs += jobs_of(example)["control_latent"]
-            jobs += prompt_jobs(example, self.config.validation)
+            jobs += prompt_jobs(example, self.config.validation, self.flavour)
         return {job.key(self.data.encoders): job for job in jobs}
 
     def cache_embeddings(self, train_dataloader: Iterable[dict[str, Any]] | None = None) -> int:
@@ -2444,6 +2650,7 @@ class QwenImageEditTrainer:
             self.transformer.enable_gradient_checkpointing()
         # every process has read the frozen weights itself: DDP need not send them
         frozen = [name for name, p in self.transformer.named_parameters() if not p.requires_grad]
+        frozen += [name for name, _ in self.transformer.named_buffers()]
         ddp = torch.nn.parallel.DistributedDataParallel
         ddp._set_params_and_buffers_to_ignore_for_model(self.transformer, frozen)
         count = sum(parameter.numel() for parameter in self.trainable())
@@ -2505,12 +2712,12 @@ class QwenImageEditTrainer:
         prompt: str,
         negative_prompt: str | None = "",
         num_inference_steps: int = 20,
-        true_cfg_scale: float = 4.0,
+        true_cfg_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """Edit a picture (or a list of them) to (H, W, 3) uint8; setup_predict() comes first.
+        """Edit a picture (or a list) to (H, W, 3; 2.1: 4) uint8; setup_predict() comes first.
 
         prompt_image: HWC uint8 or PIL; height, width: px, down to a multiple of 16 (default: 1 MP,
         or the training size if references are as large as the target); negative_prompt: None is no
@@ -2524,7 +2731,7 @@ class QwenImageEditTrainer:
         how = SamplingConfig(
             seed=seed,
             num_inference_steps=num_inference_steps,
-            true_cfg_scale=max(1.0, true_cfg_scale),
+            true_cfg_scale=true_cfg_scale and max(1.0, true_cfg_scale),
             negative_prompt=negative_prompt,
         )
         places = {"vae": self.vae.device, "text_encoder": self.qwen_vl.device}
@@ -2543,9 +2750,10 @@ class QwenImageEditTrainer:
     def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the mean loss of a batch: of cached tensors, or of pictures and prompts."""
         if "sigma" not in batch:  # a loader of the user's: noise levels are drawn here
-            chance = self._loader_chance("sigma")
-            sigmas = [sample_sigma(self.config.loss, *chance, i) for i in range(batch_size(batch))]
-            batch = {**batch, "sigma": torch.tensor(sigmas)}
+            chance, loss, rows = self._loader_chance("sigma"), self.config.loss, batch_size(batch)
+            levels = [(level,) * (level > 0) for level in range(loss.noise_levels_per_sample)]
+            sigmas = [[sample_sigma(loss, *chance, i, *n) for i in range(rows)] for n in levels]
+            batch = {**batch, "sigma": torch.tensor(sigmas).squeeze(0)}
         if "prompt_embed" in batch and "pixel_latent" in batch and "control_latent" in batch:
             return self._training_step_cached(batch)
         return self._training_step_compute(batch)
@@ -2556,7 +2764,9 @@ class QwenImageEditTrainer:
 
     def _training_step_cached(self, batch: dict[str, Any]) -> torch.Tensor:
         if "noise" not in batch:  # before the batch goes to the device, all of it together
-            noise = normal(batch["pixel_latent"].shape, *self._loader_chance("noise"))
+            levels = batch["sigma"].shape[:-1]  # () or (k,)
+            shape = (*levels, *batch["pixel_latent"].shape)
+            noise = normal(shape, *self._loader_chance("noise"))
             batch, self.drawn = {**batch, "noise": noise}, self.drawn + 1
         batch = self.to_device(batch)
         if not isinstance(batch["control_latent"], list):
@@ -2741,15 +2951,15 @@ class QwenImageEditTrainer:
 Trainer = QwenImageEditTrainer
 
 
-def as_image(value: Any) -> Image.Image:
-    """Turn a PIL picture, HWC uint8 array or tensor into RGB. Raises UserError for others."""
+def as_image(value: Any, mode: str = "RGBA") -> Image.Image:
+    """Turn a PIL picture, HWC uint8 array or tensor into a picture. Raises UserError for others."""
     if not isinstance(value, Image.Image):
         array = np.asarray(value)
         if array.dtype != np.uint8 or array.ndim != 3:
             raise UserError(f"wanted a picture as (H, W, 3) uint8, got {array.shape} {array.dtype}")
         value = Image.fromarray(array)
     with utils.named("a picture in memory"):
-        return utils.to_rgb(value)
+        return utils.to_rgb(value, mode)
 
 
 def again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
@@ -2820,6 +3030,8 @@ def about_lora(trainer: Trainer) -> dict[str, Any]:
         "script": Path(__file__).name,
         "base_model": trainer.config.model.pretrained_model_name_or_path,
         "flavour": trainer.flavour.name,
+        "pipeline_class": trainer.flavour.pipeline_class,
+        "license": trainer.flavour.licence,
         **{name: values[0] for name, values in inference_rules(trainer).items()},
         "resolution": datasets[0].resolution if datasets else None,
         "step": trainer.global_step,
@@ -2851,11 +3063,11 @@ def announce(trainer: Trainer, run_log: RunLog) -> None:
         run_log.picture("first_batch", sheet, 0)
 
 
-# --- 11. config, main -----------------------------------------------------------------------------
+# --- 12. config, main -----------------------------------------------------------------------------
 
 
 class Config(Section):
-    """train_qwen_edit.py: a LoRA for Qwen-Image-Edit from before/after pairs.
+    """train_qwen_edit.py: a LoRA for Qwen-Image-Edit or 2.1 from before/after pairs.
 
     --plan shows data, tokens, memory, disk and time; it loads and downloads nothing."""
 

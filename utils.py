@@ -494,21 +494,24 @@ def save_text(path: Path, text: str) -> None:
     save_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def to_rgb(file: Image.Image) -> Image.Image:
-    """Return a picture as upright 8-bit sRGB, alpha on white; odd ones by tools/pictures.py."""
+def to_rgb(file: Image.Image, mode: str = "RGB") -> Image.Image:
+    """Return a picture as upright 8-bit sRGB; odd ones by tools/pictures.py.
+
+    mode: RGB (alpha on white) or RGBA.
+    """
     if file.width * file.height > MAX_PIXELS or max(file.size) > 100 * min(file.size):
         raise ValueError(f"{file.width} x {file.height} px; at most utils.MAX_PIXELS, and 100:1")
     deep = file.mode[0] in "IF" or ";16" in str(getattr(file, "tile", None))
     profile, frames = zlib.crc32(file.info.get("icc_profile", b"")), getattr(file, "n_frames", 1)
     odd = deep or profile not in SRGB_CRC32 or "gamma" in file.info or frames > 1
     image = load_tool("pictures").plain(file) if odd else ImageOps.exif_transpose(file)
-    if "A" in image.getbands() or "transparency" in image.info:
+    if mode == "RGB" and ("A" in image.getbands() or "transparency" in image.info):
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
-def open_rgb(path: Path) -> Image.Image:
+def open_rgb(path: Path, mode: str = "RGB") -> Image.Image:
     """Open a still picture with to_rgb(). Raises UserError where it is unreadable or cut off."""
     # KEEP the stream: of a path, Pillow maps a turned TIFF into memory and mixes up its rows
     with named(f"picture {path} cannot be read"), open_regular(path) as stream:
@@ -517,7 +520,7 @@ def open_rgb(path: Path) -> Image.Image:
             file = Image.open(stream, formats=FORMATS)
         except UnidentifiedImageError:
             raise ValueError(f"none of {', '.join(FORMATS)}") from None
-        return to_rgb(file)
+        return to_rgb(file, mode)
 
 
 def look_at_picture(path: Path) -> dict[str, Any]:

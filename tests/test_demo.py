@@ -1,6 +1,7 @@
 """demo.py: three demos, each run once for all tests; the base model of the first."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -119,7 +120,7 @@ def test_the_base_copies_and_does_not_edit():
     base = ["--model.pretrained_model_name_or_path", str(BASE)]
     config = load_config(script.Config, ["--config", str(ROOT / demo.CONFIG), *base])
     trainer = script.QwenImageEditTrainer(config)
-    trainer.flavour = trainer.flavour._replace(vision_area=rebuild.VISION_PX**2)
+    trainer.flavour = dataclasses.replace(trainer.flavour, vision_area=rebuild.VISION_PX**2)
     trainer.setup_predict()
     files = (next((ROOT / demo.PAIRS_DIR).glob(f"hubble1_{end}.[pj][np]g")) for end in "RT")
     before, after = (Image.open(file).convert("RGB") for file in files)

@@ -1,5 +1,7 @@
 """Formulas of train_qwen_edit.py against closed forms and the diffusers pipelines."""
 
+import dataclasses
+
 import diffusers
 import numpy as np
 import pytest
@@ -83,7 +85,7 @@ def test_predict_gives_the_pipelines_pixels(kind, guidance, lora, size, make_tra
     monkeypatch.setattr(script, "AREA_1MP", area)
     trainer = make_trainer(kind, **{"data.reference_area": "1mp"})
     vision = None if kind == "2508" else 64 * 64
-    trainer.flavour = trainer.flavour._replace(vision_area=vision)
+    trainer.flavour = dataclasses.replace(trainer.flavour, vision_area=vision)
     trainer.setup_predict()
     if lora:
         trainer.set_lora()

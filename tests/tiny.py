@@ -1,6 +1,8 @@
 """Tiny random checkpoints of the true classes, made offline in seconds."""
 
 import functools
+import json
+import math
 import os
 import shutil
 import string
@@ -18,6 +20,10 @@ KINDS = {
     "2509": "QwenImageEditPlusPipeline",
     "2511": "QwenImageEditPlusPipeline",
 }
+SYSTEM_TEMPLATE = (  # what Qwen3-VL's makes of a system message
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
 
 
 def build(kind, folder):
@@ -38,14 +44,70 @@ def build(kind, folder):
     rebuild.save_pipeline(pipeline, folder)
 
 
+def build_21(folder):
+    """Save a QwenImage21Pipeline of random weights: 2 blocks, RGBA VAE of 16x, Qwen3-VL."""
+    rebuild, qwen = load_script(ROOT / "demo/rebuild.py"), load_script(ROOT / "train_qwen_edit.py")
+    torch.manual_seed(0)
+    tokenizer = rebuild.build_tokenizer()
+    pictures = transformers.Qwen2VLImageProcessorPil(
+        min_pixels=32 * 32, max_pixels=2**24, patch_size=16, merge_size=2
+    )
+    tokenizer.save_pretrained(folder / "processor")
+    pictures.save_pretrained(folder / "processor")
+    (folder / "processor/chat_template.jinja").write_text(SYSTEM_TEMPLATE)
+    processor = qwen.load_processor(folder / "processor", "Qwen3VLProcessor")
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, start, end = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
+    text = {
+        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+            "rope_theta": 5e6,
+        },
+    }
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    vision |= {"out_hidden_size": 64, "deepstack_visual_indexes": [0]}
+    tokens = {"image_token_id": image, "video_token_id": video}
+    tokens |= {"vision_start_token_id": start, "vision_end_token_id": end}
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision | {"num_position_embeddings": 64}, **tokens
+    )
+    shape = {"num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2}
+    pipeline = diffusers.QwenImage21Pipeline(
+        scheduler=rebuild.build_scheduler(),
+        vae=diffusers.AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, num_res_blocks=1),
+        text_encoder=transformers.Qwen3VLForConditionalGeneration(config),
+        processor=processor,
+        transformer=diffusers.QwenImage21Transformer2DModel(
+            context_in_dim=64, axes_dims_rope=(8, 12, 12), **shape
+        ),
+    )
+    index = {"_class_name": "QwenImage21Pipeline", "_diffusers_version": diffusers.__version__}
+    for name, part in pipeline.components.items():
+        kind = "Qwen3VLProcessor" if name == "processor" else type(part).__name__
+        index[name] = [type(part).__module__.partition(".")[0], kind]
+        if name != "processor":
+            part.save_pretrained(folder / name)
+    index["processor"][0] = "transformers"
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 class Checkpoints(dict):
-    """{"2508" | "2509" | "2511" | "flux" | "sd": folder}; made when asked for, by one process."""
+    """{"2508", "2509", "2511", "2.1", "flux", "sd": folder}; made when asked for, once."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def __missing__(self, kind):
-        builders = {"flux": build_flux, "sd": build_sd}
+        builders = {"flux": build_flux, "sd": build_sd, "2.1": build_21}
         place, part = self.folder / kind, self.folder / f"{kind}.{os.getpid()}"
         if not place.exists():
             builders.get(kind, functools.partial(build, kind))(part)

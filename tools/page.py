@@ -113,6 +113,7 @@ def write_report(output_dir: Path) -> Path:
 
 CARD = """---
 base_model: {base_model}
+{licence}
 library_name: diffusers
 tags: [image-to-image, lora, qwen-image-edit, {flavour}]
 ---
@@ -124,15 +125,16 @@ applies that by itself.
 
 ```python
 import torch
-from diffusers import {pipeline}
+from diffusers import {pipeline_class}
 
-pipe = {pipeline}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
+pipe = {pipeline_class}.from_pretrained("{base_model}", torch_dtype=torch.bfloat16)
 {load}
 ```
 
 Instructions it was trained with:
 {listed}
 """
+OTHER = "license: other\nlicense_name: {}"
 LOKR = """tensors, about = pipe.lora_state_dict("{file}", return_lora_metadata=True)
 pipe.transformer.load_lora_adapter(tensors, metadata=about)  # LoKr has no loader of its own"""
 
@@ -145,11 +147,11 @@ def write_card(output_dir: Path) -> None:
         about = json.loads((lora.metadata() or {}).get("image_edit_lora", "{}"))
     if "flavour" in about:
         load = LOKR if about["method"] == "lokr" else 'pipe.load_lora_weights("{file}")'
-        plus = "" if about["flavour"] == "edit-v1" else "Plus"
-        about["pipeline"] = f"QwenImageEdit{plus}Pipeline"
+        name = about["license"]  # of the base; the Hub knows this one by name
+        about["licence"] = f"license: {name}" if name == "apache-2.0" else OTHER.format(name)
         about["listed"] = "\n".join(f"- {prompt}" for prompt in about["prompts"])
-        text = CARD.format(**about, load=load.format(file=file.name))
-        save_text(output_dir / "README.md", text)
+        about["load"] = load.format(file=file.name)
+        save_text(output_dir / "README.md", CARD.format(**about))
 
 
 def _save_page(path: Path, title: str, body: str) -> None:
