@@ -324,13 +324,13 @@ class LoraConfig(Section):
 
 ATTN_IMAGE = ["to_q", "to_k", "to_v", "to_out.0"]
 ATTN_TEXT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+MLP_21 = ["img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"]
 MLP = [f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")]
-MLP += ["img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"]  # 2.1
 TARGET_SETS = {  # EDIT HERE: names for model.lora.target_modules; layers a model lacks are left out
     "attn-image": ATTN_IMAGE,
     "attn-all": ATTN_IMAGE + ATTN_TEXT,
-    "attn+mlp": ATTN_IMAGE + ATTN_TEXT + MLP,
-    "all-linear": [*ATTN_IMAGE, *ATTN_TEXT, *MLP, "img_mod.1", "txt_mod.1"],
+    "attn+mlp": ATTN_IMAGE + ATTN_TEXT + MLP + MLP_21,
+    "all-linear": [*ATTN_IMAGE, *ATTN_TEXT, *MLP, *MLP_21, "img_mod.1", "txt_mod.1"],
 }
 
 
@@ -1102,13 +1102,14 @@ class Flavour:
     name: str  # edit-v1 (2508) | edit-v2 (2509) | edit-v3 (2511) | 2.1
     pipeline_class: str
     vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508, 2.1)
-    transformer: dict[str, Any]  # its config, where diffusers' defaults are not the published one
+    # the published config, where it is not the default of its class
+    transformer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     channels, latent_px, multiple_px = 16, 8, 16  # of latents; of a result's sides
     picture_mode, vision_px, guidance = "RGB", 28, 4.0  # px per token of the text encoder
     vae_class, processor_class = "AutoencoderKLQwenImage", "Qwen2VLProcessor"
     prefix_is_constant = False  # text and references do not depend on noise and target
-    licence = "apache-2.0"
+    licence = "apache-2.0"  # of the base, as a model card names it
     parts = {  # of a checkpoint: how the name of its class begins
         "transformer": "QwenImageTransformer",
         "vae": "AutoencoderKLQwenImage",
@@ -1171,7 +1172,7 @@ class Flavour21(Flavour):
     picture_mode, vision_px, guidance = "RGBA", 32, 1.0
     vae_class, processor_class = "AutoencoderKLQwenImage21", "Qwen3VLProcessor"
     prefix_is_constant = True
-    licence = "qwen-research"
+    licence = "other\nlicense_name: qwen-research"
     parts = {
         "transformer": "QwenImage21Transformer",
         "vae": "AutoencoderKLQwenImage21",
@@ -1644,7 +1645,7 @@ def load_picture(picture: Picture, mode: str = "RGB") -> Image.Image:
 def region_map(mask: Picture, latent_px: int = 8) -> torch.Tensor:
     """Turn a mask into (1, 1, h, w) fp32 in [0, 1], the mean of each latent's pixels."""
     level: Any = (np.asarray(load_picture(mask), np.float32) / 255).mean(-1)
-    height, width, n = *level.shape, latent_px
+    (height, width), n = level.shape, latent_px
     level = torch.from_numpy(level).view(1, 1, height // n, n, width // n, n)
     return level.mean((3, 5))
 
@@ -1889,7 +1890,8 @@ def empty_transformer(settings: dict[str, Any]) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        return getattr(diffusers, settings["_class_name"]).from_config(settings)
+        kind = settings.get("_class_name", "QwenImageTransformer2DModel")
+        return getattr(diffusers, kind).from_config(settings)
 
 
 def load_transformer(

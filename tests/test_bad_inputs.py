@@ -338,7 +338,7 @@ MODEL = dict.fromkeys(TRAINERS, "pretrained_model_name_or_path")
 MODEL["qwen"] = f"model.{MODEL['qwen']}"
 SOFT = ("scheduler", "tokenizer", "tokenizer_2", "processor")  # parts without weights
 BASES = {
-    "qwen": ("2511", train_qwen_edit.QWEN_PARTS),
+    "qwen": ("2511", train_qwen_edit.Flavour.parts),
     "pairedit": ("flux", train_pairedit.FLUX_PARTS),
     "sd": ("sd", train_dreambooth_pairs.SD_CLASSES),
 }

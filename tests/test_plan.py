@@ -12,6 +12,7 @@ from utils import load_tool
 
 tool = load_tool("plan")
 MODEL = "Qwen/Qwen-Image-Edit-2511"
+FLAVOUR = script.PUBLISHED[MODEL]
 TOKENS = 8492  # 1024 x 1024 px, one reference of that size, 300 tokens of text
 
 
@@ -53,7 +54,7 @@ def test_a_plan_of_the_real_model_in_ten_seconds_of_work_without_a_download(tmp_
 )
 def test_tokens_of_pictures_for_the_text_encoder(size, tokens):
     example = script.Example("a", "", {"vision": (script.Picture(PAIRS, "x", size),)})
-    assert tool.text_tokens(example) - 11 == tokens  # 5 of the turn, 6 around a picture
+    assert tool.text_tokens(example, FLAVOUR) == (11, tokens)  # 5 of the turn, 6 around a picture
 
 
 def test_text_tokens_are_near_the_tokenizers(make_trainer):
@@ -63,7 +64,7 @@ def test_text_tokens_are_near_the_tokenizers(make_trainer):
     embed, _ = trainer.encode_prompt_image_embedding(words, images)
     pictures = (script.Picture(images[0], "x", (384, 384)),) * 2
     example = script.Example("a", words, {"vision": pictures})
-    assert tool.text_tokens(example) == pytest.approx(embed.shape[1], rel=0.05)
+    assert sum(tool.text_tokens(example, FLAVOUR)) == pytest.approx(embed.shape[1], rel=0.05)
 
 
 def test_tokens_operations_and_memory_of_the_books(full_size):
@@ -182,9 +183,28 @@ def test_a_plan_of_a_published_model_never_asks_the_hub(model, tmp_path, monkeyp
 
     monkeypatch.setattr(utils, "fetch_checkpoint", lambda *_: pytest.fail("the Hub was asked"))
     raw = settings(tmp_path, **{"model.pretrained_model_name_or_path": model})
+    if raw["model"]["pretrained_model_name_or_path"].endswith("-2.1"):
+        raw["data"]["dataset_configs"][0]["conditioning_type"] = "reference_loose"
     config = script.Config.model_validate(raw)
     assert script.audit(config) == []
-    assert "20,430,401,088 parameters" in tool.plan(script, config)
+    count = "7,115,124,736" if model.endswith("-2.1") else "20,430,401,088"
+    assert f"{count} parameters" in tool.plan(script, config)
+
+
+@pytest.mark.parametrize(("levels", "tflop"), [(1, 330), (2, 500), (4, 853)])
+def test_operations_of_qwen_image_21(levels, tflop):
+    """peers' count: 330 TFLOP without and 474 with checkpointing, at 1024 px + 1 MP; 14.2 GB."""
+    model = {"pretrained_model_name_or_path": "Qwen/Qwen-Image-2.1"}
+    loss = {"noise_levels_per_sample": levels}
+    load = tool.Load(((1024, 1024), (1024, 1024)), 60, 1)
+    for again, wanted in ((False, tflop), (True, tflop * 474 / 330)):
+        train = {"gradient_checkpointing": again}
+        config = script.Config.model_validate({"model": model, "loss": loss, "train": train})
+        transformer = tool.planned_transformer(script, config)
+        size = tool.sample_tokens(config, transformer, load)
+        found = tool.qwen_step_tflop(config, transformer, *size)
+        assert found == pytest.approx(wanted, rel=0.02)
+    assert tool.qwen_weights_gb(script, config, transformer) == pytest.approx(14.2, abs=0.05)
 
 
 def test_a_plan_of_flux_as_published(tmp_path):

@@ -371,4 +371,6 @@ def test_predict_has_the_documents_signature():
     names = [argument.arg for argument in document.args]
     assert [p.name for p in ours[: len(names)]] == names
     defaults = [ast.literal_eval(node) for node in document.defaults]
-    assert [p.default for p in ours[len(names) - len(defaults) : len(names)]] == defaults
+    found = [p.default for p in ours[len(names) - len(defaults) : len(names)]]
+    # null is the model's own guidance: 4 as the document says, and none for 2.1, which came later
+    assert [script.Flavour.guidance if d is None else d for d in found] == defaults

@@ -113,7 +113,7 @@ def write_report(output_dir: Path) -> Path:
 
 CARD = """---
 base_model: {base_model}
-{licence}
+license: {license}
 library_name: diffusers
 tags: [image-to-image, lora, qwen-image-edit, {flavour}]
 ---
@@ -134,7 +134,7 @@ pipe = {pipeline_class}.from_pretrained("{base_model}", torch_dtype=torch.bfloat
 Instructions it was trained with:
 {listed}
 """
-OTHER = "license: other\nlicense_name: {}"
+LORA = 'pipe.load_lora_weights("{file}")'
 LOKR = """tensors, about = pipe.lora_state_dict("{file}", return_lora_metadata=True)
 pipe.transformer.load_lora_adapter(tensors, metadata=about)  # LoKr has no loader of its own"""
 
@@ -146,11 +146,8 @@ def write_card(output_dir: Path) -> None:
     with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as lora:
         about = json.loads((lora.metadata() or {}).get("image_edit_lora", "{}"))
     if "flavour" in about:
-        load = LOKR if about["method"] == "lokr" else 'pipe.load_lora_weights("{file}")'
-        name = about["license"]  # of the base; the Hub knows this one by name
-        about["licence"] = f"license: {name}" if name == "apache-2.0" else OTHER.format(name)
         about["listed"] = "\n".join(f"- {prompt}" for prompt in about["prompts"])
-        about["load"] = load.format(file=file.name)
+        about["load"] = (LOKR if about["method"] == "lokr" else LORA).format(file=file.name)
         save_text(output_dir / "README.md", CARD.format(**about))
 
 

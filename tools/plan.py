@@ -78,7 +78,12 @@ def elsewhere(config: Any, place: Path) -> Any:
 
 # --- Qwen-Image-Edit ------------------------------------------------------------------------------
 
-TEXT_ENCODER_GB, VAE_GB = 16.6, 0.25  # Qwen2.5-VL-7B and the VAE of the three checkpoints, bf16
+# bf16: of Qwen-Image-Edit (Qwen2.5-VL-7B) and of 2.1 (Qwen3-VL-8B)
+ENCODERS_GB = {"Qwen2VLProcessor": (16.6, 0.25), "Qwen3VLProcessor": (17.5, 0.68)}
+BLOCK_WEIGHTS = {  # that a token passes, in width^2 (Qwen-Image has as many for the other kind)
+    "QwenImageTransformer2DModel": 12,
+    "QwenImage21Transformer2DModel": 13,
+}
 # per token, block and channel: saved for the backward pass, fp32 LoRA in bf16 autocast
 ACTIVATION_BYTES = 44
 
@@ -106,18 +111,23 @@ class Outlook(NamedTuple):
     cache_gb: float
 
 
-def text_tokens(example: Any) -> int:
-    """Estimate the tokens of an instruction with its pictures: 28 x 28 px are one token."""
-    sizes = [picture.size for picture in example.pictures["vision"]]
-    seen = sum(round(w / 28) * round(h / 28) + 6 for w, h in sizes)
-    return 5 + math.ceil(len(example.caption) / 4) + seen
+def text_tokens(example: Any, flavour: Any) -> tuple[int, int]:
+    """Estimate the tokens of an instruction, and those of its pictures beside it."""
+    sizes, px = [picture.size for picture in example.pictures["vision"]], flavour.vision_px
+    seen = sum(round(w / px) * round(h / px) for w, h in sizes)
+    return 5 + math.ceil(len(example.caption) / 4) + 6 * len(sizes), seen
+
+
+def flavour_of(script: Any, config: Any) -> Any:
+    """Return what the base model is."""
+    return script.detect_flavour(config.model.pretrained_model_name_or_path)
 
 
 def planned_transformer(script: Any, config: Any) -> Any:
     """Return the transformer without weights: of the checkpoint, or as published."""
     name = config.model.pretrained_model_name_or_path
-    if name in script.PUBLISHED:  # diffusers' defaults are its sizes
-        return script.empty_transformer({"zero_cond_t": script.PUBLISHED[name].name == "edit-v3"})
+    if name in script.PUBLISHED:
+        return script.empty_transformer(script.PUBLISHED[name].transformer)
     return script.empty_transformer(read_model_json(name, "transformer/config.json"))
 
 
@@ -127,10 +137,32 @@ def qwen_weights_gb(script: Any, config: Any, transformer: Any) -> float:
     return weights_gb(transformer, config.model.base_model_precision, plain, script.MODULATION)
 
 
-def qwen_step_tflop(config: Any, transformer: Any, tokens: int) -> float:
-    """Return the TFLOP of one sample: forward and backward through a frozen base."""
+def sample_tokens(config: Any, transformer: Any, load: Load) -> tuple[int, int]:
+    """Return the tokens of a sample in a pass, and how many pairs of them attention looks at.
+
+    2.1 is causal: a reference sees itself and what stands before it; a further noise level adds
+    its target.
+    """
+    if not getattr(transformer.config, "causal_condition", False):
+        return load.tokens, load.tokens**2
+    target, *references = [w // 16 * (h // 16) for w, h in load.sizes]
+    further = (config.loss.noise_levels_per_sample - 1) * target
+    pairs, seen = (target + further) * load.tokens, load.text
+    for tokens in references:
+        seen += tokens
+        pairs += tokens * seen
+    return load.tokens + further, pairs
+
+
+def qwen_step_tflop(config: Any, transformer: Any, tokens: int, pairs: int | None = None) -> float:
+    """Return the TFLOP of one sample: forward and backward through a frozen base.
+
+    pairs: of tokens that attention looks at; by default all.
+    """
     layers, width = len(transformer.transformer_blocks), transformer.inner_dim
-    linear, attention = layers * tokens * 24 * width**2, layers * 4 * tokens**2 * width
+    weights = BLOCK_WEIGHTS[type(transformer).__name__] * width**2
+    linear = 2 * layers * tokens * weights
+    attention = 4 * layers * (tokens**2 if pairs is None else pairs) * width
     again = config.train.gradient_checkpointing
     return (linear * (3 if again else 2) + attention * (4.5 if again else 3.5)) / 1e12
 
@@ -145,16 +177,18 @@ def qwen_peak_gb(script: Any, config: Any, transformer: Any, trained: int, token
     if not config.train.gradient_checkpointing:
         kept = layers * ACTIVATION_BYTES
     adapter = trained * (16 + 4 * config.train.use_ema) / 1e9  # weight, gradient, Adam's moments
-    beside = 0.0 if config.cache.use_cache else sum(encoder_sizes(config))
+    beside = (
+        0.0 if config.cache.use_cache else sum(encoder_sizes(config, flavour_of(script, config)))
+    )
     own = weights + tokens * width * kept / 1e9 + adapter
     return own / max(1, len(config.model.devices)) + beside + CONTEXT_GB
 
 
-def encoder_sizes(config: Any) -> tuple[float, float]:
+def encoder_sizes(config: Any, flavour: Any) -> tuple[float, float]:
     """Return the GB of the text encoder and of the VAE."""
     folder = Path(config.model.pretrained_model_name_or_path)
     if not folder.is_dir():
-        return TEXT_ENCODER_GB, VAE_GB
+        return ENCODERS_GB[flavour.processor_class]
     parts = (folder / name for name in ("text_encoder", "vae"))
     text, vae = (sum(f.stat().st_size for f in p.glob("*.safetensors")) / 1e9 for p in parts)
     return text, vae
@@ -162,17 +196,18 @@ def encoder_sizes(config: Any) -> tuple[float, float]:
 
 def look_ahead(script: Any, config: Any, width: int) -> Outlook:
     """Return shapes, tokens, cache size of the data; width: channels of a prompt embedding."""
-    flavour = script.detect_flavour(config.model.pretrained_model_name_or_path)
+    flavour = flavour_of(script, config)
     data, _ = script.find_samples(config, flavour)
     loads: Counter[tuple[Any, int]] = Counter()
     numbers: dict[str, dict[str, int]] = {"latent": {}, "prompt": {}, "region": {}}  # in an entry
     for draw in data.possible_draws():
         example, sample = data.resolve(draw), data.samples[draw.sample]
-        text = text_tokens(example)
+        text, seen = text_tokens(example, flavour)
+        stored, text = text + seen, text + seen * (not flavour.prefix_is_constant)  # 2.1: in place
         for jobs in script.jobs_of(example).values():
             for job in jobs:
                 w, h = job.pictures[0].size if job.pictures else (0, 0)
-                size = text * width if job.kind == "prompt" else w // 8 * (h // 8) * 16
+                size = stored * width if job.kind == "prompt" else w * h // 4
                 numbers[job.kind][job.key(dict.fromkeys(numbers, ""))] = size
         if not (sample.held_out or draw.view or draw.dropped):
             pictures = example.pictures["pixel"] + example.pictures["control"]
@@ -252,14 +287,25 @@ def plan_qwen(script: Any, config: Any, cache_dir: Path) -> str:
         script.add_lora(transformer, model.lora, config.seed)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     plain, n_blocks = planned_transformer(script, config), len(transformer.transformer_blocks)
-    outlook = look_ahead(script, config, transformer.config.joint_attention_dim)
-    loads, heaviest = outlook.loads, max((load.tokens for load in outlook.loads), default=0)
+    flavour, settings = flavour_of(script, config), plain.config
+    outlook = look_ahead(
+        script, config, settings.get("joint_attention_dim") or settings.context_in_dim
+    )
+    loads = outlook.loads
     visits = sum(load.visits for load in loads)
-    mean = sum(qwen_step_tflop(config, plain, o.tokens) * o.visits for o in loads) / visits
+
+    def work(config: Any, loads: Any) -> tuple[int, float]:
+        """Return the most tokens of a sample, the mean TFLOP."""
+        sizes = [sample_tokens(config, plain, load) for load in loads]
+        each = [qwen_step_tflop(config, plain, *size) for size in sizes]
+        average = sum(a * o.visits for a, o in zip(each, loads, strict=True)) / visits
+        return max((tokens for tokens, _ in sizes), default=0), average
+
+    heaviest, mean = work(config, loads)
     per_step = config.data.batch_size * train.gradient_accumulation_steps
     epoch = math.ceil(visits / per_step)
     steps = min(train.max_train_steps, epoch * (train.num_epochs or 10**9))
-    here, (encoder, vae) = "the training device", encoder_sizes(config)
+    here, (encoder, vae) = "the training device", encoder_sizes(config, flavour)
     when = "while the cache is filled, then freed" if cache.use_cache else "all the time"
     swap = f", {model.blocks_to_swap} blocks in CPU memory" if model.blocks_to_swap else ""
     batch = config.data.batch_size
@@ -286,12 +332,12 @@ def plan_qwen(script: Any, config: Any, cache_dir: Path) -> str:
     for words, other in ways_out(config, n_blocks):
         if other.data.reference_area != config.data.reference_area:
             loads = look_ahead(script, other, 1).loads
-        most = max((load.tokens for load in loads), default=0) * other.data.batch_size
-        computed = sum(qwen_step_tflop(other, plain, o.tokens) * o.visits for o in loads) / visits
-        ways[words] = qwen_peak_gb(script, other, plain, trained, most), computed / mean
+        most, computed = work(other, loads)
+        peak_gb = qwen_peak_gb(script, other, plain, trained, most * other.data.batch_size)
+        ways[words] = peak_gb, computed / mean
         loads = outlook.loads
-    most = peak if cache.text_encoder_device else max(peak, encoder + CONTEXT_GB + 1)
-    lines += card_lines(most, mean * per_step, steps, 0.5)
+    needed = peak if cache.text_encoder_device else max(peak, encoder + CONTEXT_GB + 1)
+    lines += card_lines(needed, mean * per_step, steps, 0.5)
     return "\n".join([*lines, *fit_lines(peak, ways)])
 
 
