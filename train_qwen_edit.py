@@ -1058,8 +1058,8 @@ def check_shared(config: Config, data: PairData, flavour: Flavour) -> list[str]:
             fewer = v.vision_dropout and v.vision_min < max(1, len(v.vision))
             if len(v.references) != count or not whole or v.vision != v.references or fewer:
                 wrong.add(f"data.dataset_configs.{sample.dataset}")
-    text = f"{flavour.name} takes {'one' if most == 1 else f'up to {most}'} reference(s), which its"
-    text += " encoder sees as the VAE does: no resize, no dropout"
+    count = "2508 takes one reference" if most == 1 else f"2.1 takes up to {most} references"
+    text = f"{count}, and its encoder sees them as the VAE does: no resize, no dropout"
     return [f"{place}: {text}" for place in sorted(wrong)]
 
 

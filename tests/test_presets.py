@@ -1,5 +1,6 @@
 """configs/: each loads with its script, says why, finds its data, fits the card of its name."""
 
+import functools
 import itertools
 import re
 
@@ -15,7 +16,7 @@ from utils import load_config, load_tool
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = [file for file in CONFIGS if "_lora" in file.stem or "multi_reference" in file.stem]
-KINDS = {"pairedit": train_pairedit, "dreambooth": train_dreambooth_pairs, "qwen_edit": script}
+KINDS = {"pairedit": train_pairedit, "dreambooth": train_dreambooth_pairs, "qwen": script}
 tool = load_tool("plan")
 
 
@@ -24,9 +25,13 @@ def load(file):
     return load_config(kind.Config, ["--config", str(file)])
 
 
-@pytest.fixture(scope="module")
-def full_size():
-    return tool.planned_transformer(script, script.Config())
+@functools.cache
+def full_size(name):
+    model = {"pretrained_model_name_or_path": name}
+    transformer = tool.planned_transformer(script, script.Config.model_validate({"model": model}))
+    script.add_lora(transformer, script.LoraConfig(), 0)
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    return tool.planned_transformer(script, script.Config.model_validate({"model": model})), trained
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
@@ -48,7 +53,7 @@ def unexplained(lines):
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
-def test_a_recipe_says_why_finds_its_data_and_fits_its_card(file, full_size, tmp_path, monkeypatch):
+def test_a_recipe_says_why_finds_its_data_and_fits_its_card(file, tmp_path, monkeypatch):
     text = file.read_text()
     assert not list(unexplained(text.splitlines()))
     monkeypatch.chdir(tmp_path)
@@ -72,11 +77,11 @@ def test_a_recipe_says_why_finds_its_data_and_fits_its_card(file, full_size, tmp
     held_out = round(10 * config.data.dataset_configs[0].holdout_ratio)
     assert len(data.samples) == 10 * len(config.data.dataset_configs)
     assert len(data.held_out) == held_out and (held_out > 0) == bool(config.validation.steps)
-    tokens = config.data.batch_size * max(
-        load.tokens for load in tool.look_ahead(script, config, 1).loads
-    )
-    trained = 23_592_960 * config.model.lora.r // 16
-    peak = tool.qwen_peak_gb(script, config, full_size, trained, tokens)
+    transformer, of_rank_16 = full_size(config.model.pretrained_model_name_or_path)
+    loads = tool.look_ahead(script, config, 1).loads
+    tokens = max(tool.sample_tokens(config, transformer, load)[0] for load in loads)
+    trained = of_rank_16 * config.model.lora.r // 16
+    peak = tool.qwen_peak_gb(script, config, transformer, trained, config.data.batch_size * tokens)
     card = re.search(r"_(\d+)g|$", file.stem)
     assert peak < int(card[1] or 32) * 1.0737 - 0.5  # GiB of the card in GB
     assert peak == pytest.approx(float(re.search(r"bout (\d+)", text)[1]), abs=1)
