@@ -175,7 +175,11 @@ class EditConfig(JobsConfig):
     num_inference_steps: int = Field(40, ge=2, le=1000)
     """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
     true_cfg_scale: float | None = Field(None, ge=1)
-    """Guidance against negative_prompt; 1 is none, in half the time; null is 4, for 2.1 none."""
+    """Guidance against negative_prompt; 1 is none; null is 4, for 2.1 and lightning none."""
+    fixed_lora: list[str] = []
+    """LoRA file, or FILE:scale, of every picture, whatever `scales` says (few-step LoRAs)."""
+    schedule: Literal["model", "lightning"] = "model"
+    """Noise levels: the model's, or those of Lightning LoRAs (4 or 8 steps)."""
     reference_area: Literal["lora", "1mp", "target"] | Annotated[int, Field(ge=1024)] = "lora"
     """Size of the references: what the LoRA was trained with, 1 MP, the output's, or px."""
     dtype: Dtype = None
@@ -186,7 +190,9 @@ class EditConfig(JobsConfig):
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
         none = "nothing to edit: give image, input_dir or table"
-        return super().rules() | {none: not self.photo}
+        steps = "num_inference_steps: lightning has 4 or 8"
+        few = self.schedule == "lightning" and self.num_inference_steps not in (4, 8)
+        return super().rules() | {none: not self.photo, steps: few}
 
 
 class SliderConfig(JobsConfig):
@@ -372,10 +378,10 @@ def parse_lora(text: str) -> tuple[Path, float, int | None]:
     return Path(head), scale, skip
 
 
-def find_loras(config: JobsConfig) -> tuple[list[Lora], list[str]]:
-    """Return the LoRAs of --lora, and what is wrong with these texts."""
+def find_loras(config: JobsConfig, texts: Sequence[str]) -> tuple[list[Lora], list[str]]:
+    """Return the LoRAs of --lora (or --fixed_lora), and what is wrong with these texts."""
     loras, problems = [], []
-    for text in config.lora:
+    for text in texts:
         try:
             file, scale, skip = parse_lora(text)
         except UserError as error:
@@ -784,7 +790,9 @@ class Painter:
 
     def __init__(self, config: Any, script: Any) -> None:
         self.config, self.script = config, script
-        self.loras, self.wrong_loras = find_loras(config)
+        self.loras, self.wrong_loras = find_loras(config, config.lora)
+        self.fixed, wrong = find_loras(config, getattr(config, "fixed_lora", []))
+        self.wrong_loras += wrong
         self.about = [read_about(lora.file) for lora in self.loras]
 
     def problems(self, strips: Sequence[Strip]) -> list[str]:
@@ -799,7 +807,7 @@ class Painter:
             problems.append(str(error))
         if any(len(strip.images) > self.most_images for strip in strips):
             problems.append("image: this model takes one picture at a time")
-        files = {lora.file for strip in strips for lora in strip.loras}
+        files = {lora.file for strip in strips for lora in (*strip.loras, *self.fixed)}
         for file in sorted(files | {strip.inversion for strip in strips if strip.inversion}):
             try:
                 path = find_lora(file, self.allow_pickle)
@@ -975,7 +983,8 @@ class EditPainter(Painter):
     def decides(self) -> dict[str, Any]:
         """Return what decides the pixels beside the config."""
         area, vision, *_ = self.rule
-        return super().decides() | {"reference_area": area, "vision_area": vision}
+        fixed = [(self.lora_hash(lora.file), lora.scale) for lora in self.fixed]
+        return super().decides() | {"reference_area": area, "vision_area": vision, "fixed": fixed}
 
     @named("the base model cannot be loaded")
     def load(self, prompts: Sequence[str]) -> None:
@@ -989,8 +998,11 @@ class EditPainter(Painter):
             folder, processor=processor, dtype=self.dtype, use_safetensors=True
         )
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are several
-        for number, lora in enumerate(self.loras):
-            load_edit_lora(pipeline, find_lora(lora.file), f"lora{number}")
+        for kind, loras in (("lora", self.loras), ("fixed", self.fixed)):
+            for number, lora in enumerate(loras):
+                load_edit_lora(pipeline, find_lora(lora.file), f"{kind}{number}")
+        stock, how = pipeline.scheduler, self.script.SCHEDULES[self.config.schedule]
+        pipeline.scheduler = type(stock).from_config(stock.config, **how)
         pipeline.set_progress_bar_config(leave=False)
         if self.config.offload == "model":
             pipeline.enable_model_cpu_offload(device=self.device)
@@ -1007,15 +1019,15 @@ class EditPainter(Painter):
             yield scale, self.edit(strip), {}
 
     def set_scales(self, loras: Sequence[Lora], times: float) -> None:
-        """Set every LoRA to its own scale times `times`; 0 is the bare base model."""
-        if not loras:
-            return
-        if times == 0:
+        """Set every LoRA to its own scale times `times`; 0 is the base model (with fixed ones)."""
+        weights = {f"fixed{k}": lora.scale for k, lora in enumerate(self.fixed)}
+        if times:
+            weights |= {f"lora{k}": lora.scale * times for k, lora in enumerate(loras)}
+        if weights:
+            self.pipeline.enable_lora()
+            self.pipeline.set_adapters([*weights], adapter_weights=[*weights.values()])
+        elif self.loras:
             self.pipeline.disable_lora()
-            return
-        self.pipeline.enable_lora()
-        names = [f"lora{number}" for number in range(len(loras))]
-        self.pipeline.set_adapters(names, adapter_weights=[lora.scale * times for lora in loras])
 
     def edit(self, strip: Strip) -> Image.Image:
         """Draw one picture with the LoRAs as they are set."""
@@ -1023,7 +1035,8 @@ class EditPainter(Painter):
         areas = {"1mp": AREA_1MP, "target": width * height}
         area_px = int(areas.get(str(self.rule.reference_area), self.rule.reference_area))
         references = self.references(strip)
-        scale = config.true_cfg_scale or self.flavour.guidance
+        plain, steps = config.schedule == "lightning", config.num_inference_steps
+        scale = config.true_cfg_scale or (1.0 if plain else self.flavour.guidance)
         guided = scale > 1
         with reference_sizes(self.pipeline, area_px, self.rule.vision_area):
             return self.pipeline(
@@ -1031,7 +1044,8 @@ class EditPainter(Painter):
                 prompt=strip.prompt,
                 negative_prompt=config.negative_prompt if guided else None,
                 true_cfg_scale=scale,
-                num_inference_steps=config.num_inference_steps,
+                num_inference_steps=steps,
+                sigmas=[1 - k / steps for k in range(steps)] if plain else None,
                 width=width,
                 height=height,
                 generator=torch.Generator().manual_seed(strip.seed),

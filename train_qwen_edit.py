@@ -1054,9 +1054,9 @@ def check_shared(config: Config, data: PairData, flavour: Flavour) -> list[str]:
     for sample in data.samples:
         for v in sample.variants:
             whole = not any(reference.area for reference in v.references)
-            count = 1 if most == 1 else min(len(v.references), most)
+            wanted = 1 if most == 1 else min(len(v.references), most)
             fewer = v.vision_dropout and v.vision_min < max(1, len(v.vision))
-            if len(v.references) != count or not whole or v.vision != v.references or fewer:
+            if len(v.references) != wanted or not whole or v.vision != v.references or fewer:
                 wrong.add(f"data.dataset_configs.{sample.dataset}")
     count = "2508 takes one reference" if most == 1 else f"2.1 takes up to {most} references"
     text = f"{count}, and its encoder sees them as the VAE does: no resize, no dropout"
@@ -2075,6 +2075,15 @@ class ValidationSample(Section):
     """Reference pictures of the edit, in order."""
 
 
+SCHEDULES: dict[str, dict[str, Any]] = {  # settings of the scheduler; lightning: shift 3
+    "model": {},
+    "lightning": {
+        **dict.fromkeys(("base_shift", "max_shift"), math.log(3)),
+        **{"shift_terminal": None, "use_dynamic_shifting": True, "time_shift_type": "exponential"},
+    },
+}
+
+
 class SamplingConfig(Section):
     """How a picture is drawn."""
 
@@ -2083,9 +2092,23 @@ class SamplingConfig(Section):
     num_inference_steps: int = Field(20, ge=2, le=1000)
     """Euler steps of a picture, at least 2 (one divides by zero in the scheduler)."""
     true_cfg_scale: float | None = Field(None, ge=1)
-    """Guidance of a picture against negative_prompt; 1 is none; null is 4, for 2.1 none."""
+    """Guidance of a picture against negative_prompt; 1 is none; null: 4; 2.1, lightning: none."""
     negative_prompt: str | None = ""
     """Instruction that guidance leads away from; "" with the same references; null: no guidance."""
+    schedule: Literal["model", "lightning"] = "model"
+    """Noise levels of a picture: the model's, or those of Lightning LoRAs (4 or 8 steps)."""
+
+    def guidance(self, flavour: Flavour) -> float:
+        """Return the scale of guidance; 1 is none."""
+        if self.negative_prompt is None:
+            return 1.0
+        return self.true_cfg_scale or (flavour.guidance if self.schedule == "model" else 1.0)
+
+    def sigmas(self, flavour: Flavour, name_or_path: str) -> Any:
+        """Return the noise levels before the shift."""
+        steps = self.num_inference_steps
+        plain = self.schedule != "model" and np.linspace(1.0, 1 / steps, steps)
+        return flavour.sigmas(name_or_path, steps) if plain is False else plain
 
 
 class ValidationConfig(SamplingConfig):
@@ -2101,14 +2124,21 @@ class ValidationConfig(SamplingConfig):
     """Held-out samples drawn on the sheet; the loss takes all."""
     resolution: int | None = Field(None, ge=64, le=8192)
     """Side of the square whose area pictures get, px; null is that of training, or of predict()."""
+    fixed_lora: str | None = None
+    """LoRA file, or FILE:scale, that every picture is drawn with (a few-step LoRA); not trained."""
+
+    def rules(self) -> dict[str, Any]:
+        """Return {problem: whether it is there}."""
+        steps = self.schedule == "lightning" and self.num_inference_steps not in (4, 8)
+        return {"num_inference_steps: lightning has 4 or 8": self.steps and steps}
 
 
 def prompt_jobs(example: Example, how: SamplingConfig, flavour: Flavour) -> list[Job]:
     """Return the prompt of an example and, for guidance, the negative one."""
     [prompt] = jobs_of(example)["prompt_embed"]
-    if (how.true_cfg_scale or flavour.guidance) <= 1 or how.negative_prompt is None:
+    if how.guidance(flavour) <= 1:
         return [prompt]
-    return [prompt, prompt._replace(caption=how.negative_prompt)]
+    return [prompt, prompt._replace(caption=how.negative_prompt or "")]
 
 
 @torch.no_grad()
@@ -2117,7 +2147,7 @@ def draw_edit(
 ) -> Image.Image:
     """Draw an example, step for step as the pipelines do; encode(job): what the cache has."""
     transformer, flavour = trainer.bare_transformer(), trainer.flavour
-    device, steps = transformer.device, how.num_inference_steps
+    device = transformer.device
     shape = (1, *flavour.latent_shape(example.pictures["pixel"][0].size))
     embeds = [encode(job)[None].to(device) for job in prompt_jobs(example, how, flavour)]
     dtype, generator = embeds[0].dtype, torch.Generator().manual_seed(how.seed)
@@ -2126,10 +2156,11 @@ def draw_edit(
     batches: list[Any] = [{**shown, "prompt_embed": each, "prefix": {}} for each in embeds]
     latents = torch.randn(shape, generator=generator, dtype=dtype).to(device)
     # a copy: set_timesteps() changes it
-    scheduler = type(trainer.scheduler).from_config(trainer.scheduler.config)
+    settings = SCHEDULES[how.schedule]
+    scheduler = type(trainer.scheduler).from_config(trainer.scheduler.config, **settings)
     mu = model_mu(scheduler.config, flavour.tokens(latents))
     name = trainer.config.model.pretrained_model_name_or_path
-    scheduler.set_timesteps(sigmas=flavour.sigmas(name, steps), device=device, mu=mu)
+    scheduler.set_timesteps(sigmas=how.sigmas(flavour, name), device=device, mu=mu)
     scheduler.set_begin_index(0)
     # fp32 LoRA on a bf16 base: as in training
     mixed = bool(getattr(transformer, "peft_config", None)) and dtype != torch.float32
@@ -2139,8 +2170,7 @@ def draw_edit(
             velocities = [flavour.velocity(transformer, latents, sigma, b) for b in batches]
             velocity = velocities[0]
             if velocities[1:]:
-                scale = how.true_cfg_scale or flavour.guidance
-                velocity = flavour.guide(velocity, velocities[1], scale)
+                velocity = flavour.guide(velocity, velocities[1], how.guidance(flavour))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     return Image.fromarray(trainer.decode_vae_latent(latents)[0])
 
@@ -2198,11 +2228,7 @@ def validate(trainer: Trainer, run_log: RunLog) -> None:
     examples, values = [example for example, _ in edits], {}
     transformer.eval()
     if not trainer.base_pictures:
-        transformer.disable_adapters()
-        try:
-            trainer.base_pictures = draw_edits(trainer, examples)
-        finally:
-            transformer.enable_adapters()
+        trainer.base_pictures = draw_edits(trainer, examples, trained=False)
     columns = {"base": trainer.base_pictures}
     for head in ("LoRA", "EMA") if trainer.ema else ("LoRA",):
         with trainer.averaged(ema=head == "EMA"):
@@ -2241,8 +2267,48 @@ def validation_losses(trainer: Trainer) -> torch.Tensor:
     return accelerator.reduce(losses, "sum")  # each is 0 on all processes but one
 
 
-def draw_edits(trainer: Trainer, examples: Sequence[Example]) -> list[Image.Image | None]:
+def use_adapters(trainer: Trainer, trained: bool = True, fixed: bool = False) -> None:
+    """Switch the trained adapter, and that of validation.fixed_lora, on or off."""
+    transformer = trainer.bare_transformer()
+    scales = {"default": 1.0} if trained else {}
+    scales |= {"fixed": trainer.fixed_scale} if fixed and trainer.fixed_scale else {}
+    if not scales:
+        transformer.disable_adapters()
+        return
+    transformer.enable_adapters()
+    if trainer.fixed_scale:
+        transformer.set_adapters([*scales], [*scales.values()])
+
+
+def load_fixed(transformer: Any, flavour: Flavour, text: str) -> float:
+    """Load validation.fixed_lora as the adapter "fixed"; return its scale. Raises UserError."""
+    import diffusers
+
+    name, _, number = text.rpartition(":")
+    name, scale = (name, float(number)) if re.fullmatch(r"-?[\d.]+", number) else (text, 1.0)
+    with utils.named(f"validation.fixed_lora {text}"), warnings.catch_warnings(action="ignore"):
+        file = utils.expanded(name)
+        read = getattr(diffusers, flavour.pipeline_class).lora_state_dict
+        tensors, about = read(load_file(file), return_lora_metadata=True)
+        layers = {re.split(r"\.lo(?:ra|kr)_", key)[0].partition(".")[2] for key in tensors}
+        if wrong := sorted(layers - {name for name, _ in transformer.named_modules()}):
+            raise ValueError(f"{len(wrong)} layers are not in this model\n{listed(wrong, 3)}")
+        if transformer.device.type != "meta":  # preflight() only compares
+            transformer.load_lora_adapter(tensors, metadata=about, adapter_name="fixed")
+    return scale
+
+
+def draw_edits(trainer: Trainer, examples: Any, trained: bool = True) -> list[Image.Image | None]:
     """Draw the examples, a share per process; None is one that the memory was too small for."""
+    use_adapters(trainer, trained, fixed=True)
+    try:
+        return draw_shares(trainer, examples)
+    finally:
+        use_adapters(trainer)  # KEEP: PEFT lets only active adapters have gradients
+
+
+def draw_shares(trainer: Trainer, examples: Any) -> list[Image.Image | None]:
+    """Draw a share of the examples on each process, with the adapters as they are; gather them."""
     from accelerate.utils import gather_object
 
     accelerator, how, drawn = trainer.accelerator, trainer.config.validation, []
@@ -2386,6 +2452,7 @@ class QwenImageEditTrainer:
         self.text_pipeline: Any = None  # the pipeline without VAE and transformer: encode_prompt()
         self.quantize = False  # true: fp8-quanto where the config says no_change
         self.loaded_as: Any = None  # precision and places of the transformer
+        self.fixed_scale = 0.0  # of the adapter "fixed", if there is one
         self.use_cache, self.cache_dir = config.cache.use_cache, config.cache.cache_dir
         self.cache_exist = any(self.cache_dir.glob("??/??/*.safetensors"))
         bf16 = config.train.mixed_precision == "bf16"
@@ -2647,6 +2714,10 @@ class QwenImageEditTrainer:
             return
         add_lora(self.transformer, self.config.model.lora, self.config.seed)
         start_from_lora(self.transformer, self.config.model.lora)
+        if fixed := self.config.validation.fixed_lora:
+            self.fixed_scale = load_fixed(self.transformer, self.flavour, fixed)
+            place_adapter(self.transformer)
+            use_adapters(self)
         self.transformer.train()
         if self.config.train.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -2833,6 +2904,8 @@ class QwenImageEditTrainer:
             with init_empty_weights():
                 add_lora(empty, config.model.lora, config.seed)
             start_from_lora(empty, config.model.lora)
+            if fixed := config.validation.fixed_lora:
+                load_fixed(empty, self.flavour, fixed)
             optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(2, 2))])
             if hasattr(optimizer, "eval") and config.train.use_ema:
                 text = f"{config.optimizer.class_path} averages by itself; leave one of the two out"
