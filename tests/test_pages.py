@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import time
 
 import accelerate
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import PAIRS, ROOT, read_page, suffix_dataset
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from tensorboard.backend.event_processing import event_accumulator
@@ -23,26 +21,7 @@ from utils import UserError, load_tool
 
 tool = load_tool("page")
 PageRow, write_page, write_report = tool.PageRow, tool.write_page, tool.write_report
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = "headless=new no-sandbox disable-gpu disable-background-networking window-size=900,900"
-FLAGS += " no-first-run force-device-scale-factor=1 force-color-profile=srgb"
 EVIL = "</script><script>document.title='taken'</script> \"'><img src=x onerror=alert(1)> & ü"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Headless Chromium that notes every error."""
-    if not (CHROMIUM and DRIVER):
-        # optional on a user's machine, as it comes from the system; .ci/run installs it
-        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

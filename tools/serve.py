@@ -42,6 +42,7 @@ from utils import Section, UserError, load_config, load_script, load_tool, open_
 ROOT = Path(__file__).resolve().parent.parent
 # settings of generate.py that the page has instead, or that are about one picture
 ON_PAGE = {"scales", "image", "input_dir", "table", "output", "output_dir", "html", "mask"}
+OF_PHOTOS = {"inversion", "skip", "restore_detail"}  # with Stable Diffusion
 CSS = "footer { display: none !important } .gradio-container { max-width: 1400px !important }"
 
 
@@ -91,6 +92,8 @@ class Studio:
         output = Path(tempfile.mkdtemp(dir=self.place), [*images, Path("picture")][0].stem + ".png")
         asked = {"image": [*images], "prompt": [prompt], "seed": [seed], "lora": loras}
         settings = {**self.settings, **asked, "output": output}
+        if not images and self.kind is self.generate.ChangePainter:
+            settings = {name: value for name, value in settings.items() if name not in OF_PHOTOS}
         try:
             config = self.kind.config_class.model_validate(settings)
         except ValidationError as error:
@@ -241,17 +244,19 @@ def build(studio: Studio, gr: Any, prompt: str, seed: int) -> Any:
                 file_types=[*utils.IMAGE_SUFFIXES],
             )
             text = gr.Textbox(prompt, label="Instruction" if flavour else "What it shows")
-            inputs = [files, text, gr.Number(seed, label="Seed", precision=0, minimum=0)]
+            sliders = []
             for file, strength, _ in studio.loras:
                 name = "/".join(file.with_suffix("").parts[-2:])
                 least, most = min(0.0 if flavour else -2.0, strength), max(2.0, strength)
-                inputs.append(gr.Slider(least, most, strength, step=0.05, label=name))
+                sliders.append(gr.Slider(least, most, strength, step=0.05, label=name))
+            number = gr.Number(seed, label="Seed", precision=0, minimum=0)
             with gr.Row():
                 start = gr.Button("Draw", variant="primary", min_width=80)
                 stop = gr.Button("Stop", min_width=80)
         with gr.Column(min_width=320, scale=2):
             view = gr.ImageSlider(label="before | result", format="png", max_height=720)
         files.change(show, files, view)
+        inputs = [files, text, number, *sliders]
         gr.on([start.click, text.submit], draw, inputs, view, concurrency_limit=1)
         stop.click(studio.stop, queue=False)
     return page
@@ -263,7 +268,8 @@ def open_page(config: Any, studio: Studio) -> tuple[Any, str]:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(studio.place)}
     gr: Any = importlib.import_module("gradio")
     page = build(studio, gr, studio.load(), config.seed[0])
-    theme = gr.themes.Default("blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # of the system
+    theme = gr.themes.Default(primary_hue="blue", **fonts)
     where = {"server_name": config.host, "server_port": config.port, "share": config.share}
     less = {"quiet": True, "footer_links": [], "run_history": False, "ssr_mode": False}
     more = {"show_error": True, "prevent_thread_lock": True, "theme": theme, "css": CSS}
