@@ -43,7 +43,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # settings of generate.py that the page has instead, or that are about one picture
 ON_PAGE = {"scales", "image", "input_dir", "table", "output", "output_dir", "html", "mask"}
 OF_PHOTOS = {"inversion", "skip", "restore_detail"}  # with Stable Diffusion
-CSS = "footer { display: none !important } .gradio-container { max-width: 1400px !important }"
 
 
 class ServeConfig(Section):
@@ -55,6 +54,10 @@ class ServeConfig(Section):
     """Port to listen on."""
     share: bool = False
     """Ask gradio.live for a public address; the pictures then go through its machines."""
+
+
+class Stopped(UserError):
+    """Somebody pressed Stop."""
 
 
 # --- 1. drawing -----------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ class Studio:
 
             def on_call() -> None:
                 if self.stopped:
-                    raise UserError("stopped")
+                    raise Stopped("stopped")
                 tell(min(next(calls), total), total)
 
             self.on_call = on_call
@@ -230,13 +233,15 @@ def build(studio: Studio, gr: Any, prompt: str, seed: int) -> Any:
 
     def draw(progress: Any = gr.Progress(), *values: Any) -> Any:  # noqa: B008
         files, prompt, seed, *strengths = values
-        with shown():
-            return studio.draw(
-                *(paths(files), prompt, seed, strengths),
-                lambda done, total: progress((done, total), desc="drawing"),
-            )
 
-    with gr.Blocks(title="Try a LoRA", analytics_enabled=False) as page, gr.Row():
+        def tell(done: int, total: int) -> None:
+            progress((done, total), desc="drawing")
+
+        with shown(), contextlib.suppress(Stopped):
+            return studio.draw(paths(files), prompt, seed, strengths, tell)
+        return gr.skip()
+
+    with gr.Blocks(title="Try a LoRA", fill_width=True, analytics_enabled=False) as page, gr.Row():
         with gr.Column(min_width=320):
             files = gr.File(
                 label="Pictures, in order" if several else "Picture",
@@ -272,7 +277,7 @@ def open_page(config: Any, studio: Studio) -> tuple[Any, str]:
     theme = gr.themes.Default(primary_hue="blue", **fonts)
     where = {"server_name": config.host, "server_port": config.port, "share": config.share}
     less = {"quiet": True, "footer_links": [], "run_history": False, "ssr_mode": False}
-    more = {"show_error": True, "prevent_thread_lock": True, "theme": theme, "css": CSS}
+    more = {"show_error": True, "prevent_thread_lock": True, "theme": theme}
     _, local, public = page.queue().launch(**where, **less, **more)
     return page, public or local
 
