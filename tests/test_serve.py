@@ -72,7 +72,7 @@ def family(request):
 
 
 @pytest.fixture
-def studio(models, family, tmp_path):
+def session(models, family, tmp_path):
     """Of a family, with its model."""
     made = tool.prepare(flags(models, family, "--port", free_port()), tmp_path)[1]
     made.load()
@@ -94,42 +94,45 @@ def theirs(models, call_generate, tmp_path):
     return draw
 
 
-def test_pictures_are_those_of_generate(studio, theirs, family):
+def test_pictures_are_those_of_generate(session, theirs, family):
     """Pixels and settings; prompts that come later, steps as they are told, Stop."""
     wanted = theirs(family, "coffee2_R.png", "--image", PHOTO, "--prompt", "a cup")
     told = []
 
     def stop(done, total):
         told.append((done, total))
-        studio.stop()
+        session.stop()
 
     with pytest.raises(UserError, match="stopped"):
-        studio.draw([PHOTO], "a cup", 3, [0.7], stop)
+        session.draw([PHOTO], "a cup", 3, [0.7], stop)
     total = told[0][1]
     assert told == [(1, total)]
     told.clear()
-    before, after = studio.draw([PHOTO], "a cup", 3, [0.7], lambda *step: told.append(step))
+    before, after = session.draw([PHOTO], "a cup", 3, [0.7], lambda *step: told.append(step))
     assert told == [(k + 1, total) for k in range(total)]
     assert (pixels(after) == pixels(wanted)).all() and before.size == Image.open(after).size
     ours, usual = (generate.read_settings(file)["settings"] for file in (after, wanted))
     assert ours == usual
-    weaker = studio.draw([PHOTO], "a cup", 3, [0.1])[1]
+    weaker = session.draw([PHOTO], "a cup", 3, [0.1])[1]
     assert (pixels(weaker) != pixels(wanted)).any()
     if family == "qwen":
         with pytest.raises(UserError, match="nothing to edit"):
-            studio.draw([], "a cup", 3, [0.7])
+            session.draw([], "a cup", 3, [0.7])
         return
     wanted = theirs(family, "p.png", "--prompt", "a house", "--scales", "0,1")
     for strength in (0.1, 0.7):  # the base's picture is drawn once
         told.clear()
-        before, after = studio.draw([], "a house", 3, [strength], lambda *step: told.append(step))
+        before, after = session.draw([], "a house", 3, [strength], lambda *step: told.append(step))
         assert told[-1][0] == told[-1][1] == len(told)
     assert (pixels(after) == pixels(wanted.with_stem("p_scale1"))).all()
     assert (np.asarray(before) == pixels(wanted.with_stem("p_scale0"))).all()
 
 
-def test_a_picture_dropped_in_a_browser(models, browser, theirs, tmp_path):
+def test_a_picture_dropped_in_a_browser(models, browser, theirs, tmp_path, monkeypatch):
     """Drop, type, move the strength, press: generate.py's picture; mistakes in one sentence."""
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "no_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # of the office: not for the page
     wanted = theirs("qwen", "coffee2_R.png", "--image", PHOTO, "--prompt", "turn it blue é 雪")
     argv = flags(models, "qwen", "--port", free_port())
     page, address = tool.open_page(*tool.prepare(argv, tmp_path))

@@ -63,7 +63,7 @@ class Stopped(UserError):
 # --- 1. drawing -----------------------------------------------------------------------------------
 
 
-class Studio:
+class Session:
     """Draws pictures one at a time, with a model that stays loaded.
 
     generate: the module; kind: one of its painters' classes; settings: those of generate.py that
@@ -176,11 +176,13 @@ class Studio:
             return
         dtype, device = painter.dtype, painter.device
         if self.kind is self.generate.SliderPainter:
-            painter.transformer.to("cpu")  # KEEP: not in memory together with the encoders
             length = painter.config.max_sequence_length
-            texts |= script.encode_texts(painter.folder, [prompt], length, dtype, device)
-            gc.collect()
-            painter.transformer.to(device)
+            painter.transformer.to("cpu")  # KEEP: not in memory together with the encoders
+            try:
+                texts |= script.encode_texts(painter.folder, [prompt], length, dtype, device)
+            finally:
+                gc.collect()
+                painter.transformer.to(device)
         else:
             folder = script.fetch_sd(painter.config.pretrained_model_name_or_path)
             texts |= script.encode_prompts(folder, [prompt], dtype, device)
@@ -207,9 +209,9 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 # --- 2. the page ----------------------------------------------------------------------------------
 
 
-def build(studio: Studio, gr: Any, prompt: str, seed: int) -> Any:
+def build(session: Session, gr: Any, prompt: str, seed: int) -> Any:
     """Return the page (gr.Blocks): settings on the left, the divider on the right."""
-    flavour = getattr(studio.painter, "flavour", None)
+    flavour = getattr(session.painter, "flavour", None)
     several = bool(flavour and flavour.vision_area)  # Qwen-Image-Edit, but 2508
 
     @contextlib.contextmanager
@@ -218,7 +220,7 @@ def build(studio: Studio, gr: Any, prompt: str, seed: int) -> Any:
         try:
             yield
         except UserError as error:
-            text = re.sub(rf"{re.escape(str(studio.place))}\S*/", "", str(error))
+            text = re.sub(rf"{re.escape(str(session.place))}\S*/", "", str(error))
             raise gr.Error(text, duration=None, print_exception=False) from error
 
     def paths(files: Any) -> list[Path]:
@@ -238,7 +240,7 @@ def build(studio: Studio, gr: Any, prompt: str, seed: int) -> Any:
             progress((done, total), desc="drawing")
 
         with shown(), contextlib.suppress(Stopped):
-            return studio.draw(paths(files), prompt, seed, strengths, tell)
+            return session.draw(paths(files), prompt, seed, strengths, tell)
         return gr.skip()
 
     with gr.Blocks(title="Try a LoRA", fill_width=True, analytics_enabled=False) as page, gr.Row():
@@ -250,7 +252,7 @@ def build(studio: Studio, gr: Any, prompt: str, seed: int) -> Any:
             )
             text = gr.Textbox(prompt, label="Instruction" if flavour else "What it shows")
             sliders = []
-            for file, strength, _ in studio.loras:
+            for file, strength, _ in session.loras:
                 name = "/".join(file.with_suffix("").parts[-2:])
                 least, most = min(0.0 if flavour else -2.0, strength), max(2.0, strength)
                 sliders.append(gr.Slider(least, most, strength, step=0.05, label=name))
@@ -263,16 +265,18 @@ def build(studio: Studio, gr: Any, prompt: str, seed: int) -> Any:
         files.change(show, files, view)
         inputs = [files, text, number, *sliders]
         gr.on([start.click, text.submit], draw, inputs, view, concurrency_limit=1)
-        stop.click(studio.stop, queue=False)
+        stop.click(session.stop, queue=False)
     return page
 
 
-def open_page(config: Any, studio: Studio) -> tuple[Any, str]:
+def open_page(config: Any, session: Session) -> tuple[Any, str]:
     """Load the model, serve the page; return (page, its address)."""
     # Gradio then tells nobody of it, and keeps its files where they are deleted
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(studio.place)}
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(session.place)}
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    os.environ["no_proxy"] = f"{known},localhost,127.0.0.1,{config.host}"  # it asks its own page
     gr: Any = importlib.import_module("gradio")
-    page = build(studio, gr, studio.load(), config.seed[0])
+    page = build(session, gr, session.load(), config.seed[0])
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # of the system
     theme = gr.themes.Default(primary_hue="blue", **fonts)
     where = {"server_name": config.host, "server_port": config.port, "share": config.share}
@@ -297,8 +301,8 @@ def check_server(config: ServeConfig) -> list[str]:
     return problems
 
 
-def prepare(argv: Sequence[str], place: Path) -> tuple[Any, Studio]:
-    """Return (config, studio without a model). Raises UserError: all that is wrong."""
+def prepare(argv: Sequence[str], place: Path) -> tuple[Any, Session]:
+    """Return (config, session without a model). Raises UserError: all that is wrong."""
     generate = load_script(ROOT / "generate.py")
     given = generate.settings_given(argv)
     if taken := ON_PAGE & given.keys():
@@ -309,11 +313,11 @@ def prepare(argv: Sequence[str], place: Path) -> tuple[Any, Studio]:
         raise UserError(f"--script {script.__file__}: no training script of {kind.family}")
     fields = {n: f for n, f in kind.config_class.model_fields.items() if n not in ON_PAGE}
     parts: Any = {name: (field.rebuild_annotation(), field) for name, field in fields.items()}
-    made: list[Studio] = []
+    made: list[Session] = []
 
     def check(config: Any) -> list[str]:
         settings = config.model_dump(exclude_unset=True, exclude={*ServeConfig.model_fields})
-        made.append(Studio(generate, kind, script, settings, place))
+        made.append(Session(generate, kind, script, settings, place))
         try:
             painter, strip = made[0].first()
         except UserError as error:
