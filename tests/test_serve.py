@@ -1,5 +1,6 @@
 """tools/serve.py: its pictures are generate.py's; the page in a real browser; mistakes."""
 
+import base64
 import importlib.metadata
 import socket
 import time
@@ -148,7 +149,8 @@ def test_a_picture_dropped_in_a_browser(models, browser, theirs, tmp_path, monke
         said = wait(lambda: browser.find_element("css selector", ".toast-body").text)
         assert "picture no.png cannot be read" in said and "Traceback" not in said
         browser.get(address)
-        wait(lambda: browser.find_element("css selector", "input[type=file]")).send_keys(str(PHOTO))
+        upload = wait(lambda: browser.find_element("css selector", "input[type=file]"))
+        browser.execute_script(DROP, upload, base64.b64encode(PHOTO.read_bytes()).decode())
         wait(lambda: shown(browser))
         fill(browser, "[data-testid=textbox]", "turn it blue é 雪")
         strength, seed = browser.find_elements("css selector", "input[type=number]")
@@ -164,6 +166,13 @@ def test_a_picture_dropped_in_a_browser(models, browser, theirs, tmp_path, monke
         assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     finally:
         page.close(verbose=False)
+
+
+DROP = """
+const files = new DataTransfer(), bytes = Uint8Array.from(atob(arguments[1]), c => c.charCodeAt(0));
+files.items.add(new File([bytes], "coffee2_R.png", {type: "image/png"}));
+arguments[0].dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true}));
+"""
 
 
 def wait(look, seconds=60):
