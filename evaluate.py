@@ -23,6 +23,7 @@ import csv
 import functools
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,7 +321,7 @@ def find_results(config: Config, series: str, folder: Path, edited: bool) -> lis
         if "name" not in about or stem.startswith("evaluation"):
             continue  # a sheet, from elsewhere, or our own
         with utils.named(f"{path}: its settings are not as generate.py writes them"):
-            name = about["name"].removesuffix(config.before_suffix)
+            name = unicodedata.normalize("NFC", about["name"]).removesuffix(config.before_suffix)
             name = name.removesuffix(config.after_suffix)
             run, scale, seed, prompt = map(about.get, ("run", "scale", "seed", "prompt"))
             if not math.isfinite(float(scale or 0)) or not isinstance(prompt, str | None):
@@ -781,9 +782,8 @@ def evaluate(config: Config, rows: list[Result], notes: list[str]) -> dict[str, 
     utils.save_atomic(folder / "evaluation.png", lambda file: draw_report(file, report))
     print_summary(report)
     if config.html:
-        page, title = load_tool("page"), folder.resolve().name
-        views = page.views_of(rows, report["ranking"]["by"])
-        page.write_page(folder / "evaluation.html", title, views)
+        page, title = load_tool("page"), f"evaluation of {folder.resolve().name}"
+        page.write_page(folder / "evaluation.html", title, page.views_of(rows, report["ranking"]))
     print(f"results: {folder / 'evaluation.json'} (.csv, .png{', .html' * config.html})")
     return report
 

@@ -132,7 +132,7 @@ class JobsConfig(Section):
     output_dir: Path | None = None
     """Folder for the results of input_dir or table, and their contact_sheet.png."""
     html: bool = False
-    """Also write page.html beside the sheet: a divider to drag, a slider over the scales."""
+    """Also write a page to compare them: page.html, or output's name with .html."""
     device: Device = None
     """Number of a GPU, or cpu, cuda:0, mps; null: the fastest there is."""
     script: Path | None = None
@@ -729,8 +729,8 @@ def draw_strips(painter: Painter, strips: Sequence[Strip], html: bool) -> None:
 
 
 def columns_of(strip: Strip, several: bool) -> dict[str, Path]:
-    """Return {head: picture}: the photo or the references, then every scale."""
-    heads = [f"reference {k}" if several else "photo" for k in range(1, len(strip.images) + 1)]
+    """Return {head: picture}: before or the references, then every scale."""
+    heads = [f"reference {k}" if several else "before" for k in range(1, len(strip.images) + 1)]
     heads += [f"scale {scale:g}" for scale in strip.scales]
     return dict(zip(heads, [*strip.images, *strip.files], strict=True))
 
@@ -752,16 +752,18 @@ def write_sheet(sheet: Path, strips: Sequence[Strip], decides: list[Any]) -> Non
 
 
 def write_pages(strips: Sequence[Strip]) -> None:
-    """Write page.html beside the sheets, a row per strip."""
+    """Write pages beside the sheets, a row per strip: named like --output, else page.html."""
     page = load_tool("page")
-    folders: dict[Path, list[Strip]] = {}
+    pages: dict[Path, list[Any]] = {}
     for strip in strips:
-        folders.setdefault((strip.sheet or strip.files[0]).parent, []).append(strip)
-    for folder, its in folders.items():
-        several = any(len(strip.images) > 1 for strip in its)
-        rows = [page.PageRow(s.name, columns_of(s, several), s.prompt, s.seed) for s in its]
-        page.write_page(folder / "page.html", folder.resolve().name, rows)
-        print(f"page: {folder / 'page.html'}")
+        place, columns = strip.sheet or strip.files[0], columns_of(strip, len(strip.images) > 1)
+        path = place.with_name(f"{strip.name if place.stem == strip.name else 'page'}.html")
+        row = page.PageRow(strip.name, columns, strip.prompt, strip.seed)
+        pages.setdefault(path, []).append(row)
+    for path, rows in pages.items():
+        title = path.stem if path.stem != "page" else path.parent.resolve().name
+        page.write_page(path, title, rows)
+        print(f"page: {path}")
 
 
 # --- 5. painters: one for each family of models ---------------------------------------------------

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,10 @@ torch.set_num_threads(1)
 
 PAIRS = ROOT / "data" / "photo_pairs"
 
+BROWSER_FLAGS = (
+    "headless=new no-sandbox disable-gpu disable-background-networking window-size=900,900"
+)
+BROWSER_FLAGS += " no-first-run force-device-scale-factor=1 force-color-profile=srgb"
 FORKED = {"OMP_NUM_THREADS"}  # environment that a forked command can be given
 
 
@@ -233,6 +238,25 @@ def fresh_state():
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium that notes every error."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        # optional on a user's machine, as it comes from the system; .ci/run installs it
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*BROWSER_FLAGS.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield window
+    window.quit()
 
 
 @pytest.fixture

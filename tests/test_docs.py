@@ -9,8 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -125,8 +127,26 @@ def with_tiny_sd(command, checkpoint, folder):
     return command.replace(base, str(checkpoint))
 
 
+SERVES = "tools/serve.py"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
+@pytest.mark.parametrize("command", sorted({text for _, text in commands() if SERVES in text}))
+def test_a_command_that_serves_ends_when_it_is_told_to(command, workplace):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        words = [sys.executable, *shlex.split(command)[1:], "--port", str(free.getsockname()[1])]
+    how = {"stdout": subprocess.PIPE, "cwd": workplace, "env": environment()}
+    with subprocess.Popen(words, **how) as server:
+        lines = iter(server.stdout.readline, b"")
+        address = next(line.split()[1].decode() for line in lines if line.startswith(b"page: "))
+        with urllib.request.urlopen(address) as answer:
+            assert b"<html" in answer.read()
+        server.terminate()
+    assert server.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), sorted({c for c in commands() if SERVES not in c[1]}))
 def test_every_command_runs(page, command, workplace, checkpoints, tmp_path):
     if any(part in command for part in WHOLE):
         names = [w for w in shlex.split(command) if w.endswith((".py", ".txt"))]

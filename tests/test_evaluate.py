@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -351,6 +353,11 @@ def test_the_demos_results_are_ranked_true_after_lora_base(kind, tmp_path, capsy
     assert [name for name, _ in views] == list(NAMES)
     for _, files in views:
         assert list(files) == ["before", "out scale 0", "out scale 1", "true", "after"]
+    text = (tmp_path / "out/evaluation.html").read_text()
+    assert "<title>evaluation of out</title>" in text
+    # each view opens on before and the best result, not on the after
+    pairs = re.findall("<p><b>(.*?)</b> <b>(.*?)</b></p>", text)
+    assert pairs == [("before", "true")] * len(NAMES)
 
 
 def test_folders_side_by_side_are_compared_on_the_pictures_all_have(tmp_path):
@@ -477,6 +484,20 @@ def test_means_and_ranking_leave_out_what_is_undefined():
     assert ranking == {"by": "psnr", "columns": ["b", "a"]}  # both have it
 
 
+def test_a_name_is_the_same_in_every_unicode_form(tmp_path):
+    """As file systems of a Mac write it (NFD), and as it is typed (NFC)."""
+    typed, stored = (unicodedata.normalize(form, "café 雪") for form in ("NFC", "NFD"))
+    save(tmp_path / "out/1.png", noise(0), stored, scale=1, prompt=f"make it {typed}")
+    save(tmp_path / f"before/{stored}.png", noise(1))
+    save(tmp_path / f"after/{typed}.png", noise(2))
+    places = ["--before_dir", tmp_path / "before", "--after_dir", tmp_path / "after"]
+    measure("--results", tmp_path / "out", *places, "--metrics", "psnr", "--html")
+    page = tmp_path / "out/evaluation.html"
+    [(name, files)] = read_page(page)
+    assert name == typed and list(files) == ["before", "scale 1", "after"]
+    assert f"make it {typed} <span>" in page.read_text(encoding="utf-8")
+
+
 def test_a_page_has_a_view_for_every_seed_and_prompt():
     def row(series, seed, prompt, value):
         scale, file = None if series == "true" else 1.0, Path(f"{series}{seed}{prompt}.png")
@@ -484,11 +505,14 @@ def test_a_page_has_a_view_for_every_seed_and_prompt():
         return Result(series, scale, "a", seed, prompt, file, after=after, figures=figures)
 
     rows = [row("x", *view) for view in ((0, "snow", 0), (0, "rain", 1), (1, "snow", 2))]
-    views = load_tool("page").views_of([*rows, row("true", None, None, 3)], "psnr")
+    views = load_tool("page").views_of
+    ranking = {"by": "psnr", "columns": ["true", "x scale 1"]}
+    views = views([*rows, row("true", None, None, 3)], ranking)
     assert [(view.seed, view.prompt) for view in views] == [(0, "snow"), (0, "rain"), (1, "snow")]
     for number, view in enumerate(views):
         assert list(view.columns) == ["x scale 1", "true", "after"]
         assert view.columns["x scale 1"] == rows[number].edited
+        assert view.right == "true"
         assert view.figures == {"psnr, x scale 1": number, "psnr, true": 3}
 
 

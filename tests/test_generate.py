@@ -246,7 +246,7 @@ def test_many_rows_skip_what_is_done_and_end_in_a_contact_sheet(kind, checkpoint
     assert "2 picture(s), 1 already there" in call(*command, "--html")
     assert (out / "hubble0.png").stat().st_mtime_ns == kept and (out / "coffee0.png").exists()
     for name, files in read_page(out / "page.html"):
-        assert files == {"photo": photos / f"{name}.png", "scale 0": out / f"{name}.png"}
+        assert files == {"before": photos / f"{name}.png", "scale 0": out / f"{name}.png"}
 
 
 def test_a_text_of_several_lines_stays_whole(tmp_path):
@@ -272,7 +272,7 @@ def test_rows_may_have_different_numbers_of_references(checkpoints, call, tmp_pa
     command = ["--table", tmp_path / "t.jsonl", "--output_dir", tmp_path / "out", *SMALL, *QUICK]
     call(checkpoints["2511"], *command, "--html")
     columns = [list(files) for _, files in read_page(tmp_path / "out/page.html")]
-    assert columns == [["reference 1", "scale 0"], ["reference 1", "reference 2", "scale 0"]]
+    assert columns == [["before", "scale 0"], ["reference 1", "reference 2", "scale 0"]]
     assert Image.open(tmp_path / "out/contact_sheet.png").width == 3 * 264 + 8
 
 

@@ -365,7 +365,7 @@ def test_photos_of_a_folder(call, loras, photos, tmp_path):
     assert about["scale0_db"] > 60 and about["prompt"] == "a photo of a person"
     assert "6 picture(s), 6 already there" in call(*ddim, "--html")
     page = dict(read_page(out / "page.html"))
-    assert list(page["wide"]) == ["photo", "scale 0", "scale 1"]
+    assert list(page["wide"]) == ["before", "scale 0", "scale 1"]
     assert page["wide"]["scale 1"] == out / "wide_scale1.png"
     assert "6 picture(s), 0 already there" in call(*command, "--scales", "0,1")
 

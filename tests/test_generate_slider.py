@@ -529,10 +529,11 @@ def test_a_strip_by_flags_is_made_once_and_a_new_scale_adds_one_picture(make, lo
     assert "4 picture(s), 4 already there" in make(*command, "--scales", "0,1", "--html")
     assert output.stat().st_mtime_ns == sheet
     folder = output.parent
-    assert read_page(folder / "page.html") == [
+    assert read_page(folder / "strip.html") == [
         ("strip", {f"scale {k}": folder / f"strip_seed{seed}_scale{k}.png" for k in (0, 1)})
         for seed in (0, 1)
     ]
+    assert "<title>strip</title>" in (folder / "strip.html").read_text()
     assert "6 picture(s), 4 already there" in make(*command, "--scales", "0,0.5,1")
     assert Image.open(output).size == (3 * 264 + 8, 24 + 2 * (256 + 32))
     about = generate.read_settings(output.parent / "strip_seed1_scale0.5.png")

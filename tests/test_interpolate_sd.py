@@ -171,13 +171,13 @@ def test_a_morph_is_made_once_and_its_loras_are_kept(checkpoints, photos, tmp_pa
 
     before = times()
     fitted = {name for name in before if "fitted" in name}
-    assert len(fitted) == 2 and before.keys() - fitted == {"m.gif", "m.png", "page.html", *frames}
+    assert len(fitted) == 2 and before.keys() - fitted == {"m.gif", "m.png", "m.html", *frames}
     for frame, photo in ((frames[0], photos[0]), (frames[3], photos[1])):
         with Image.open(photo) as picture:
             wanted = np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.LANCZOS), int)
         assert np.abs(np.asarray(Image.open(output.with_name(frame))) - wanted).max() <= 1
     assert Image.open(output).n_frames == 6
-    [(_, columns)] = read_page(output.with_name("page.html"))
+    [(_, columns)] = read_page(output.with_name("m.html"))
     assert [file.name for file in columns.values()] == frames
     run(TOOL, *argv, cwd=tmp_path)
     assert all(times()[name] == before[name] for name in [*frames, *fitted])

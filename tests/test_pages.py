@@ -4,15 +4,14 @@ import base64
 import io
 import json
 import re
-import shutil
 import time
+import unicodedata
 
 import accelerate
 import numpy as np
 import pytest
 from conftest import PAIRS, ROOT, read_page, suffix_dataset
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from tensorboard.backend.event_processing import event_accumulator
@@ -23,26 +22,7 @@ from utils import UserError, load_tool
 
 tool = load_tool("page")
 PageRow, write_page, write_report = tool.PageRow, tool.write_page, tool.write_report
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = "headless=new no-sandbox disable-gpu disable-background-networking window-size=900,900"
-FLAGS += " no-first-run force-device-scale-factor=1 force-color-profile=srgb"
 EVIL = "</script><script>document.title='taken'</script> \"'><img src=x onerror=alert(1)> & ü"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Headless Chromium that notes every error."""
-    if not (CHROMIUM and DRIVER):
-        # optional on a user's machine, as it comes from the system; .ci/run installs it
-        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +146,32 @@ def test_text_of_the_user_stays_text(page):
     caption = page.execute_script("return document.querySelector('figcaption').textContent")
     assert caption == f"make it snow {EVIL} seed 7"
     assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_captions_and_tiffs_of_everywhere_are_shown(browser, tmp_path, form):
+    """A picture on the right may be named; a TIFF, which browsers show not, is seen as it is."""
+    words = unicodedata.normalize(form, "café 雪")
+    folder = tmp_path / words
+    folder.mkdir()
+    draw = np.random.default_rng(0).integers(0, 255, (400, 600, 3), np.uint8)
+    columns = {"before": folder / f"{words}.png", words: folder / f"{words}.TIF"}
+    columns["after"] = folder / "after.tiff"
+    for file, array in zip(columns.values(), (255 - draw, draw, draw // 2), strict=True):
+        Image.fromarray(array).save(file)
+    row = PageRow(words, columns, f"make it {words}", 7, right=words)
+    for embed in (False, True):
+        write_page(folder / f"{words}.html", words, [row], embed)
+        show(browser, folder / f"{words}.html")
+        assert labels(browser) == ["before", words] and browser.title == words
+        seen = browser.execute_script(
+            "return ['h2', 'figcaption', 'li + li', 'select option + option']"
+            ".map(place => document.querySelector(place).textContent)"
+        )
+        assert seen == [f"{words} ", f"make it {words} seed 7", words, words]
+        view = pixels(browser)
+        assert (view[:, 320:] == inner(Image.fromarray(draw))[:, 320:]).all()
+        assert (view[:, :270] == inner(Image.fromarray(255 - draw))[:, :270]).all()
 
 
 def test_a_page_asks_nothing_of_the_network(scene, tmp_path):

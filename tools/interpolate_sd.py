@@ -336,7 +336,7 @@ def draw_frames(sd: Any, config: Config) -> None:
         page = load_tool("page")
         columns = dict(zip(heads, files, strict=True))
         row = page.PageRow(names, columns, " -> ".join(dict.fromkeys(config.said)), config.seed)
-        page.write_page(sheet.with_name("page.html"), names, [row])
+        page.write_page(sheet.with_suffix(".html"), sheet.stem, [row])
     if config.output.suffix == ".gif":
         frames += frames[-2:0:-1]  # and back
         options: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "loop": 0}
@@ -364,7 +364,7 @@ class Config(FramesConfig, FitConfig):
     seed: int = 0
     """Seed of the LoRAs that are fitted; nothing else is drawn by chance."""
     html: bool = False
-    """Also write page.html beside the sheet: a divider to drag, a slider over the frames."""
+    """Also write a page beside the sheet, .html: a divider to drag, a slider over the frames."""
     device: str | None = None
     """Device, e.g. cuda or cpu; null is the fastest there is."""
     dtype: Literal["bf16", "fp32"] | None = None

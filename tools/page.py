@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
+import io
 import json
 import math
 import mimetypes
@@ -30,17 +31,18 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, run_script, save_text
+from utils import UserError, open_rgb, run_script, save_text
 
 
 class PageRow(NamedTuple):
     """One view of a page: pictures of one scene, and what is known of them."""
 
     name: str
-    columns: Mapping[str, Path]  # label: picture; the divider starts between the first and the last
+    columns: Mapping[str, Path]  # label: picture; the divider starts between the first and `right`
     prompt: str = ""
     seed: int | None = None
     figures: Mapping[str, float] = {}
+    right: str = ""  # a label; "": the last
 
 
 def write_page(path: Path, title: str, rows: Sequence[PageRow], embed: bool = False) -> None:
@@ -56,12 +58,14 @@ def write_page(path: Path, title: str, rows: Sequence[PageRow], embed: bool = Fa
     _save_page(path, title, "".join(_row_html(row, path.parent, embed) for row in rows))
 
 
-def views_of(rows: Sequence[Any], shown: str | None) -> list[PageRow]:
-    """Return a view per name, seed and prompt: before, every column, after, one figure.
+def views_of(rows: Sequence[Any], ranking: Mapping[str, Any]) -> list[PageRow]:
+    """Return a view per name, seed and prompt: before, every column, after; the best one on show.
 
     A row has name, seed, prompt, column, edited, before, after and figures, as evaluate.Result.
+    ranking: "by" is the figure that is shown, or None, and "columns" has the best one first.
     """
-    found = []
+    found, by = [], ranking["by"]
+    order = ranking["columns"] if by else ranking["columns"][::-1]
     for name in dict.fromkeys(row.name for row in rows):
         its = [row for row in rows if row.name == name]
         views = dict.fromkeys((row.seed, row.prompt) for row in its if row.seed is not None)
@@ -70,9 +74,10 @@ def views_of(rows: Sequence[Any], shown: str | None) -> list[PageRow]:
             first = there[0]
             files = {"before": first.before, **{row.column: row.edited for row in there}}
             files = {label: file for label, file in {**files, "after": first.after}.items() if file}
-            told = {row.column: row.figures[shown] for row in there if shown in row.figures}
-            figures = {f"{shown}, {column}": value for column, value in told.items()}
-            found.append(PageRow(name, files, view[1] or first.prompt or "", view[0], figures))
+            figures = {f"{by}, {r.column}": r.figures[by] for r in there if by in r.figures}
+            best = next(column for column in order if column in files)
+            prompt = view[1] or first.prompt or ""
+            found.append(PageRow(name, files, prompt, view[0], figures, best))
     return found
 
 
@@ -85,8 +90,7 @@ def write_report(output_dir: Path) -> Path:
     Raises:
         UserError: the folder holds no run.
     """
-    there = output_dir.is_dir()
-    series = _read_series(output_dir / "metrics.jsonl") if there else {}
+    series = _read_series(output_dir / "metrics.jsonl")
     about = read_record(output_dir)
     if not (series or about):
         raise UserError(f"{output_dir}: no run here (no metrics.jsonl, no run.json)")
@@ -158,10 +162,10 @@ def _save_page(path: Path, title: str, body: str) -> None:
 def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
     """Return a section of the page: all pictures in one place, two of them shown."""
     labels, last = [html.escape(label) for label in row.columns], len(row.columns) - 1
-    files = list(row.columns.values())
+    shown = [*row.columns].index(row.right) if row.right else last
     try:
-        sizes = [_picture_size(file) for file in files]
-        links = [_link(file, folder, embed) for file in files]
+        sizes = [_picture_size(file) for file in row.columns.values()]
+        links = [_link(file, folder, embed) for file in row.columns.values()]
     except OSError as error:  # missing, no picture
         raise UserError(f"page row '{row.name}': {error}") from error
     width, height = sizes[-1]
@@ -169,25 +173,19 @@ def _row_html(row: PageRow, folder: Path, embed: bool) -> str:
     for number, (label, link, (w, h)) in enumerate(zip(labels, links, sizes, strict=True)):
         # a photo that was cropped to its bucket lies on the result; another aspect is shown whole
         fit = ["cover"] * (abs(math.log(w * height / (h * width))) < 0.15)
-        classes = " ".join(["left"] * (number == 0) + ["right"] * (number == last) + fit)
+        classes = " ".join(["left"] * (number == 0) + ["right"] * (number == shown) + fit)
         pictures += f'<img class="{classes}" src="{link}" alt="{label}" loading="lazy">\n'
-    seed = "" if row.seed is None else f" <span>seed {row.seed}</span>"
-    about = (
-        f"<figcaption>{html.escape(row.prompt)}{seed}</figcaption>" if row.prompt or seed else ""
-    )
+    about = html.escape(row.prompt) + ("" if row.seed is None else f" <span>seed {row.seed}</span>")
     figures = " · ".join(f"{html.escape(name)} {value:.4g}" for name, value in row.figures.items())
-    slider = (
-        f'<input type="range" max="{last}" value="{last}" aria-label="right picture" '
-        f'aria-valuetext="{labels[-1]}">\n<ol>{"".join(f"<li>{label}" for label in labels)}</ol>\n'
-    )
     return (
         f'<section class="{"" if last else "single"}" '
         f'style="--x: 50%; --w: {width}; --h: {height}; --n: {last + 1}">\n'
         f"<h2>{html.escape(row.name)} <small>{figures}</small></h2>\n"
-        f"<p><b>{labels[0]}</b> <b>{labels[-1]}</b></p>\n<figure>\n{pictures}"
+        f"<p><b>{labels[0]}</b> <b>{labels[shown]}</b></p>\n<figure>\n{pictures}"
         '<i role="slider" tabindex="0" aria-label="divider, percent" aria-valuemin="0" '
-        f'aria-valuemax="100" aria-valuenow="50"></i>\n{about}</figure>\n'
-        f"{slider if last else ''}</section>\n"
+        f'aria-valuemax="100" aria-valuenow="50"></i>\n<figcaption>{about}</figcaption></figure>\n'
+        f'<input type="range" max="{last}" value="{shown}" aria-label="right picture">\n'
+        f"<ol>{''.join(f'<li>{label}' for label in labels)}</ol>\n</section>\n"
     )
 
 
@@ -201,10 +199,13 @@ def _picture_size(file: Path) -> tuple[int, int]:
 
 def _link(file: Path, folder: Path, embed: bool) -> str:
     """Return what an <img> takes: the way from `folder` to the file, or the file itself."""
-    if not embed:
+    data = io.BytesIO()
+    if tiff := file.suffix.lower() in (".tif", ".tiff"):  # browsers show none
+        open_rgb(file).save(data, "PNG")
+    elif not embed:
         return quote(Path(os.path.relpath(file, folder)).as_posix())
-    kind = mimetypes.guess_type(file.name)[0]
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    kind = "image/png" if tiff else mimetypes.guess_type(file.name)[0]
+    return f"data:{kind};base64,{base64.b64encode(data.getvalue() or file.read_bytes()).decode()}"
 
 
 CHARTS = {  # values of metrics.jsonl whose names begin so share a chart of this title
@@ -350,9 +351,9 @@ i { position: absolute; inset: 0 auto 0 var(--x); width: 2px; margin-left: -1px;
 i::after { content: "\\2194"; position: absolute; top: 50%; left: 50%; width: 1.7rem; color: #222;
   font: 1rem/1.7rem system-ui; text-align: center; background: #fff; border-radius: 50%;
   translate: -50% -50%; box-shadow: 0 0 3px #000; }
-.same i, .same b + b, .single p { display: none; }
+.same i, .same b + b, .single p, .single input, .single ol { display: none; }
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
-figcaption { position: absolute; inset: auto 0 0 0; padding: .4rem .6rem; color: #fff;
+figcaption:not(:empty) { position: absolute; inset: auto 0 0 0; padding: .4rem .6rem; color: #fff;
   background: #000b; white-space: pre-wrap; opacity: 0; transition: opacity .15s;
   pointer-events: none; }
 figcaption span, h2 small { margin-left: .6rem; opacity: .75; }
@@ -396,7 +397,7 @@ let current, dragged;
 
 function show(row) { // one picture on each side of the divider
   const pictures = [...row.querySelectorAll("img")], slider = row.querySelector("input");
-  const right = pictures[slider ? slider.value : 0];
+  const right = pictures[slider.value];
   const before = pictures.find(picture => picture.alt === left.value) || pictures[0];
   for (const picture of pictures) {
     picture.classList.toggle("left", picture === before);
@@ -406,12 +407,11 @@ function show(row) { // one picture on each side of the divider
   const [leftLabel, rightLabel] = row.querySelectorAll("b");
   leftLabel.textContent = before.alt;
   rightLabel.textContent = right.alt;
-  if (slider) slider.setAttribute("aria-valuetext", right.alt);
+  slider.setAttribute("aria-valuetext", right.alt);
   row.querySelectorAll("li").forEach((label, n) => label.classList.toggle("on", n == slider.value));
 }
 function choose(row, number) {
-  const slider = row.querySelector("input");
-  if (slider) slider.value = number;
+  row.querySelector("input").value = number;
   show(use(row));
 }
 function divide(row, percent) {
@@ -463,11 +463,11 @@ addEventListener("keydown", event => {
   if (event.key === "ArrowUp" || event.key === "ArrowDown") {
     const next = rows[rows.indexOf(row) + way];
     if (!next) return;
-    (next.querySelector("input") || next.querySelector("i")).focus({preventScroll: true});
+    next.querySelector("input").focus({preventScroll: true});
     use(next).scrollIntoView();
   } else if (event.shiftKey || event.target.matches("i")) {
     divide(row, parseFloat(row.style.getPropertyValue("--x")) + 2 * way);
-  } else if (row.querySelector("input")) {
+  } else {
     choose(row, +row.querySelector("input").value + way);
   }
   event.preventDefault();
