@@ -2328,13 +2328,13 @@ def draw_shares(trainer: Trainer, examples: Any) -> list[Image.Image | None]:
 
 def edit_sheet(examples: Sequence[Example], results: Any, heads: list[str]) -> Image.Image:
     """Draw the references of each row, however many it has | its results, under `heads`."""
-    most = max(len(example.pictures["control"]) for example in examples)
-    rows = []
-    for example, row in zip(examples, results, strict=True):
-        shown = [load_picture(picture) for picture in example.pictures["control"]]
-        rows.append([*shown, *[None] * (most - len(shown)), *row])
+    shown = [[load_picture(file) for file in e.pictures["control"]] for e in examples]
+    most = max(map(len, shown))
+    pairs = zip(shown, results, strict=True)
+    rows = [[*its, *[None] * (most - len(its)), *row] for its, row in pairs]
+    names = [f"reference {i + 1}" for i in range(most)] if most > 1 else ["before"]
     captions = [f"{example.name}: {example.caption or '(empty)'}" for example in examples]
-    return utils.contact_sheet(rows, [f"reference {i + 1}" for i in range(most)] + heads, captions)
+    return utils.contact_sheet(rows, names + heads, captions)
 
 
 # --- 10. the order of samples ---------------------------------------------------------------------

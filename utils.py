@@ -536,7 +536,9 @@ def contact_sheet(
     rows: Any, heads: Sequence[str] = (), captions: Sequence[str] = (), cell_px: int = 256
 ) -> Image.Image:
     """Draw rows of pictures, fitted to cells (None: empty); heads above, captions under rows."""
-    font, gap, line = ImageFont.load_default(size=15), 8, 24
+    gap, line, words = 8, 24, " ".join([*heads, *captions])
+    font = ImageFont.load_default(size=15)
+    font = font if words.isascii() else from_tool("pictures", "font_of", font, words, font)
     fitted = [[i and ImageOps.contain(i, (cell_px, cell_px)) for i in row] for row in rows]
     height = max((image.height for row in fitted for image in row if image), default=0)
     across, down = cell_px + gap, height + gap + (line if captions else 0)
@@ -545,7 +547,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
 
     def write(x: int, y: int, text: str, colour: str, width_px: float) -> None:
-        text = " ".join(text.split())
+        text = " ".join(unicodedata.normalize("NFC", text).split())
         fits = int(len(text) * width_px / max(1, font.getlength(text)))
         draw.text((x, y), text if fits >= len(text) else text[: fits - 1] + "…", colour, font)
 

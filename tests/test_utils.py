@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import unicodedata
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
@@ -328,3 +329,11 @@ def test_metrics_go_on_from_the_step_of_the_checkpoint(step, tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     utils.RunLog(accelerator, tmp_path, Outer(), step)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_captions_of_a_sheet_have_their_accents():
+    def drawn(text):
+        return utils.contact_sheet([[None, None]], ["before", text], [text]).tobytes()
+
+    accented, unknown = "caf\u00e9", "caf\U0010fffd"
+    assert drawn(accented) == drawn(unicodedata.normalize("NFD", accented)) != drawn(unknown)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
+import unicodedata
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFont, ImageOps
 
 SRGB = ImageCms.createProfile("sRGB")
 SRGB_GAMMA = 0.45455
@@ -67,3 +68,31 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if alpha:
         image.putalpha(alpha)
     return image
+
+
+def font_of(text: str, usual: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
+    """Return a font that has the letters of a text, of this system or matplotlib's, else `usual`.
+
+    Pillow's own is Latin without accents; what no font has stays a box.
+    """
+    try:
+        from matplotlib import font_manager
+    except ImportError:  # only evaluate.py needs it
+        return usual
+    wanted = {ord(letter) for letter in unicodedata.normalize("NFC", text) if not letter.isspace()}
+    own = font_manager.findfont("DejaVu Sans")  # comes with matplotlib
+    files = [own] if wanted <= letters_of(own) else [own, *sorted(font_manager.findSystemFonts())]
+    missing = {file: len(wanted - letters_of(file)) for file in files}
+    best = min(missing, key=lambda file: missing[file])  # the first of equal ones
+    return ImageFont.truetype(best, usual.size)
+
+
+@functools.cache
+def letters_of(file: str) -> frozenset[int]:
+    """Return the letters that a font can draw; none where it cannot be read."""
+    from matplotlib import ft2font
+
+    try:
+        return frozenset(ft2font.FT2Font(file).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
