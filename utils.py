@@ -635,7 +635,7 @@ def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
     """Make an Accelerator that is the script's own: `accelerate config` adds nothing to it."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    for name in [n for n in os.environ if re.match("ACCELERATE_(?!USE_)", n)]:
+    for name in [n for n in os.environ if re.match("ACCELERATE_(?!USE_)|ACCELERATE_USE_FSDP", n)]:
         del os.environ[name]
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") == "0":
         log.warning("waiting for %s processes (WORLD_SIZE, MASTER_ADDR)", os.environ["WORLD_SIZE"])

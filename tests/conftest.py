@@ -27,7 +27,9 @@ torch.set_num_threads(1)
 
 PAIRS = ROOT / "data" / "photo_pairs"
 
-FORKED = {"OMP_NUM_THREADS"}  # environment that a forked command can be given
+# environment that a forked command can be given
+FORKED = {"OMP_NUM_THREADS", "ACCELERATE_USE_FSDP", "FSDP_VERSION"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate launch sets it
 
 
 class Done(NamedTuple):
