@@ -144,11 +144,9 @@ def check_launcher(one_card: bool = False) -> list[str]:
     kinds = [name for name in given if re.fullmatch(wrong, name)]
     if kinds == ["ACCELERATE_USE_FSDP"] and not one_card:
         found = {name: os.environ.get(name, value) for name, value in FSDP_SETTINGS.items()}
-        odd = {name: value for name, value in found.items() if value.lower() != FSDP_SETTINGS[name]}
-        text = "as in configs/accelerate/fsdp2.yaml"
-        return [
-            f"{name}: must be {FSDP_SETTINGS[name]} here, {text}, is {odd[name]}" for name in odd
-        ]
+        others = {name for name, value in found.items() if value.lower() != FSDP_SETTINGS[name]}
+        text = "here, as in configs/accelerate/fsdp2.yaml"
+        return [f"{n}={found[n]}: must be {FSDP_SETTINGS[n]} {text}" for n in sorted(others)]
     why = "what this script trains fits one card" if one_card else "what is trained is small"
     text = f"{why}; use configs/accelerate/ddp.yaml (docs/several_gpus.md has the figures)"
     return [f"{name}: {text}" for name in kinds]
