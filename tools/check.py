@@ -345,6 +345,25 @@ def check_writable(name: str, folder: Path) -> list[str]:
         return [f"{name}: cannot write there: {error}"]
 
 
+def takes_no_locks(folder: Path) -> bool:
+    """Return whether a folder's file system refuses locks, as mounted buckets may; warn of it."""
+    try:
+        import fcntl  # not on Windows, whose locks are others
+
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".lock.")  # noqa: SIM115
+    except (ImportError, OSError):
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            text = "has no locks (%s): nothing keeps a second run out of it"
+            log.warning(f"the file system of %s {text}", folder, error.strerror)
+            return True
+    return False
+
+
 def check_device(name: str, value: str | None) -> list[str]:
     """Return problems of a device setting on this machine; None is the default device."""
     try:
