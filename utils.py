@@ -132,7 +132,7 @@ def named(what: str) -> Iterator[None]:
 
 
 class StopSignal:
-    """A context in which the first SIGTERM, SIGHUP or Ctrl-C sets `requested`; a second stops."""
+    """A context in which SIGTERM, SIGHUP or Ctrl-C sets `requested`; after one Ctrl-C stops."""
 
     def __enter__(self) -> StopSignal:
         self.requested, self._process = False, os.getpid()
@@ -144,11 +144,11 @@ class StopSignal:
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker: it goes on until the loop has ended
             return
-        if self.requested:
+        if self.requested and number != signal.SIGTERM:  # which launchers pass on once more
             raise KeyboardInterrupt
         self.requested = True
         try:
-            print(f"\n{signal.strsignal(number)}: saves, then stops (again: now)", file=sys.stderr)
+            print(f"\n{signal.strsignal(number)}: saves, then stops (Ctrl-C: now)", file=sys.stderr)
         except OSError:  # the terminal is gone
             _hush(sys.stdout, sys.stderr)
 

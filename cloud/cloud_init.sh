@@ -12,8 +12,7 @@
 # is taken away), the run has saved and is in the bucket; the same command goes on elsewhere.
 # PYTHON=... takes an environment that is there; without it .venv is made and filled.
 #
-# As user data of a machine, which then gets SIGTERM in time (KillMode=mixed: to this script alone,
-# as a second signal would end the run unsaved):
+# As user data of a machine, which sends SIGTERM to this script before its network goes:
 #
 #   #!/bin/bash
 #   git clone <this repository> /opt/edit
