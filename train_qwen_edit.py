@@ -1051,7 +1051,7 @@ def check_model(config: Config, precision: str) -> list[str]:
         "devices: for one process; several need it whole": model.devices and several,
         f"lora.method: no dora on layers in {precision}": lora.method == "dora" and quanto,
         "lora.method: no dora on weights that FSDP shards": lora.method == "dora" and sharding(),
-        f"base_model_precision: FSDP shards no {precision}; with it each card holds the model: "
+        f"base_model_precision: FSDP shards no {precision} weights; a card that holds them takes "
         "configs/accelerate/ddp.yaml": precision != "no_change" and sharding(),
         "blocks_to_swap: not with FSDP": model.blocks_to_swap and sharding(),
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
