@@ -672,7 +672,7 @@ def audit(config: Config) -> list[str]:
     trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     packages = [*trackers, *["bitsandbytes"] * config.use_8bit_adam]
     texts = {name: text for name, text in config if name.endswith("prompt") and text}
-    problems += utils.check_setup(packages=packages, texts=texts)
+    problems += utils.check_setup(packages=packages, texts=texts, one_card=True)
     if os.environ.get("RANK", "0") != "0":  # the first process looks at the pictures
         return problems
     samples, left_out, wrong = match_pictures(config)

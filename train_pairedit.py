@@ -622,6 +622,7 @@ def audit(config: Config) -> list[str]:
         reads=[config.datasets_folder / d / side for d in config.datasets for side in sides],
         texts={name: getattr(config, name) for name in prompts}
         | {f"prompt.{i}": text for i, text in enumerate(config.prompt)},
+        one_card=True,
     )
     index = utils.FileIndex(config.cache_dir)
     for dataset in config.datasets:

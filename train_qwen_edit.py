@@ -1025,6 +1025,10 @@ def check_model(config: Config, precision: str) -> list[str]:
     rules = {
         "devices: for one process; several need it whole": model.devices and several,
         f"lora.method: no dora on layers in {precision}": lora.method == "dora" and quanto,
+        "lora.method: no dora on weights that FSDP shards": lora.method == "dora" and sharding(),
+        f"base_model_precision: FSDP shards no {precision} weights; a card that holds them takes "
+        "configs/accelerate/ddp.yaml": precision != "no_change" and sharding(),
+        "blocks_to_swap: not with FSDP": model.blocks_to_swap and sharding(),
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,
         "blocks_to_swap: not with nf4-bnb": model.blocks_to_swap and nf4,
@@ -1894,14 +1898,38 @@ def empty_transformer(settings: dict[str, Any]) -> Any:
         return getattr(diffusers, kind).from_config(settings)
 
 
+def sharding() -> bool:
+    """Return whether the launcher asks for FSDP: several processes share the frozen weights."""
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return wanted and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def share_weights(module: torch.nn.Module, *whole: torch.nn.Parameter) -> None:
+    """Leave each process its share of a module's weights (FSDP2); `whole` ones stay with all."""
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of changes in place: there are none
+    fully_shard(module, ignored_params=set(whole))
+
+
 def load_transformer(
-    folder: Path, dtype: torch.dtype, precision: str, devices: Sequence[torch.device], swap: int
+    folder: Path,
+    dtype: torch.dtype,
+    precision: str,
+    devices: Sequence[torch.device],
+    swap: int,
+    shard: bool = False,
 ) -> Any:
     """Load the frozen transformer, each part read (and quantised) straight to where it lives."""
     model = empty_transformer(utils.read_model_json(str(folder), "config.json"))
     places = placement(model, devices, swap)
     homes = {name: home for name, (home, _) in places.items()}
-    fill_parts(model, folder, dtype, homes, precision)
+    for parts in [{name: home} for name, home in homes.items()] if shard else [homes]:
+        fill_parts(model, folder, dtype, parts, precision)
+        for name in [name for name in parts if shard and name[-1].isdigit()]:
+            share_weights(model.get_submodule(name))
+    if shard:  # KEEP the common root: it fetches a block while another one computes
+        share_weights(model, *model.parameters())  # embedders stay whole, the adapter does, too
     model.is_loaded_in_4bit = precision == "nf4-bnb"  # PEFT looks there
     connect(model, places)
     return model
@@ -2254,7 +2282,7 @@ def validation_losses(trainer: Trainer) -> torch.Tensor:
     """Return the loss of each held-out pair at each sigma, (pairs, 8); always the same noise."""
     accelerator, data, seed = trainer.accelerator, trainer.data, trainer.config.validation.seed
     losses = torch.zeros(len(data.held_out), 8, device=trainer.device)
-    for row in range(accelerator.process_index, len(losses), accelerator.num_processes):
+    for row in trainer.share(len(losses)):
         example = data.resolve(Draw(0, data.held_out[row]))
         batch = trainer.to_device(encoded([example], trainer.through_cache))
         for column in range(8):
@@ -2264,11 +2292,14 @@ def validation_losses(trainer: Trainer) -> torch.Tensor:
             # KEEP the bare transformer: processes do not call it equally often
             loss = compute_loss(trainer, batch | drawn, trainer.bare_transformer(), shift=False)
             losses[row, column] = loss[0]
-    return accelerator.reduce(losses, "sum")  # each is 0 on all processes but one
+    # each is 0 on all processes but one, or the same on all
+    return accelerator.reduce(losses, "mean" if trainer.sharded else "sum")
 
 
 def use_adapters(trainer: Trainer, trained: bool = True, fixed: bool = False) -> None:
     """Switch the trained adapter, and that of validation.fixed_lora, on or off."""
+    from diffusers.utils import set_weights_and_activate_adapters
+
     transformer = trainer.bare_transformer()
     scales = {"default": 1.0} if trained else {}
     scales |= {"fixed": trainer.fixed_scale} if fixed and trainer.fixed_scale else {}
@@ -2277,7 +2308,7 @@ def use_adapters(trainer: Trainer, trained: bool = True, fixed: bool = False) ->
         return
     transformer.enable_adapters()
     if trainer.fixed_scale:
-        transformer.set_adapters([*scales], [*scales.values()])
+        set_weights_and_activate_adapters(transformer, [*scales], [*scales.values()])
 
 
 def load_fixed(transformer: Any, flavour: Flavour, text: str) -> float:
@@ -2311,9 +2342,8 @@ def draw_shares(trainer: Trainer, examples: Any) -> list[Image.Image | None]:
     """Draw a share of the examples on each process, with the adapters as they are; gather them."""
     from accelerate.utils import gather_object
 
-    accelerator, how, drawn = trainer.accelerator, trainer.config.validation, []
-    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    for number in utils.progress(mine, "validation pictures", leave=False):
+    how, drawn = trainer.config.validation, []
+    for number in utils.progress(trainer.share(len(examples)), "validation pictures", leave=False):
         image = None
         try:
             image = draw_edit(trainer, examples[number], how, trainer.through_cache)
@@ -2323,7 +2353,7 @@ def draw_shares(trainer: Trainer, examples: Any) -> list[Image.Image | None]:
         drawn.append((number, image))
         if trainer.use_cache:  # KEEP: not in the except clause, where the error holds the tensors
             trainer.unload("vae", "text_encoder")
-    return [image for _, image in sorted(gather_object(drawn), key=lambda pair: pair[0])]
+    return [image for _, image in sorted(dict(gather_object(drawn)).items())]
 
 
 def edit_sheet(examples: Sequence[Example], results: Any, heads: list[str]) -> Image.Image:
@@ -2344,8 +2374,8 @@ class StepPlan:
     """For every optimizer step the micro-batches of this process, from `first_step` on.
 
     One step takes `size` samples, however the work is split: process r of n gets the r-th n-th, cut
-    into micro-batches of one shape. An epoch visits each sample `repeats` times; its last step is
-    filled up from its beginning.
+    into micro-batches of one shape, all into equally many. An epoch visits each sample `repeats`
+    times; its last step is filled up from its beginning.
     """
 
     def __init__(self, data: PairData, accelerator: Any, first_step: int = 0) -> None:
@@ -2396,7 +2426,11 @@ class StepPlan:
         while step < self.steps:
             epoch, place = divmod(step, self.steps_per_epoch)
             for draws in self.epoch(epoch)[place : place + self.steps - step]:
-                yield self.micro_batches(draws[self.rank * share : (self.rank + 1) * share])
+                cut = [self.micro_batches(draws[i : i + share]) for i in range(0, self.size, share)]
+                mine = cut[self.rank]
+                while len(mine) < max(map(len, cut)):
+                    mine.append([max(mine, key=len).pop()])
+                yield mine
                 step += 1
 
     def micro_batches(self, draws: Sequence[Draw]) -> list[list[Draw]]:
@@ -2453,6 +2487,7 @@ class QwenImageEditTrainer:
         self.quantize = False  # true: fp8-quanto where the config says no_change
         self.loaded_as: Any = None  # precision and places of the transformer
         self.fixed_scale = 0.0  # of the adapter "fixed", if there is one
+        self.sharded = False  # each process holds its share of the frozen blocks (FSDP2)
         self.use_cache, self.cache_dir = config.cache.use_cache, config.cache.cache_dir
         self.cache_exist = any(self.cache_dir.glob("??/??/*.safetensors"))
         bf16 = config.train.mixed_precision == "bf16"
@@ -2517,7 +2552,7 @@ class QwenImageEditTrainer:
         model = self.config.model
         # an empty tensor knows the number of "cuda"
         devices = [torch.empty(0, device=n).device for n in model.devices or [str(device)]]
-        wanted = self.precision, devices, model.blocks_to_swap
+        wanted = self.precision, devices, model.blocks_to_swap, self.sharded
         if self.transformer is not None and self.loaded_as == wanted:
             return
         with tempfile.TemporaryDirectory() as adapter:
@@ -2547,6 +2582,7 @@ class QwenImageEditTrainer:
         """Set up devices, precision, processes, trackers."""
         if self.accelerator:
             return
+        self.sharded = sharding()  # accelerate is not told: for it this is plain data parallel
         self.accelerator = utils.make_accelerator(
             self.config.logging.report_to,
             self.config.logging.output_dir,
@@ -2865,6 +2901,12 @@ class QwenImageEditTrainer:
         tensors = {name: value for name, value in batch.items() if name not in pictures}
         return send_to_device(tensors, self.device, non_blocking=True)
 
+    def share(self, count: int) -> range:
+        """Return which of `count` tasks are this process': all, if sharded weights need all."""
+        if self.sharded:
+            return range(count)
+        return range(self.accelerator.process_index, count, self.accelerator.num_processes)
+
     def step_plan(self, first_step: int = 0) -> StepPlan:
         """Return which samples meet in which step, for this process."""
         return StepPlan(self.data, self.accelerator, first_step)
@@ -2942,8 +2984,12 @@ class QwenImageEditTrainer:
             self.configure_optimizers()
             if found:
                 self._restore(*found)
+            self.optimizer = accelerator.prepare(self.optimizer)
             # KEEP: DDP must wrap the transformer itself, or gradients are never averaged
-            self.transformer, self.optimizer = accelerator.prepare(self.transformer, self.optimizer)
+            if self.sharded:  # accelerate would refuse the shards, which DDP leaves alone
+                self.transformer = torch.nn.parallel.DistributedDataParallel(self.transformer)
+            else:
+                self.transformer = accelerator.prepare(self.transformer)
             run_log = RunLog(accelerator, output_dir, config, self.global_step)
             if train_dataloader is None:
                 loader: Any = self.train_dataloader(self.global_step)

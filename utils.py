@@ -132,7 +132,7 @@ def named(what: str) -> Iterator[None]:
 
 
 class StopSignal:
-    """A context in which the first SIGTERM, SIGHUP or Ctrl-C sets `requested`; a second stops."""
+    """A context in which SIGTERM, SIGHUP or Ctrl-C sets `requested`; after one Ctrl-C stops."""
 
     def __enter__(self) -> StopSignal:
         self.requested, self._process = False, os.getpid()
@@ -144,11 +144,11 @@ class StopSignal:
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker: it goes on until the loop has ended
             return
-        if self.requested:
+        if self.requested and number != signal.SIGTERM:  # which launchers pass on once more
             raise KeyboardInterrupt
         self.requested = True
         try:
-            print(f"\n{signal.strsignal(number)}: saves, then stops (again: now)", file=sys.stderr)
+            print(f"\n{signal.strsignal(number)}: saves, then stops (Ctrl-C: now)", file=sys.stderr)
         except OSError:  # the terminal is gone
             _hush(sys.stdout, sys.stderr)
 
@@ -469,7 +469,8 @@ class FileIndex:
 
 
 def _fsync(path: Path) -> None:
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
+    # Windows opens no folders, some mounted buckets sync none
+    with contextlib.suppress(OSError if path.is_dir() else PermissionError):
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -647,7 +648,7 @@ def make_accelerator(report_to: str, output_dir: Path, **settings: Any) -> Any:
     """Make an Accelerator that is the script's own: `accelerate config` adds nothing to it."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    for name in [n for n in os.environ if re.match("ACCELERATE_(?!USE_)", n)]:
+    for name in [n for n in os.environ if re.match("ACCELERATE_(?!USE_)|ACCELERATE_USE_FSDP", n)]:
         del os.environ[name]
     if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") == "0":
         log.warning("waiting for %s processes (WORLD_SIZE, MASTER_ADDR)", os.environ["WORLD_SIZE"])
@@ -672,16 +673,15 @@ class Checkpoints:
     @contextlib.contextmanager
     def only_run(self) -> Iterator[None]:
         """Keep other runs out of output_dir inside `with`. Raises UserError where one writes."""
-        writer = self.output_dir / ".writer"
+        writer, lock = self.output_dir / ".writer", self.output_dir / ".lock"
+        free = from_tool("check", "takes_no_locks", False, self.output_dir)
         try:
-            with FileLock(self.output_dir / ".lock", timeout=0):
+            with contextlib.nullcontext() if free else FileLock(lock, timeout=0):
                 save_text(writer, f"process {os.getpid()} on {platform.node()}")
                 yield
         except Timeout as error:
             who = writer.read_text(encoding="utf-8") if writer.exists() else "it has just begun"
-            text = (
-                f"another run ({who}) writes into {self.output_dir}; wait, or name another folder"
-            )
+            text = f"another run ({who}) writes into {self.output_dir}; wait, or take another"
             raise UserError(text) from error
 
     def folders(self) -> list[Path]:
@@ -737,7 +737,7 @@ class Checkpoints:
             place = next(folder for folder in numbered if not folder.exists())
             place.mkdir()
             for path in old:
-                path.rename(place / path.name)
+                shutil.move(path, place / path.name)
             log.warning("an earlier run is now in %s (to go on with it, move it back)", place)
 
     def save(
@@ -756,7 +756,7 @@ class Checkpoints:
             state["hash"] = cache_key("state", **state)
             save_text(half / "state.json", json.dumps(state, indent=2))
             shutil.rmtree(place, ignore_errors=True)  # it is damaged
-            half.rename(place)
+            shutil.move(half, place)  # copies where folders cannot be renamed
             _fsync(place.parent)
         finally:
             shutil.rmtree(half, ignore_errors=True)

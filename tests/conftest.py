@@ -32,7 +32,9 @@ BROWSER_FLAGS = (
     "headless=new no-sandbox disable-gpu disable-background-networking window-size=900,900"
 )
 BROWSER_FLAGS += " no-first-run force-device-scale-factor=1 force-color-profile=srgb"
-FORKED = {"OMP_NUM_THREADS"}  # environment that a forked command can be given
+# environment that a forked command can be given
+FORKED = {"OMP_NUM_THREADS", "ACCELERATE_USE_FSDP", "FSDP_VERSION"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate launch sets it
 
 
 class Done(NamedTuple):

@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny
-from conftest import run
+from conftest import FSDP, run
 
 import train_dreambooth_pairs
 import train_pairedit
@@ -60,7 +60,7 @@ def commands():
 
 
 # the demo and the tests are README's first two commands: .ci/run runs them as they stand
-WHOLE = ("demo.py", "-m pytest")
+WHOLE = ("demo.py", "-m pytest", "--machine_rank")  # that: test_several.py
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +182,9 @@ def test_every_command_runs(page, command, workplace, checkpoints, tmp_path):
         command = command.replace("--input_dir data/photo_pairs", "--input_dir data/few")
     words = shlex.split(command)
     start = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    several = "--num_processes" in words[:start]
-    done = run(*words[start:], cwd=workplace, processes=2 if several else 1, check=False)
+    several = bool({"--num_processes", "--config_file"} & set(words[:start]))
+    how = {"processes": 2 if several else 1, "env": FSDP if "fsdp2.yaml" in command else {}}
+    done = run(*words[start:], cwd=workplace, check=False, **how)
     assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 

@@ -73,7 +73,7 @@ def test_what_accelerate_config_may_set_changes_no_bit(make_trainer, monkeypatch
     assert all(torch.equal(loras[0][name], loras[1][name]) for name in loras[0])
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
 def test_another_kind_of_run_is_refused(kind, config, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(utils.UserError, match=f"ACCELERATE_USE_{kind}"):

@@ -48,6 +48,8 @@ def resume_command(record: dict[str, Any]) -> str:
             del argv[argv.index(flag) : argv.index(flag) + 2]
     count = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["accelerate", "launch", "--num_processes", str(count)] if count > 1 else ["python"]
+    if count > 1 and "FSDP_VERSION" in os.environ:  # which the launcher has set
+        start += ["--use_fsdp", "--fsdp_version", "2"]
     flag = f"--train.{RESUME}" if "train" in record["config"] else f"--{RESUME}"
     return shlex.join([*start, *argv, flag, "latest"])
 

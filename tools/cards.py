@@ -60,6 +60,19 @@ def room_gb() -> float | None:
     return min(rooms, default=None)
 
 
+def pick(choices: dict[float, str], gb: float | None = None) -> str:
+    """Return the choice of the largest memory (GB) that is there; gb: None is that of this machine.
+
+    Raises SystemExit where no card is, or too small a one.
+    """
+    there = gb or room_gb()
+    fitting = [need for need in choices if there and need <= there]
+    if not fitting:
+        found = f"it has {there:.1f} GB" if there else "there is none"
+        raise SystemExit(f"a CUDA device with {min(choices)} GB is needed; {found}")
+    return choices[max(fitting)]
+
+
 def fit_lines(peak_gb: float, ways: dict[str, tuple[float, float]]) -> list[str]:
     """Say whether a run fits here, and which ways out ({words: (GB, x computation)}) lower it."""
     room = room_gb()

@@ -56,6 +56,7 @@ def problems(
     patterns: Mapping[str, str] | None = None,
     loras: Iterable[Path] = (),
     folded: Iterable[Path] = (),
+    one_card: bool = False,
 ) -> list[str]:
     """Return every problem, one line each.
 
@@ -64,7 +65,7 @@ def problems(
     {setting: such a folder that no other may share}; devices: {setting: device or None}; packages:
     that must be installed, or an optimizer's class; texts: {place: prompt or caption}; patterns:
     {setting: expression}; loras: files in .safetensors (others are left alone); folded: such whose
-    alpha must be their r.
+    alpha must be their r; one_card: the model fits one, so that FSDP is refused.
     """
     found = check_parts(*model) if model else []
     found += check_places(writes or {}, apart or {}, reads)
@@ -73,7 +74,8 @@ def problems(
     found += [text for package in packages for text in check_package(package)]
     found += [text for file in sorted(loras) for text in check_lora(file)]
     found += [text for file in sorted(folded) for text in check_lora(file, True)]
-    return found + check_texts(texts or {}) + check_patterns(patterns or {}) + check_launcher()
+    found += check_texts(texts or {}) + check_patterns(patterns or {})
+    return found + check_launcher(one_card)
 
 
 def check_optimizer(path: str) -> list[str]:
@@ -124,15 +126,30 @@ def time_limit(seconds: int, what: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def check_launcher() -> list[str]:
+FSDP_SETTINGS = {  # what fully_shard() does here; all other settings of FSDP change nothing
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",  # train.gradient_checkpointing decides
+}
+
+
+def check_launcher(one_card: bool = False) -> list[str]:
     """Return problems of what `accelerate config` or a launcher may have set."""
     wrong = "ACCELERATE_USE_(DEEPSPEED|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|TP)"
     numbers = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if odd := [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()]:
         return [f"{', '.join(odd)}: a number is wanted; unset what a launcher has left"]
     given = [name for name, value in os.environ.items() if value.lower() in ("1", "true", "yes")]
-    text = "only plain data parallel runs, as `accelerate launch --multi_gpu` starts them"
-    return [f"{name}: {text}" for name in given if re.fullmatch(wrong, name)]
+    kinds = [name for name in given if re.fullmatch(wrong, name)]
+    if kinds == ["ACCELERATE_USE_FSDP"] and not one_card:
+        found = {name: os.environ.get(name, value) for name, value in FSDP_SETTINGS.items()}
+        others = {name for name, value in found.items() if value.lower() != FSDP_SETTINGS[name]}
+        text = "here, as in configs/accelerate/fsdp2.yaml"
+        return [f"{n}={found[n]}: must be {FSDP_SETTINGS[n]} {text}" for n in sorted(others)]
+    why = "what this script trains fits one card" if one_card else "what is trained is small"
+    text = f"{why}; use configs/accelerate/ddp.yaml (docs/several_gpus.md has the figures)"
+    return [f"{name}: {text}" for name in kinds]
 
 
 def check_patterns(patterns: Mapping[str, Any]) -> list[str]:
@@ -326,6 +343,25 @@ def check_writable(name: str, folder: Path) -> list[str]:
         return [f"{name}: {folder} is a file; wanted a folder"]
     except (OSError, ValueError) as error:
         return [f"{name}: cannot write there: {error}"]
+
+
+def takes_no_locks(folder: Path) -> bool:
+    """Return whether a folder's file system refuses locks, as mounted buckets may; warn of it."""
+    try:
+        import fcntl  # not on Windows, whose locks are others
+
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".lock.")  # noqa: SIM115
+    except (ImportError, OSError):
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            text = "has no locks (%s): nothing keeps a second run out of it"
+            log.warning(f"the file system of %s {text}", folder, error.strerror)
+            return True
+    return False
 
 
 def check_device(name: str, value: str | None) -> list[str]:
