@@ -40,7 +40,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -91,6 +90,14 @@ class LossConfig(Section):
     """Shift of sigma: as at inference ("model"), or s in s sigma / (1 + (s - 1) sigma)."""
     noise_levels_per_sample: int = Field(1, ge=1, le=64)
     """Noise levels per visit of a sample; 2.1 computes text and references once for all of them."""
+    guidance: Literal["model"] | Annotated[float, Field(ge=1)] = "model"
+    """Guidance that the base has built in and the target gets, too; 1: none; model: of 2.1 3."""
+    preserve: float = Field(0.0, ge=0)
+    """Weight of a second loss: the base's answer stays, to preserve_prompts or where masks end."""
+    preserve_prompts: list[str] = []
+    """Other instructions for the same references, to which the answer shall stay the base's."""
+    preserve_every: int = Field(1, ge=1)
+    """Optimizer steps from one with the second loss to the next."""
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
@@ -98,7 +105,18 @@ class LossConfig(Section):
         return {
             f"loss_type: no loss '{name}'{nearest(name, LOSSES)}": name not in LOSSES,
             "foreground_weight and background_weight are both 0": weights == 0,
+            "preserve: needs preserve_prompts, or mask: file": self.preserve
+            and not self.preserve_prompts
+            and self.mask == "none",
+            "preserve_prompts: not read while preserve is 0": self.preserve_prompts
+            and not self.preserve,
         }
+
+    def captions(self, flavour: Flavour) -> dict[str, list[str]]:
+        """Return the further instructions that a sample is shown with, by what they are for."""
+        guided = (flavour.built_in if self.guidance == "model" else self.guidance) > 1
+        found = {"unguided": [""] * guided, "kept": self.preserve_prompts}
+        return {name: texts for name, texts in found.items() if texts}
 
 
 def mse(velocity: torch.Tensor, target: torch.Tensor, loss: LossConfig) -> torch.Tensor:
@@ -127,6 +145,8 @@ def compute_loss(
     loss, noise, sigma = trainer.config.loss, batch["noise"], batch["sigma"].float()
     if sigma.dim() == 2:
         seen, levels = {**batch, "prefix": {}}, zip(noise, sigma, strict=True)
+        # KEEP a prefix for each instruction (and in base_velocity() one without the adapter)
+        seen |= {n: {**batch[n], "prefix": {}} for n in ("unguided", "kept") if n in batch}
         parts = [{**seen, "noise": n, "sigma": s} for n, s in levels]
         return torch.stack([compute_loss(trainer, part, model, shift) for part in parts]).mean(0)
     x0, wanted = batch["pixel_latent"].float(), loss.timestep_shift
@@ -134,15 +154,61 @@ def compute_loss(
         mu = model_mu(trainer.scheduler.config, trainer.flavour.tokens(x0))
         sigma = shift_sigma(sigma, mu if wanted == "model" else math.log(wanted))
     noisy = add_noise(batch.get("start_latent", x0).float(), noise, sigma)
+    target, training, model = noise - x0, model is None, model or trainer.transformer
+    if "unguided" in batch:
+        target = add_guidance(trainer, target, noisy, sigma, batch)
     with trainer.accelerator.autocast():
-        velocity = trainer.flavour.velocity(model or trainer.transformer, noisy, sigma, batch)
-    error = LOSSES[loss.loss_type](velocity.float(), noise - x0, loss)
-    if "region" not in batch:
-        return error.flatten(1).mean(1)
+        velocity = trainer.flavour.velocity(model, noisy, sigma, batch).float()
     black, white = loss.background_weight, loss.foreground_weight
-    weight = (black + (white - black) * batch["region"]).expand_as(error).flatten(1)
+    region = batch.get("region")
+    weight = None if region is None else black + (white - black) * region
+    value = weighted_mean(LOSSES[loss.loss_type](velocity, target, loss), weight)
+    if not (loss.preserve and training) or trainer.global_step % loss.preserve_every:
+        return value
+    outside = None if region is None or "kept" in batch else 1 - region
+    if "kept" in batch:
+        batch = {**batch, **batch["kept"]}
+        with trainer.accelerator.autocast():
+            velocity = trainer.flavour.velocity(model, noisy, sigma, batch).float()
+    kept = (velocity - base_velocity(trainer, noisy, sigma, batch)).square()
+    return value + loss.preserve * weighted_mean(kept, outside)
+
+
+def weighted_mean(error: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of each sample, (B,), by weights (B, 1, 1, h, w) or none."""
+    if weight is None:
+        return error.flatten(1).mean(1)
+    weight = weight.expand_as(error).flatten(1)
     # KEEP the minimum: a weight of 0 and an empty mask leave nothing to learn, not a NaN
     return (weight * error.flatten(1)).sum(1) / weight.sum(1).clamp(min=1e-6)
+
+
+def add_guidance(
+    trainer: Trainer, target: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor, batch: Any
+) -> torch.Tensor:
+    """Return u + w (target - u), u: the base's velocity without the instruction.
+
+    A base that was distilled to be sampled without guidance gives u + w (c - u); trained on plain
+    targets it would drift back to c. As ai-toolkit and musubi-tuner #1045, but u has no adapter.
+    """
+    plain = base_velocity(trainer, noisy, sigma, {**batch, **batch["unguided"]})
+    return plain + batch["guidance"].view(-1, 1, 1, 1, 1) * (target - plain)
+
+
+@torch.no_grad()
+def base_velocity(
+    trainer: Trainer, noisy: torch.Tensor, sigma: torch.Tensor, batch: Any
+) -> torch.Tensor:
+    """Return the velocity of the base, the adapter switched off."""
+    if "prefix" in batch:
+        batch = {**batch, "prefix": batch["prefix"].setdefault("base", {})}
+    use_adapters(trainer, trained=False)
+    try:
+        with trainer.accelerator.autocast():
+            bare = trainer.bare_transformer()
+            return trainer.flavour.velocity(bare, noisy, sigma, batch).float()
+    finally:
+        use_adapters(trainer)
 
 
 def sample_sigma(loss: LossConfig, *parts: object) -> float:  # EDIT HERE: timestep density
@@ -1012,6 +1078,8 @@ def check_model(config: Config, precision: str) -> list[str]:
     """Return problems of the model and its settings; reads no weights; `precision`: of blocks."""
     model, lora, name = config.model, config.model.lora, config.model.pretrained_model_name_or_path
     try:
+        if precision != "no_change":
+            utils.load_tool("quantize")  # says what to copy
         flavour = detect_flavour(name)
         settings = flavour.transformer
         if name not in PUBLISHED:
@@ -1029,6 +1097,10 @@ def check_model(config: Config, precision: str) -> list[str]:
         f"base_model_precision: FSDP shards no {precision} weights; a card that holds them takes "
         "configs/accelerate/ddp.yaml": precision != "no_change" and sharding(),
         "blocks_to_swap: not with FSDP": model.blocks_to_swap and sharding(),
+        # processes would make unequally many passes, one for each length of text
+        "(data.batch_size): of 2.1 under FSDP 1": sharding()
+        and flavour.prefix_is_constant
+        and config.data.batch_size > 1,
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,
         "blocks_to_swap: not with nf4-bnb": model.blocks_to_swap and nf4,
@@ -1049,22 +1121,6 @@ def check_model(config: Config, precision: str) -> list[str]:
         patterns={"model.lora.target_modules": named} if isinstance(named, str) else {},
         folded=[lora.pretrained_weight] if lora.pretrained_weight else [],
     )
-
-
-def check_shared(config: Config, data: PairData, flavour: Flavour) -> list[str]:
-    """Return problems of data for 2508 and 2.1, whose encoder sees the very pictures of the VAE."""
-    edits, most = enumerate(config.validation.samples), flavour.most_references
-    wrong = {f"validation.samples.{i}" for i, edit in edits if len(edit.images) > most}
-    for sample in data.samples:
-        for v in sample.variants:
-            whole = not any(reference.area for reference in v.references)
-            wanted = 1 if most == 1 else min(len(v.references), most)
-            fewer = v.vision_dropout and v.vision_min < max(1, len(v.vision))
-            if len(v.references) != wanted or not whole or v.vision != v.references or fewer:
-                wrong.add(f"data.dataset_configs.{sample.dataset}")
-    count = "2508 takes one reference" if most == 1 else f"2.1 takes up to {most} references"
-    text = f"{count}, and its encoder sees them as the VAE does: no resize, no dropout"
-    return [f"{place}: {text}" for place in sorted(wrong)]
 
 
 # differs from the other scripts: each script audits its own config
@@ -1089,7 +1145,7 @@ def audit(config: Config) -> list[str]:
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
     config._audited = None if problems or wrong else data
     if flavour and not flavour.vision_area:
-        wrong += check_shared(config, data, flavour)
+        wrong += utils.from_tool("check", "shared_pictures", [], data, flavour)
     return problems + wrong
 
 
@@ -1108,9 +1164,11 @@ class Flavour:
     vision_area: int | None  # px; None: the encoder sees the same picture as the VAE (2508, 2.1)
     # the published config, where it is not the default of its class
     transformer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    most_references: int = 1000
 
     channels, latent_px, multiple_px = 16, 8, 16  # of latents; of a result's sides
-    picture_mode, vision_px, guidance = "RGB", 28, 4.0  # px per token of the text encoder
+    picture_mode, vision_px = "RGB", 28  # px per token of the text encoder
+    guidance, built_in = 4.0, 1.0  # of a picture (true_cfg_scale); in the weights, by distillation
     vae_class, processor_class = "AutoencoderKLQwenImage", "Qwen2VLProcessor"
     prefix_is_constant = False  # text and references do not depend on noise and target
     licence = "apache-2.0"  # of the base, as a model card names it
@@ -1120,15 +1178,6 @@ class Flavour:
         "text_encoder": "Qwen2_5_VL",
         **{"scheduler": "FlowMatch", "tokenizer": "", "processor": ""},
     }
-
-    @property
-    def most_references(self) -> int:
-        """Return how many references an edit may have."""
-        return 1000 if self.vision_area else 1
-
-    def main(self, pictures: Sequence[Any]) -> Any:
-        """Return the reference whose frame the result gets."""
-        return pictures[-1 if self.vision_area else 0]
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return (C, 1, h, w) of the latents of a picture of (W, H) px."""
@@ -1173,7 +1222,8 @@ class Flavour21(Flavour):
     """
 
     channels, latent_px, multiple_px = 64, 16, 32
-    picture_mode, vision_px, guidance = "RGBA", 32, 1.0
+    picture_mode, vision_px = "RGBA", 32
+    guidance, built_in = 1.0, 3.0
     vae_class, processor_class = "AutoencoderKLQwenImage21", "Qwen3VLProcessor"
     prefix_is_constant = True
     licence = "other\nlicense_name: qwen-research"
@@ -1183,15 +1233,6 @@ class Flavour21(Flavour):
         "text_encoder": "Qwen3VL",
         **{"scheduler": "FlowMatch", "processor": ""},
     }
-
-    @property
-    def most_references(self) -> int:
-        """Return how many references an edit may have."""
-        return 10
-
-    def main(self, pictures: Sequence[Any]) -> Any:
-        """Return the reference whose frame the result gets."""
-        return pictures[-1]
 
     def denormalise(
         self, latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
@@ -1229,7 +1270,7 @@ class Flavour21(Flavour):
             return found
         how: dict[str, Any] = {}
         if remembered is not None:
-            how["kv_cache_mode"] = "cached" if remembered else "extract"
+            how["kv_cache_mode"] = "cached" if "cache" in remembered else "extract"
             how["kv_cache"] = remembered.setdefault("cache", new_prefix(transformer))
         slots = embeds[..., -1] > 0.5
         target = slots.new_ones(len(noisy), self.tokens(noisy) // 4)
@@ -1267,12 +1308,12 @@ PLUS = "QwenImageEditPlusPipeline"
 EDIT_CONFIG = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 60}
 CONFIG_21 = {"_class_name": "QwenImage21Transformer2DModel", "num_layers": 32}
 PUBLISHED = {  # so that a plan and an audit need no network
-    "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None, EDIT_CONFIG),
+    "Qwen/Qwen-Image-Edit": Flavour("edit-v1", "QwenImageEditPipeline", None, EDIT_CONFIG, 1),
     "Qwen/Qwen-Image-Edit-2509": Flavour("edit-v2", PLUS, VISION_AREA, EDIT_CONFIG),
     "Qwen/Qwen-Image-Edit-2511": Flavour(
         "edit-v3", PLUS, VISION_AREA, EDIT_CONFIG | {"zero_cond_t": True}
     ),
-    "Qwen/Qwen-Image-2.1": Flavour21("2.1", "QwenImage21Pipeline", None, CONFIG_21),
+    "Qwen/Qwen-Image-2.1": Flavour21("2.1", "QwenImage21Pipeline", None, CONFIG_21, 10),
 }
 
 
@@ -1577,12 +1618,20 @@ class PairData(torch.utils.data.Dataset):
         """Make a micro-batch, with sigma (B,) before the shift; draws the noise as well."""
         seed, data, loss = self.config.seed, self.config.data, self.config.loss
         examples = [self.resolve(draw) for draw in draws]
-        batch: dict[str, Any] = {"examples": examples}
-        if self.config.cache.use_cache:
-            batch = encoded(examples, self.read)
-        shape = self.flavour.latent_shape(examples[0].pictures["pixel"][0].size)
+        captions = loss.captions(self.flavour).items()
         chances = [(seed, draw.visit) for draw in draws]
+        others = {  # one of the texts each
+            name: [texts[int(uniform("kept", *chance) * len(texts))] for chance in chances]
+            for name, texts in captions
+        }
+        batch: dict[str, Any] = {"examples": examples, "others": others}
+        if self.config.cache.use_cache:
+            batch = encoded(examples, self.read, others)
+        shape = self.flavour.latent_shape(examples[0].pictures["pixel"][0].size)
         batch |= draw_noise(loss, shape, chances)
+        if "unguided" in others:  # a visit without the instruction is what guidance leads away from
+            scale = self.flavour.built_in if loss.guidance == "model" else loss.guidance
+            batch["guidance"] = torch.tensor([1.0 if draw.dropped else scale for draw in draws])
         batch["names"] = [example.name for example in examples]
         weights = [self.dataset(draw).loss_weight for draw in draws]
         if any(weight != 1 for weight in weights):
@@ -1611,21 +1660,35 @@ def draw_noise(loss: LossConfig, shape: Any, chances: Sequence[Any]) -> dict[str
     return {"noise": torch.stack(noises), "sigma": torch.stack(sigmas)}
 
 
-def encoded(examples: Iterable[Example], encode: Callable[[Job], torch.Tensor]) -> dict[str, Any]:
+def pad_text(embeds: list[torch.Tensor]) -> dict[str, Any]:
+    """Collate embeddings (T, D) to prompt_embed (B, T, D) and prompt_embeds_mask (B, T) or None."""
+    lengths = torch.tensor([len(embed) for embed in embeds])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # (B, T)
+    return {
+        "prompt_embed": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
+        "prompt_embeds_mask": mask if bool((lengths != lengths[0]).any()) else None,
+    }
+
+
+def encoded(
+    examples: Iterable[Example],
+    encode: Callable[[Job], torch.Tensor],
+    others: dict[str, list[str]] | None = None,
+) -> dict[str, Any]:
     """Collate tensors of examples of one shape to a batch; text is padded with zeros.
+
+    others: further instructions, {name: one per example}; become {name: pad_text()}.
 
     prompt_embed (B, T, D); prompt_embeds_mask (B, T) bool, None if nothing is padded; pixel_latent,
     start_latent (B, C, 1, h, w); control_latent K x (B, C, 1, hk, wk); region (B, 1, 1, h, w).
     """
     rows = [jobs_of(example) for example in examples]
     items = [{name: [encode(job) for job in jobs] for name, jobs in row.items()} for row in rows]
-    embeds = [item.pop("prompt_embed")[0] for item in items]
-    lengths = torch.tensor([len(embed) for embed in embeds])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # (B, T)
-    batch: dict[str, Any] = {
-        "prompt_embed": torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True),
-        "prompt_embeds_mask": mask if bool((lengths != lengths[0]).any()) else None,
-    }
+    batch = pad_text([item.pop("prompt_embed")[0] for item in items])
+    for name, texts in (others or {}).items():
+        shown = zip(rows, texts, strict=True)
+        jobs = [row["prompt_embed"][0]._replace(caption=text) for row, text in shown]
+        batch[name] = pad_text([encode(job) for job in jobs])
     for name in items[0]:
         stacked = [torch.stack(each) for each in zip(*(item[name] for item in items), strict=True)]
         batch[name] = stacked if name == "control_latent" else stacked[0]
@@ -1779,7 +1842,6 @@ class ModelConfig(Section):
     lora: LoraConfig = LoraConfig()
 
 
-QUANTO_TYPES = {"fp8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 MODULATION = ("img_mod.", "txt_mod.", "norm")  # how names of modulation begin in a block
 
 
@@ -1823,52 +1885,10 @@ def quantize_block(block: torch.nn.Module, precision: str) -> None:
     linear = [name for name, x in block.named_modules() if isinstance(x, torch.nn.Linear)]
     for name in linear:
         fine = precision.startswith(("int8", "fp8")) or not name.startswith(MODULATION)
-        layer = quantize_linear(block.get_submodule(name), precision if fine else "int8-quanto")
+        here = precision if fine else "int8-quanto"
+        layer = utils.load_tool("quantize").quantize_linear(block.get_submodule(name), here)
         block.set_submodule(name, layer)
         return_freed_memory()
-
-
-@torch.no_grad()
-def quantize_linear(linear: Any, precision: str) -> torch.nn.Module:
-    """Quantise a layer. nf4: blocks of 64, fp32 scales; quanto: per output channel or group."""
-    if precision == "nf4-bnb":
-        from bitsandbytes.nn import Linear4bit, Params4bit
-
-        how: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
-        sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
-        layer: Any = Linear4bit(*sizes, compute_dtype=dtype, device="meta", **how)
-        # KEEP: some CPUs would repack the weights in eval mode, and nothing could train after that
-        layer.support_avx512bf16_for_cpu = False
-        weight: Any = Params4bit(linear.weight.data, module=layer, **how)
-        layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias  # .to() quantises
-        return layer
-    from optimum import quanto
-
-    unpack_without_compiler()
-    kind = getattr(quanto, QUANTO_TYPES[precision.partition("-")[0]])
-    layer = quanto.QLinear.from_module(linear, weights=kind)
-    groups = {} if kind.bits == 8 else {"group_size": layer.weight_group_size}
-    found = layer.optimizer(linear.weight, qtype=kind, axis=0, **groups)
-    groups |= {"scale": found[0], "shift": found[1]} if groups else {"scale": found}
-    # KEEP optimized=False: the fp8 kernel that quanto 0.2.7 would choose on CUDA leaves out the
-    # bias and wants nvcc, its int4 kernel is made for a few tokens
-    weight = quanto.quantize_weight(linear.weight, qtype=kind, axis=0, **groups, optimized=False)
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return layer
-
-
-def unpack_without_compiler() -> None:
-    """Let quanto unpack 4 and 2 bits with torch; its own code is compiled at the first use."""
-    from optimum import quanto
-
-    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-        shifted = [packed >> shift for shift in range(0, 8, bits)]  # lowest bits first
-        return torch.cat([part & (2**bits - 1) for part in shifted])
-
-    for name in ("quanto_cpp", "quanto_cuda", "quanto_hip", "quanto_mps"):
-        if quanto.is_extension_available(name):
-            extension = quanto.get_extension(name)
-            extension._lib = extension._lib or SimpleNamespace(unpack=unpack)
 
 
 def placement(transformer: Any, devices: Sequence[torch.device], swap: int) -> dict[str, Any]:
@@ -2208,12 +2228,12 @@ def edit_example(
 ) -> Example:
     """Return what an edit without a target shows the model, by the rules of training.
 
-    The main picture (2508: the first, else the last) is drawn at `size` (W, H) px, down to a
+    The main picture (the last) is drawn at `size` (W, H) px, down to a
     multiple of 16 (2.1: 32); default: 1 MP, or the training size if references are as large as the
     target.
     """
     datasets = trainer.config.data.dataset_configs
-    main, multiple = trainer.flavour.main(pictures), trainer.flavour.multiple_px
+    main, multiple = pictures[-1], trainer.flavour.multiple_px
     area, seen = (areas[0] for areas in inference_rules(trainer).values())
     aligned, usual = area == "target", pick_size(AREA_1MP, main.aspect)
     if aligned and datasets:
@@ -2241,8 +2261,7 @@ def validation_edits(trainer: Trainer) -> list[tuple[Example, bool]]:
         if problems := data.index.update(sample.images, utils.look_at_picture):
             raise UserError(f"validation.samples\n{listed(problems)}")
         pictures = [whole_picture(path, data.index) for path in sample.images]
-        main = trainer.flavour.main(pictures)
-        size = pick_size(side_px**2, main.aspect) if side_px else ()
+        size = pick_size(side_px**2, pictures[-1].aspect) if side_px else ()
         example = edit_example(trainer, pictures, sample.prompt, size)
         edits.append((example._replace(name=sample.images[-1].stem), False))
     return edits
@@ -2309,24 +2328,6 @@ def use_adapters(trainer: Trainer, trained: bool = True, fixed: bool = False) ->
     transformer.enable_adapters()
     if trainer.fixed_scale:
         set_weights_and_activate_adapters(transformer, [*scales], [*scales.values()])
-
-
-def load_fixed(transformer: Any, flavour: Flavour, text: str) -> float:
-    """Load validation.fixed_lora as the adapter "fixed"; return its scale. Raises UserError."""
-    import diffusers
-
-    name, _, number = text.rpartition(":")
-    name, scale = (name, float(number)) if re.fullmatch(r"-?[\d.]+", number) else (text, 1.0)
-    with utils.named(f"validation.fixed_lora {text}"), warnings.catch_warnings(action="ignore"):
-        file = utils.expanded(name)
-        read = getattr(diffusers, flavour.pipeline_class).lora_state_dict
-        tensors, about = read(load_file(file), return_lora_metadata=True)
-        layers = {re.split(r"\.lo(?:ra|kr)_", key)[0].partition(".")[2] for key in tensors}
-        if wrong := sorted(layers - {name for name, _ in transformer.named_modules()}):
-            raise ValueError(f"{len(wrong)} layers are not in this model\n{listed(wrong, 3)}")
-        if transformer.device.type != "meta":  # preflight() only compares
-            transformer.load_lora_adapter(tensors, metadata=about, adapter_name="fixed")
-    return scale
 
 
 def draw_edits(trainer: Trainer, examples: Any, trained: bool = True) -> list[Image.Image | None]:
@@ -2711,7 +2712,10 @@ class QwenImageEditTrainer:
         jobs: list[Job] = []
         for draw in self.data.possible_draws():
             if self.data.dataset(draw).recreate_cache or not renewed:
-                jobs += itertools.chain(*jobs_of(self.data.resolve(draw)).values())
+                own = jobs_of(self.data.resolve(draw))
+                further = itertools.chain(*self.config.loss.captions(self.flavour).values())
+                jobs += [own["prompt_embed"][0]._replace(caption=text) for text in further]
+                jobs += itertools.chain(*own.values())
         for example, _ in [] if renewed else validation_edits(self):
             jobs += jobs_of(example)["control_latent"]
             jobs += prompt_jobs(example, self.config.validation, self.flavour)
@@ -2751,7 +2755,8 @@ class QwenImageEditTrainer:
         add_lora(self.transformer, self.config.model.lora, self.config.seed)
         start_from_lora(self.transformer, self.config.model.lora)
         if fixed := self.config.validation.fixed_lora:
-            self.fixed_scale = load_fixed(self.transformer, self.flavour, fixed)
+            load = utils.load_tool("fixed_lora").load
+            self.fixed_scale = load(self.transformer, self.flavour.pipeline_class, fixed)
             place_adapter(self.transformer)
             use_adapters(self)
         self.transformer.train()
@@ -2883,12 +2888,16 @@ class QwenImageEditTrainer:
         batch["prompt_embed"] = embeds = batch["prompt_embed"].to(self.weight_dtype)
         if "zeroed" in batch:  # caption_dropout_mode: zero
             batch["prompt_embed"] = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
+        if lacks := [n for n in self.config.loss.captions(self.flavour) if n not in batch]:
+            text = "loss.guidance and loss.preserve_prompts want them; see encoded()"
+            raise UserError(f"the data loader's batches have no {', '.join(lacks)}: {text}")
         loss = self._compute_loss(batch)
         return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()
 
     def _training_step_compute(self, batch: dict[str, Any]) -> torch.Tensor:
         examples = batch.get("examples") or self.examples_of(batch)
-        return self._training_step_cached(batch | encoded(examples, self.encode))
+        others = batch.get("others")
+        return self._training_step_cached(batch | encoded(examples, self.encode, others))
 
     def _compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         return compute_loss(self, batch)  # (B,)
@@ -2897,7 +2906,7 @@ class QwenImageEditTrainer:
         """Send the tensors of a batch to the training device, without waiting for it."""
         from accelerate.utils import send_to_device
 
-        pictures = ("examples", "image", "control")
+        pictures = ("examples", "others", "image", "control")
         tensors = {name: value for name, value in batch.items() if name not in pictures}
         return send_to_device(tensors, self.device, non_blocking=True)
 
@@ -2947,7 +2956,7 @@ class QwenImageEditTrainer:
                 add_lora(empty, config.model.lora, config.seed)
             start_from_lora(empty, config.model.lora)
             if fixed := config.validation.fixed_lora:
-                load_fixed(empty, self.flavour, fixed)
+                utils.load_tool("fixed_lora").load(empty, self.flavour.pipeline_class, fixed)
             optimizer = make_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(2, 2))])
             if hasattr(optimizer, "eval") and config.train.use_ema:
                 text = f"{config.optimizer.class_path} averages by itself; leave one of the two out"

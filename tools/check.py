@@ -435,3 +435,31 @@ def check_part(place: Path, kind: str) -> None:
                 pass  # its length must be what its header says
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file}: {error}") from error
+
+
+def shared_pictures(data: Any, flavour: Any) -> list[str]:
+    """Return problems of data for 2508 and 2.1, whose encoder sees the very pictures of the VAE."""
+    config, most, smallest = data.config, flavour.most_references, math.inf
+    edits = enumerate(config.validation.samples)
+    wrong = {f"validation.samples.{i}" for i, edit in edits if len(edit.images) > most}
+    for draw in data.possible_draws():
+        v = data.samples[draw.sample].variants[draw.variant]
+        if draw.view or draw.dropped or len(draw.vision or v.vision) < len(v.vision):
+            continue
+        whole = not any(reference.area for reference in v.references)
+        wanted = 1 if most == 1 else min(len(v.references), most)
+        fewer = v.vision_dropout and v.vision_min < max(1, len(v.vision))
+        if len(v.references) != wanted or not whole or v.vision != v.references or fewer:
+            wrong.add(f"data.dataset_configs.{data.samples[draw.sample].dataset}")
+        shown = data.resolve(draw).pictures["vision"] if flavour.prefix_is_constant else ()
+        smallest = min([smallest, *(math.prod(picture.size) for picture in shown)])
+    count = "2508 takes one reference" if most == 1 else f"2.1 takes up to {most} references"
+    text = f"{count}, and its encoder sees them as the VAE does: no resize, no dropout"
+    found = [f"{place}: {text}" for place in sorted(wrong)]
+    name, file = config.model.pretrained_model_name_or_path, "processor/preprocessor_config.json"
+    settings = read_model_json(name, file) if Path(name).is_dir() else {}
+    least = settings.get("size", {}).get("shortest_edge", 65_536)
+    if smallest < least:
+        text = f"{smallest} px; 2.1's encoder would enlarge what has less than {least}"
+        found.append(f"data.reference_area (or resolution): a reference of {text}")
+    return found
