@@ -703,7 +703,7 @@ class DatasetConfig(Section):
     target_dir: Path | None = None
     """Folders layout: folder of the targets, relative to train_data_dir."""
     reference_dirs: list[Path] = []
-    """Folders layout: folders of the references, in order; same relative stem."""
+    """Folders layout: folders of the references, in order; same relative stem; [] is none."""
     mask_dir: Path | None = None
     """Folders layout: masks of the same stem; default: a_mask.png beside a.png."""
     caption_ext: str = Field(".txt", pattern=r"^\.[^./\\]+$")
@@ -726,7 +726,8 @@ class DatasetConfig(Section):
         problems = {
             "give one of image_configs, target_dir, table": len(layouts) != 1,
             f"{', '.join(unread)}: not read beside {layouts[:1]}; leave it out": unread,
-            "reference_dirs: name at least one": self.target_dir and not self.reference_dirs,
+            "reference_dirs: name at least one, or [] for pictures without": self.target_dir
+            and "reference_dirs" not in self.model_fields_set,
             "views: view_flip and view_scale need more than 1": self.views == 1 and crops,
             "batch_configs: name one": self.image_configs and not self.batch_configs,
             "batch_configs: the weights sum to more than 1": weights > 1 + 1e-9,
@@ -880,9 +881,8 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
 def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:
     """Return the caption file of a row: beside its target, or else its first reference."""
     beside = files["target"].with_suffix(ds.caption_ext)
-    if not beside.exists() and (other := files["reference 1"].with_suffix(beside.suffix)).exists():
-        return other
-    return beside
+    other = files.get("reference 1", beside).with_suffix(ds.caption_ext)
+    return other if other.exists() and not beside.exists() else beside
 
 
 def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
@@ -1027,7 +1027,8 @@ def notes_on(data: PairData) -> list[str]:
     for s in data.samples:
         ds, facts = data.config.data.dataset_configs[s.dataset], data.index[s.variants[0].target]
         lines = ds.target_dir and ds.caption_lines is None and len(s.variants) > 1
-        seen.append((f"data.dataset_configs.{s.dataset}", facts, ds.resolution**2, lines))
+        alone = not any(variant.references for variant in s.variants)
+        seen.append((f"data.dataset_configs.{s.dataset}", facts, ds.resolution**2, lines, alone))
     return utils.from_tool("check", "notes", [], seen)
 
 
@@ -2363,7 +2364,7 @@ def edit_sheet(examples: Sequence[Example], results: Any, heads: list[str]) -> I
     most = max(map(len, shown))
     pairs = zip(shown, results, strict=True)
     rows = [[*its, *[None] * (most - len(its)), *row] for its, row in pairs]
-    names = [f"reference {i + 1}" for i in range(most)] if most > 1 else ["before"]
+    names = [f"reference {i + 1}" for i in range(most)] if most > 1 else ["before"][:most]
     captions = [f"{example.name}: {example.caption or '(empty)'}" for example in examples]
     return utils.contact_sheet(rows, names + heads, captions)
 

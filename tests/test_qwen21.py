@@ -211,3 +211,49 @@ def test_a_run_learns_resumes_and_loads_everywhere(straight, tmp_path, checkpoin
     how["generator"] = torch.Generator().manual_seed(5)
     [expected] = pipeline(image=[image], prompt="make it blue", **how).images
     np.testing.assert_array_equal(made, np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["2511", "2.1"])
+def test_pictures_without_references_are_trained_beside_edits(kind, make_trainer, tmp_path):
+    """By the pipeline's own template without pictures; in folders and in tables."""
+    rng = np.random.default_rng(0)
+    for name in ("edits/before/a", "edits/after/a", "plain/after/b", "plain/after/c"):
+        file = tmp_path / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(file)
+    rows = "target,references,prompt\nafter/b.png,,a blue cat\nafter/c.png,,a red dog\n"
+    (tmp_path / "plain/t.csv").write_text(rows)
+    common = {"resolution": 64}
+    edits = {"train_data_dir": str(tmp_path / "edits"), "target_dir": "after", **common}
+    plain = {"train_data_dir": str(tmp_path / "plain"), "loss_weight": 0.5, **common}
+    folders = plain | {"target_dir": "after", "reference_dirs": [], "caption": "a blue cat"}
+    table = plain | {"table": str(tmp_path / "plain/t.csv")}
+    for other in (folders, table):
+        both = [edits | {"reference_dirs": ["before"], "caption": "make it blue"}, other]
+        trainer = ready(make_trainer(kind, **{"data.dataset_configs": both}))
+        shapes = [trainer.data.shape(script.Draw(0, n)) for n in range(3)]
+        assert [len(dict(s[:1])) if not s else len(s[0]) - 1 for s in shapes] == [1, 0, 0]
+        batch = trainer.data.batch([script.Draw(4, 1), script.Draw(5, 2)])
+        assert batch["control_latent"] == [] and batch["loss_weight"].tolist() == [0.5, 0.5]
+        assert script.compute_loss(trainer, batch).isfinite().all()
+        example = trainer.data.resolve(script.Draw(0, 1))
+        [job] = script.jobs_of(example)["prompt_embed"]
+        trainer.load_model(["text_encoder"])
+        expected = trainer.text_pipeline.encode_prompt(prompt=example.caption, device="cpu")[0][0]
+        assert torch.equal(trainer.through_cache(job)[:, : expected.shape[1]], expected)
+        assert any("1: 2 sample(s) have no reference" in n for n in script.notes_on(trainer.data))
+        sheet = script.edit_sheet([example], [[None]], ["target"])
+        assert sheet.width < 300
+
+
+def test_a_picture_from_a_prompt_alone_is_the_pipelines(make_trainer, small, tmp_path):
+    trainer = make_trainer("2.1", **{"data.reference_area": "1mp"})
+    trainer.setup_predict()
+    flat = script.Picture(Image.new("RGB", (96, 96)), "x", (96, 96))
+    example = script.Example("", "a blue cat", {"pixel": (flat,), "control": (), "vision": ()})
+    how = script.SamplingConfig(num_inference_steps=3, seed=2)
+    ours = script.draw_edit(trainer, example, how, trainer.encode)
+    generator = torch.Generator().manual_seed(2)
+    settings = {"num_inference_steps": 3, "generator": generator, **small}
+    theirs = pipeline_of(trainer)(prompt="a blue cat", **settings).images[0]
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))

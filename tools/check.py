@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,20 +307,27 @@ def check_places(
     return found
 
 
-def notes(samples: Iterable[tuple[str, Mapping[str, Any], float, Any]]) -> list[str]:
+NOTES = (  # what only the Qwen trainer asks
+    "have a caption per line of their file; see caption_lines",
+    "have no reference: they are trained as text to image",
+)
+
+
+def notes(samples: Iterable[Sequence[Any]]) -> list[str]:
     """Return what is done to samples unasked: a line per data set, with their number.
 
-    samples: (data set, what look_at_picture() says, area in training in px, caption lines?).
+    samples: (data set, what look_at_picture() says, area in training in px, then of the Qwen
+    trainer: caption lines? no references?).
     """
     found: Counter[tuple[str, str]] = Counter()
-    for place, facts, area_px, lines in samples:
+    for place, facts, area_px, *more in samples:
         if facts["width"] * facts["height"] * 2 < area_px:
             found[place, "are enlarged to more than twice their pixels; see resolution"] += 1
         if not 1 / 3 <= facts["aspect"] <= 3:
             found[place, "are longer than 3:1 and cut at their ends; crop them yourself"] += 1
-        if lines:
-            found[place, "have a caption per line of their file; see caption_lines"] += 1
-    return [f"{place}: {n} sample(s) {text}" for (place, text), n in sorted(found.items())]
+        for text, is_so in zip(NOTES, more, strict=False):
+            found[place, text] += bool(is_so)
+    return [f"{place}: {n} sample(s) {text}" for (place, text), n in sorted(found.items()) if n]
 
 
 def room(text: str) -> str:

@@ -80,8 +80,9 @@ def values_of(record: dict[str, Any], columns: dict[Any, str]) -> dict[str, Any]
     if wrong := [p for p in prompts if not isinstance(p, str | None)]:
         raise ValueError(f"prompt {wrong[0]!r} is no text")
     row["prompt"] = [text for p in prompts if p and (text := p.strip())]
-    if not row["target"] or not shown or not all(shown):
-        lacking = "reference before the last one" if any(shown) else "reference"
+    named = numbered or {*known_of("references", columns)} & record.keys()
+    if not row["target"] or not all(shown) or not named:
+        lacking = "reference before the last one" if any(shown) else "reference, not even an empty"
         raise ValueError(f"no {lacking if row['target'] else 'target'}")
     return row | {"references": shown}
 
