@@ -793,7 +793,9 @@ class Painter:
     def __init__(self, config: Any, script: Any) -> None:
         self.config, self.script = config, script
         self.loras, self.wrong_loras = find_loras(config, config.lora)
-        self.fixed, wrong = find_loras(config, getattr(config, "fixed_lora", []))
+        self.fixed, wrong = find_loras(
+            config, config.fixed_lora if isinstance(config, EditConfig) else []
+        )
         self.wrong_loras += wrong
         self.about = [read_about(lora.file) for lora in self.loras]
 

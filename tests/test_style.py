@@ -56,7 +56,7 @@ def test_every_script_has_a_ceiling_and_stays_under_it():
     assert {path.name for path in SCRIPTS} <= CEILINGS.keys()
     sizes = {name: len(lines_of(name)) for name in CEILINGS}
     assert not {name: size for name, size in sizes.items() if size > CEILINGS[name]}
-    assert sum(sizes[path.name] for path in SCRIPTS) < 9900
+    assert sum(sizes[path.name] for path in SCRIPTS) < 10_250
 
 
 @pytest.mark.parametrize("name", TRAINERS)
