@@ -266,6 +266,8 @@ class TrainConfig(Section):
     """Precision of the frozen base; LoRA, loss and optimizer are fp32. (fp16 would overflow.)"""
     gradient_checkpointing: bool = True
     """Compute activations again in the backward pass: half the memory, 1.4 times the time."""
+    compile: Literal["none", "blocks"] = "none"
+    """torch.compile of the repeated blocks, which takes a minute or more at the first step."""
 
 
 class LoggingConfig(Section):
@@ -382,6 +384,8 @@ class LoraConfig(Section):
     """Size of LoKr's smaller matrix; -1 is about the square root of the layer."""
     init_lora_weights: Literal["gaussian", "kaiming"] = "gaussian"
     """How factor A of the LoRA starts; B starts at zero, so step 0 is the base model."""
+    lora_plus_ratio: float = Field(1.0, ge=1)
+    """Learning rate of factors B over that of A (LoRA+, arXiv 2402.12354); 1 is the same."""
     target_modules: list[str] | str = "attn-image"
     """Layers with an adapter: a name of TARGET_SETS, ends of names, or a regular expression."""
     pretrained_weight: Path | None = None
@@ -1103,6 +1107,7 @@ def check_model(config: Config, precision: str) -> list[str]:
         and flavour.prefix_is_constant
         and config.data.batch_size > 1,
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
+        "lora.lora_plus_ratio: lokr has no B": lora.lora_plus_ratio > 1 and lora.method == "lokr",
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,
         "blocks_to_swap: not with nf4-bnb": model.blocks_to_swap and nf4,
         "blocks_to_swap: not with several devices": model.blocks_to_swap and model.devices[1:],
@@ -1272,7 +1277,11 @@ class Flavour21(Flavour):
         how: dict[str, Any] = {}
         if remembered is not None:
             how["kv_cache_mode"] = "cached" if "cache" in remembered else "extract"
-            how["kv_cache"] = remembered.setdefault("cache", new_prefix(transformer))
+            from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+            bare = getattr(transformer, "module", transformer)  # of a distributed wrapper
+            new = QwenImage21KVCache(len(bare.transformer_blocks))
+            how["kv_cache"] = remembered.setdefault("cache", new)
         slots = embeds[..., -1] > 0.5
         target = slots.new_ones(len(noisy), self.tokens(noisy) // 4)
         tokens = [picture.flatten(2).transpose(1, 2) for picture in (*controls, noisy)]
@@ -1295,14 +1304,6 @@ class Flavour21(Flavour):
         """Return the noise levels of sampling before the shift: the checkpoint's own, if any."""
         own = utils.read_model_json(name_or_path, "model_index.json").get("sample_sigmas")
         return own or super().sigmas(name_or_path, steps)
-
-
-def new_prefix(transformer: Any) -> Any:
-    """Return an empty cache of keys and values, one per block."""
-    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
-
-    bare = getattr(transformer, "module", transformer)  # of a distributed wrapper
-    return QwenImage21KVCache(len(bare.transformer_blocks))
 
 
 PLUS = "QwenImageEditPlusPipeline"
@@ -1629,7 +1630,12 @@ class PairData(torch.utils.data.Dataset):
         if self.config.cache.use_cache:
             batch = encoded(examples, self.read, others)
         shape = self.flavour.latent_shape(examples[0].pictures["pixel"][0].size)
-        batch |= draw_noise(loss, shape, chances)
+        # KEEP: the first noise level is the same, however many there are; of one no axis is left
+        levels = [(level,) * (level > 0) for level in range(loss.noise_levels_per_sample)]
+        noise = [[normal(shape, seed, "noise", d.visit, *n) for d in draws] for n in levels]
+        sigma = [[sample_sigma(loss, seed, "sigma", d.visit, *n) for d in draws] for n in levels]
+        batch["noise"] = torch.stack([torch.stack(each) for each in noise]).squeeze(0)
+        batch["sigma"] = torch.tensor(sigma).squeeze(0)
         if "unguided" in others:  # a visit without the instruction is what guidance leads away from
             scale = self.flavour.built_in if loss.guidance == "model" else loss.guidance
             batch["guidance"] = torch.tensor([1.0 if draw.dropped else scale for draw in draws])
@@ -1645,20 +1651,6 @@ class PairData(torch.utils.data.Dataset):
         """Return what lies in the cache. Raises UserError where it is missing or damaged."""
         path = utils.entry_path(self.config.cache.cache_dir, job.key(self.encoders))
         return utils.read_entry(path)[job.kind]
-
-
-def draw_noise(loss: LossConfig, shape: Any, chances: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """Draw noise (B, *shape) and sigma (B,) by a chance per sample; (k, B, ...) of k > 1 levels."""
-    levels = []
-    for level in range(loss.noise_levels_per_sample):
-        more = (level,) if level else ()  # KEEP: the first is the same, however many there are
-        noise = [normal(shape, seed, "noise", *rest, *more) for seed, *rest in chances]
-        sigma = [sample_sigma(loss, seed, "sigma", *rest, *more) for seed, *rest in chances]
-        levels.append((torch.stack(noise), torch.tensor(sigma)))
-    noises, sigmas = zip(*levels, strict=True)
-    if len(levels) == 1:
-        return {"noise": noises[0], "sigma": sigmas[0]}
-    return {"noise": torch.stack(noises), "sigma": torch.stack(sigmas)}
 
 
 def pad_text(embeds: list[torch.Tensor]) -> dict[str, Any]:
@@ -2156,8 +2148,9 @@ class SamplingConfig(Section):
     def sigmas(self, flavour: Flavour, name_or_path: str) -> Any:
         """Return the noise levels before the shift."""
         steps = self.num_inference_steps
-        plain = self.schedule != "model" and np.linspace(1.0, 1 / steps, steps)
-        return flavour.sigmas(name_or_path, steps) if plain is False else plain
+        if self.schedule == "model":
+            return flavour.sigmas(name_or_path, steps)
+        return np.linspace(1.0, 1 / steps, steps)
 
 
 class ValidationConfig(SamplingConfig):
@@ -2763,6 +2756,8 @@ class QwenImageEditTrainer:
         self.transformer.train()
         if self.config.train.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        if self.config.train.compile == "blocks":
+            self.transformer.compile_repeated_blocks()
         # every process has read the frozen weights itself: DDP need not send them
         frozen = [name for name, p in self.transformer.named_parameters() if not p.requires_grad]
         frozen += [name for name, _ in self.transformer.named_buffers()]
@@ -2770,6 +2765,16 @@ class QwenImageEditTrainer:
         ddp._set_params_and_buffers_to_ignore_for_model(self.transformer, frozen)
         count = sum(parameter.numel() for parameter in self.trainable())
         log.info("LoRA: %.2f million parameters, fp32", count / 1e6)
+
+    def parameter_groups(self) -> list[Any]:
+        """Return what the optimizer gets: the trained parameters, or two groups for LoRA+."""
+        ratio, named = self.config.model.lora.lora_plus_ratio, self.transformer.named_parameters()
+        groups: list[Any] = [{"params": []}, {"params": []}]
+        for name, parameter in named:
+            if parameter.requires_grad:
+                groups[".lora_B." in name]["params"].append(parameter)
+        groups[1]["lr"] = ratio * float(self.config.optimizer.init_args.get("lr") or 1e-4)  # type: ignore[arg-type]
+        return self.trainable() if ratio == 1 else groups
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return the parameters that are trained."""
@@ -2855,7 +2860,7 @@ class QwenImageEditTrainer:
     def configure_optimizers(self) -> None:
         """Make optimizer, learning rate schedule (counts optimizer steps) and moving average."""
         config = self.config
-        self.optimizer = make_optimizer(config.optimizer, self.trainable())
+        self.optimizer = make_optimizer(config.optimizer, self.parameter_groups())
         # KEEP: accelerate must not wrap it, or it would go as many steps as there are processes
         steps = self.total_steps()
         self.lr_scheduler = make_schedule(config.lr_scheduler, self.optimizer, steps)

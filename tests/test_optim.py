@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import copy_pairs, suffix_dataset
 from peft.utils import get_peft_model_state_dict
-from qwen import assert_same, assert_same_files, curve
+from qwen import assert_same, assert_same_files, curve, ready
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -214,3 +214,52 @@ def test_the_average_is_the_closed_form_in_fp32(precision, short_run, tmp_path, 
     latest = {"train.resume_from_checkpoint": "latest", "train.use_ema": False}
     with pytest.raises(UserError, match=r"train\.use_ema: was True"):
         short_run("ema", **changes, **(ema | latest)).fit()
+
+
+def test_factors_b_learn_faster_with_lora_plus(make_trainer):
+    """After one step of SGD B has moved ratio times as far, A the same."""
+    moved = []
+    for ratio in (1.0, 8.0):
+        settings = {"model.lora.lora_plus_ratio": ratio, "optimizer.class_path": "torch.optim.SGD"}
+        trainer = make_trainer(**settings, **{"optimizer.init_args": {"lr": 0.1}})
+        trainer = ready(trainer)
+        trainer.configure_optimizers()
+        before = {n: p.detach().clone() for n, p in named_trained(trainer)}
+        loss = script.compute_loss(trainer, trainer.data.batch([script.Draw(0, 0)]))
+        loss.sum().backward()
+        trainer.optimizer.step()
+        moved.append({n: p.detach() - before[n] for n, p in named_trained(trainer)})
+    for name, change in moved[0].items():
+        factor = 8.0 if ".lora_B." in name else 1.0
+        torch.testing.assert_close(moved[1][name], factor * change, rtol=1e-3, atol=2e-6)
+    assert any(change.abs().max() > 0 for change in moved[0].values())
+
+
+def named_trained(trainer):
+    return [(n, p) for n, p in trainer.transformer.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("kind", ["2511", "2.1"])
+def test_compiled_blocks_compute_the_same(kind, make_trainer, monkeypatch, tmp_path):
+    """With autograd traced by dynamo; code is not generated here. Names of the LoRA stay."""
+    compile_block = torch.nn.Module.compile
+    compiled = []
+
+    def traced(module, *args, **how):
+        compiled.append(module)
+        compile_block(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    found = []
+    for how in ("none", "blocks"):
+        settings = {"train.compile": how, "train.gradient_checkpointing": True}
+        trainer = ready(make_trainer(kind, **settings))
+        loss = script.compute_loss(trainer, trainer.data.batch([script.Draw(0, 0)]))
+        loss.sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in trainer.trainable()])
+        found.append((loss.detach(), grads))
+    assert len(compiled) == 2
+    for plain, faster in zip(*found, strict=True):
+        torch.testing.assert_close(plain, faster, rtol=1e-4, atol=1e-5)
+    names = load_file(trainer.save_lora(tmp_path / "l.safetensors"))
+    assert names and not any("_orig_mod" in name for name in names)
