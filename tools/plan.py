@@ -167,6 +167,14 @@ def qwen_step_tflop(config: Any, transformer: Any, tokens: int, pairs: int | Non
     return (linear * (3 if again else 2) + attention * (4.5 if again else 3.5)) / 1e12
 
 
+def further_passes(config: Any, flavour: Any) -> float:
+    """Return the passes of the second targets (loss.guidance, loss.preserve), in whole ones."""
+    loss, texts = config.loss, config.loss.captions(flavour)
+    forward = 1 / (3 if config.train.gradient_checkpointing else 2)
+    kept = (loss.preserve > 0) * (forward + ("kept" in texts)) / loss.preserve_every
+    return forward * ("unguided" in texts) + kept
+
+
 def qwen_peak_gb(script: Any, config: Any, transformer: Any, trained: int, tokens: int) -> float:
     """Estimate the peak of a training step on the (first) device, GB; tokens: of a whole pass."""
     layers, width = len(transformer.transformer_blocks), transformer.inner_dim
@@ -204,11 +212,13 @@ def look_ahead(script: Any, config: Any, width: int) -> Outlook:
         example, sample = data.resolve(draw), data.samples[draw.sample]
         text, seen = text_tokens(example, flavour)
         stored, text = text + seen, text + seen * (not flavour.prefix_is_constant)  # 2.1: in place
-        for jobs in script.jobs_of(example).values():
-            for job in jobs:
-                w, h = job.pictures[0].size if job.pictures else (0, 0)
-                size = stored * width if job.kind == "prompt" else w * h // 4
-                numbers[job.kind][job.key(dict.fromkeys(numbers, ""))] = size
+        jobs = [job for several in script.jobs_of(example).values() for job in several]
+        captions = [c for texts in config.loss.captions(flavour).values() for c in texts]
+        jobs += [j._replace(caption=c) for j in jobs if j.kind == "prompt" for c in captions]
+        for job in jobs:
+            w, h = job.pictures[0].size if job.pictures else (0, 0)
+            size = stored * width if job.kind == "prompt" else w * h // 4
+            numbers[job.kind][job.key(dict.fromkeys(numbers, ""))] = size
         if not (sample.held_out or draw.view or draw.dropped):
             pictures = example.pictures["pixel"] + example.pictures["control"]
             chance = sample.variants[draw.variant].weight / sum(v.weight for v in sample.variants)
@@ -299,6 +309,7 @@ def plan_qwen(script: Any, config: Any, cache_dir: Path) -> str:
         sizes = [sample_tokens(config, plain, load) for load in loads]
         each = [qwen_step_tflop(config, plain, *size) for size in sizes]
         average = sum(a * o.visits for a, o in zip(each, loads, strict=True)) / visits
+        average *= 1 + further_passes(config, flavour)
         return max((tokens for tokens, _ in sizes), default=0), average
 
     heaviest, mean = work(config, loads)
