@@ -100,3 +100,31 @@ def test_the_readmes_table_of_cards_says_what_the_files_say():
     for card, name, peak in rows:
         text = (ROOT / "configs" / name).read_text()
         assert int(peak) == int(re.search(r"bout (\d+)", text)[1]) < int(card) * 1.0737 - 0.5, name
+
+
+def test_the_page_of_cards_says_what_plan_computes():
+    """Rows of Qwen models: peak and operations of one sample, with one reference of its size."""
+    text, checked = (ROOT / "docs/cards.md").read_text(), 0
+    lines = [line for line in text.splitlines() if re.match(r"\| \d+ GB \| Qwen", line)]
+    for line in lines:
+        card, model, size, _, peak, tflop, how = (c.strip() for c in line.strip("| ").split("|"))
+        file, flags = re.findall(r"`([^`]+)`", how)[0], re.findall(r"`(--[^`]+)`", how)
+        argv = ["--config", str(ROOT / "configs" / file), *" ".join(flags).split()]
+        config = load_config(script.Config, argv)
+        transformer, trained = full_size(config.model.pretrained_model_name_or_path)
+        side, flavour = int(size.split()[0]), tool.flavour_of(script, config)
+        text_tokens = 60 if flavour.prefix_is_constant else 300
+        load = tool.Load(((side, side), (side, side)), text_tokens, 1)
+        tokens, pairs = tool.sample_tokens(config, transformer, load)
+        found = tool.qwen_peak_gb(
+            script, config, transformer, trained, tokens * config.data.batch_size
+        )
+        assert found == pytest.approx(float(peak.split()[0]), abs=1), line
+        assert found < int(card.split()[0]) * 1.0737 - 0.5, line
+        if tflop:
+            own = tool.qwen_step_tflop(config, transformer, tokens, pairs)
+            own *= 1 + tool.further_passes(config, flavour)
+            assert own == pytest.approx(float(tflop), abs=1), line
+        assert ("2.1" in model) == flavour.prefix_is_constant
+        checked += 1
+    assert checked >= 10
