@@ -201,10 +201,28 @@ def test_every_function_and_file_a_page_names_exists(page):
 @pytest.mark.parametrize("page", PAGES[:-1], ids=lambda p: p.name)
 def test_no_page_names_a_setting_that_went(page):
     """But pages of tools that take other programs' settings, and experiments/."""
-    kept = {"pair_table.md", "convert_config.md", "interpolate_sd.md"}
+    kept = {"pair_table.md", "convert_config.md", "interpolate_sd.md", "troubleshooting.md"}
     named = re.findall(r"`(?:--)?(?:\w+\.)*(\w+)(?:[:= ][^`]*)?`", page.read_text())
     kept |= {f"settings_{name}" for name in kept}
     assert page.name in kept or not set(named) & set(load_tool("settings").GONE)
+
+
+def test_every_message_is_on_the_troubleshooting_page():
+    """After a change: python tools/messages.py. The texts are read here in another way."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    assert page == load_tool("messages").page() and len(page.splitlines()) < 600
+    plain = " ".join(re.sub("[`…]", " ", page).split())
+    for file in {*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")} - {ROOT / "tools/messages.py"}:
+        raised = [n.exc for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Raise)]
+        for call in raised:
+            if getattr(getattr(call, "func", None), "id", "") != "UserError" or not call.args:
+                continue
+            parts = getattr(call.args[0], "values", call.args[:1])  # of an f-string, or the text
+            texts = [n.value for n in parts if isinstance(n, ast.Constant)]
+            longest = max((str(text).strip("\n :;,`") for text in texts), key=len, default="")
+            if len(longest) > 22 and not longest.startswith("usage"):
+                words = " ".join(longest.replace("`", " ").split())
+                assert words in plain, f"{file.name}:{call.lineno}: {words}"
 
 
 @pytest.mark.parametrize(
