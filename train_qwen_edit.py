@@ -957,12 +957,16 @@ def check_frames(data: PairData) -> list[str]:
 
 def notes_on(data: PairData) -> list[str]:
     """Return what is done to samples unasked, and the setting that changes it."""
-    seen = []
+    seen, found = [], []
     for s in data.samples:
         ds, facts = data.config.data.dataset_configs[s.dataset], data.index[s.variants[0].target]
         lines = ds.target_dir and ds.caption_lines is None and len(s.variants) > 1
         seen.append((f"data.dataset_configs.{s.dataset}", facts, ds.resolution**2, lines))
-    return utils.from_tool("check", "notes", [], seen)
+        shown = [data.index[r.path]["aspect"] for r in s.variants[0].references]
+        if shown and not any(aligns(aspect, facts["aspect"]) for aspect in shown):
+            text = "no reference has the target's aspect: shown whole, pixels are not aligned"
+            found.append(f"{s.variants[0].target}: {text}; crop both alike")
+    return utils.from_tool("check", "notes", [], seen) + found
 
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:

@@ -37,7 +37,7 @@ def tell(output_dir: Path, stopped: bool = False, command: str = "") -> None:
     elif command or (command := generate_command(output_dir, record["config"])):
         lines["to try it"] = command
     for name, text in lines.items():
-        print(f"{name + ':':10} {text}", flush=True)
+        print(load_tool("quiet").paint(f"{name + ':':10}", "bold", sys.stdout), text, flush=True)
 
 
 def resume_command(record: dict[str, Any]) -> str:
