@@ -317,6 +317,25 @@ def test_every_message_is_on_the_troubleshooting_page():
                 assert words in plain, f"{file.name}:{call.lineno}: {words}"
 
 
+SEEDS_WORDS = (  # under which the users' documents have their errors
+    *("No matching image pairs found", "Before/After images root doesn't exist", "内存不足"),
+    *(
+        "Control tensor list length does not match batch size",
+        "验证阶段显存不足",
+        "`edit-v1` 下缓存不存在",
+    ),
+)
+
+
+def test_troubleshooting_is_found_by_the_words_of_the_users_documents():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    assert [words for words in SEEDS_WORDS if words not in page] == []
+
+
+def test_the_first_lora_is_short():
+    assert len((ROOT / "docs/first_lora.md").read_text().split()) < 700
+
+
 @pytest.mark.parametrize(
     "script",
     [

@@ -49,6 +49,14 @@ def test_a_warning_of_our_own_comes_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["a is left out", "b is left out"]
 
 
+def test_other_processes_warn_of_their_cache_alone(caplog, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with quiet.quiet():
+        for text in ("note: two pairs", "entry x is damaged; it is built again"):
+            logging.getLogger("train_qwen_edit").warning(text)
+    assert [record.getMessage()[:7] for record in caplog.records] == ["entry x"]
+
+
 @pytest.mark.parametrize("none", ["NO_COLOR", "TERM"])
 def test_colours_where_the_terminal_takes_them(none, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")

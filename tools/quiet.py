@@ -57,18 +57,19 @@ def is_wanted(record: logging.LogRecord) -> bool:
 
 
 class Once(logging.Filter):
-    """Lets each warning through once, in yellow."""
+    """Lets each warning through once, of process 0, in yellow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether it is new."""
+        """Return whether it is new, or no warning."""
         if record.levelno < logging.WARNING:
             return True
         text = record.getMessage()
-        if text in self.said:
+        others = os.environ.get("RANK", "0") != "0"  # process 0 says the same, but of its cache
+        if text in self.said or (others and "built again" not in text):
             return False
         self.said.add(text)
         record.msg, record.args = paint(text, "yellow", sys.stderr), ()
