@@ -27,7 +27,7 @@ Stable Diffusion 1.x:
     ... --image photo.png                     # change a photo; or --input_dir, --output_dir
 
     ... --script my_fork.py                   # draw as this training script does
-    ... --help [edit | slider | runs | change]
+    ... --help [edit | slider | runs | change | all]
 
 Qwen runs through the diffusers pipelines and load_lora_weights: the LoRA file works everywhere. The
 others are drawn by their training script (a LoRA belongs to the code that trained it), loaded by
@@ -1632,14 +1632,17 @@ def note_families(given: dict[str, Any], own: type[Painter]) -> str:
 
 
 def help_text(wanted: str, script: Callable[[type[Painter]], Any]) -> str:
-    """Return the commands, or all settings of one family. Raises UserError."""
-    classes = {"edit": EditConfig, "slider": SliderConfig, "change": ChangeConfig, "runs": None}
+    """Return the commands, or all settings of one family or of all. Raises UserError."""
+    classes = {"edit": EditConfig, "slider": SliderConfig, "change": ChangeConfig}
+    tool, names = load_tool("settings"), [*classes, "runs", "all"]
     if not wanted:
-        return f"{__doc__}\nSettings: --help {', --help '.join(classes)}"
-    if wanted not in classes:
-        raise UserError(f"--help {wanted}: no such family{nearest(wanted, classes)}")
-    kind = classes[wanted] or runs_class(script(SliderPainter))
-    return load_tool("settings").help_text(kind, "all").rpartition("\n")[0]  # without its sections
+        first = "\n".join(tool.first(EditConfig, Path(__file__).name))
+        return f"{__doc__}\n{first}\n\nSettings: --help {', --help '.join(names)}"
+    if wanted not in names:
+        raise UserError(f"--help {wanted}: no such family{nearest(wanted, names)}")
+    kinds = classes if wanted == "all" else {wanted: classes.get(wanted)}
+    texts = [tool.help_text(k or runs_class(script(SliderPainter)), "all") for k in kinds.values()]
+    return "\n\n".join(text.rpartition("\n")[0] for text in texts)  # without its sections
 
 
 def main() -> None:

@@ -1162,7 +1162,8 @@ def full_change(trainer: SDTrainer, most: int = 8, steps: int = 20, skip: float 
         share = ((edited - first) * change).sum((1, 2, 3)) / change.square().sum()
         shares.append(share.cpu())
     went = torch.stack(shares).mean(0)
-    log.info("strength %s goes %s of the way", strengths.tolist(), went.tolist())
+    told = [f"{s:g}: {w:.2f}" for s, w in zip(strengths.tolist(), went.tolist(), strict=True)]
+    log.info("share of the change at each strength: %s", ", ".join(told))
     if (went < 1).all():
         log.warning("%.2f of a whole change is the most; train longer", went.max())
         # near 0 the strengths tell nothing

@@ -1027,13 +1027,16 @@ def check_frames(data: PairData) -> list[str]:
 
 def notes_on(data: PairData) -> list[str]:
     """Return what is done to samples unasked, and the setting that changes it."""
-    seen = []
+    seen, found = [], []
     for s in data.samples:
         ds, facts = data.config.data.dataset_configs[s.dataset], data.index[s.variants[0].target]
         lines = ds.target_dir and ds.caption_lines is None and len(s.variants) > 1
-        alone = not any(variant.references for variant in s.variants)
-        seen.append((f"data.dataset_configs.{s.dataset}", facts, ds.resolution**2, lines, alone))
-    return utils.from_tool("check", "notes", [], seen)
+        shown = [data.index[r.path]["aspect"] for r in s.variants[0].references]
+        place = f"data.dataset_configs.{s.dataset}"
+        seen.append((place, facts, ds.resolution**2, lines, not shown))
+        if shown and not any(aligns(aspect, facts["aspect"]) for aspect in shown):
+            found.append(f"{s.variants[0].target}: no reference has its aspect; crop both alike")
+    return utils.from_tool("check", "notes", [], seen) + found
 
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
@@ -1102,10 +1105,6 @@ def check_model(config: Config, precision: str) -> list[str]:
         f"base_model_precision: FSDP shards no {precision} weights; a card that holds them takes "
         "configs/accelerate/ddp.yaml": precision != "no_change" and sharding(),
         "blocks_to_swap: not with FSDP": model.blocks_to_swap and sharding(),
-        # processes would make unequally many passes, one for each length of text
-        "(data.batch_size): of 2.1 under FSDP 1": sharding()
-        and flavour.prefix_is_constant
-        and config.data.batch_size > 1,
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
         "lora.lora_plus_ratio: lokr has no B": lora.lora_plus_ratio > 1 and lora.method == "lokr",
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,
@@ -1118,6 +1117,8 @@ def check_model(config: Config, precision: str) -> list[str]:
     if levels and not constant:
         text = "needs a model whose text and references do not depend on the noise (2.1)"
         problems.append(f"loss.noise_levels_per_sample: {text}")
+    if sharding() and flavour.prefix_is_constant and config.data.batch_size > 1:
+        problems.append("data.batch_size: 1 for 2.1 under FSDP; each length of text is a pass")
     if config.data.caption_dropout_mode == "zero" and flavour.prefix_is_constant:
         problems.append("data.caption_dropout_mode: zero would hide where 2.1 has its pictures")
     named = lora.target_modules
@@ -1320,10 +1321,7 @@ PUBLISHED = {  # so that a plan and an audit need no network
 
 
 def detect_flavour(name_or_path: str) -> Flavour:
-    """Return 2508, 2509, 2511 or 2.1 by model_index.json, transformer/config.json.
-
-    Raises UserError.
-    """
+    """Return which model it is, by model_index.json, transformer/config.json. Raises UserError."""
     if name_or_path in PUBLISHED:
         return PUBLISHED[name_or_path]
     kind = utils.read_model_json(name_or_path, "model_index.json").get("_class_name")

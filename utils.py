@@ -74,8 +74,11 @@ def run_script(main: Callable[[], None]) -> None:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     gc.set_threshold(50_000)  # rows of large data sets are many objects, none of them garbage
+    quiet = Path(__file__).parent / "tools/quiet.py"  # without it libraries say more
+    tool = load_tool("quiet") if quiet.is_file() else None
     try:
-        main()
+        with tool.quiet() if tool else contextlib.nullcontext():
+            main()
         if os.environ.get("WORLD_SIZE", "1") != "1":
             sys.stdout.flush()
             # KEEP: DDP holds the process group; its threads may abort an interpreter that ends
@@ -96,6 +99,7 @@ def run_script(main: Callable[[], None]) -> None:
     if rank != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         time.sleep(3)  # let process 0 report in full before the launcher ends it
         text = f"process {rank}: {text.splitlines()[0]}"
+    text = tool.paint(text, "red", sys.stderr) if tool else text
     print(f"\n{text}", file=sys.stderr, flush=True)
     sys.exit(code)
 

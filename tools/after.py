@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, list_images, load_tool, run_script
+from utils import UserError, from_tool, list_images, load_tool, run_script
 
 RESUME = "resume_from_checkpoint"
 
@@ -37,7 +37,8 @@ def tell(output_dir: Path, stopped: bool = False, command: str = "") -> None:
     elif command or (command := generate_command(output_dir, record["config"])):
         lines["to try it"] = command
     for name, text in lines.items():
-        print(f"{name + ':':10} {text}", flush=True)
+        head = f"{name + ':':10}"
+        print(from_tool("quiet", "paint", head, head, "bold", sys.stdout), text, flush=True)
 
 
 def resume_command(record: dict[str, Any]) -> str:

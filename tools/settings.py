@@ -1,7 +1,8 @@
-"""Every setting of a script, as --help shows it and as the tables of the docs have it.
+"""Every setting of a script, as --help shows it and as docs/settings_*.md have it.
 
-python train_qwen_edit.py --help [SECTION]              # what the scripts do with it
-python tools/settings.py table train_qwen_edit.py       # a Markdown table, for docs/
+python train_qwen_edit.py --help [SECTION | all]        # what the scripts do with it
+python tools/settings.py page train_qwen_edit.py        # all of them as Markdown, also of a fork
+python tools/settings.py docs                           # writes docs/settings_*.md
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import Section, UserError, load_script, nearest, run_script, settings
+from utils import Section, UserError, load_script, nearest, run_script, save_text, settings
+
+ROOT = Path(__file__).resolve().parent.parent
 
 ROLLOUT = [f"rollout_{end}" for end in ("steps", "span", "probability", "warmup_steps", "target")]
 RECREATE = [f"recreate_cache_{kind}" for kind in ("target", "reference", "caption")]
@@ -103,37 +107,68 @@ FIRST = {  # of each script the settings that --help shows first
         "instance_data_dir instance_prompt output_dir pair_objective lora_rank "
         "max_train_steps"
     ),
-    "pair_table.py": ("hf_dataset table target_dir reference_dirs caption output"),
-    "interpolate_sd.py": ("pretrained_model_name_or_path image prompt frames output"),
+    "generate.py": (
+        "pretrained_model_name_or_path lora scales prompt image input_dir table seed output "
+        "output_dir"
+    ),
+    "evaluate.py": (
+        "results edited_dir before_dir after_dir before_suffix after_suffix metrics mask_dir html "
+        "output_dir"
+    ),
+    "pair_table.py": "hf_dataset table target_dir reference_dirs caption output",
+    "interpolate_sd.py": "pretrained_model_name_or_path image prompt frames output",
 }
 
 
-def sections(cls: type[Section]) -> dict[str, dict[str, Any]]:
-    """Return {section: {setting: field}}; in a flat config a class is a section."""
-    found: dict[str, dict[str, Any]] = {}
+DRAWS = "EditConfig SliderConfig ChangeConfig"
+PAGES = {  # script: page that describes it, and the config classes of its settings
+    "train_qwen_edit.py": ("train_qwen_edit.md", "Config"),
+    "train_pairedit.py": ("train_pairedit.md", "Config"),
+    "train_dreambooth_pairs.py": ("train_dreambooth_pairs.md", "Config"),
+    "generate.py": ("generate.md", DRAWS),
+    "evaluate.py": ("evaluate.md", "Config"),
+    "tools/serve.py": ("serve.md", "ServeConfig"),
+    "tools/pair_table.py": ("pair_table.md", "Config"),
+    "tools/interpolate_sd.py": ("interpolate_sd.md", "Config"),
+}
+
+
+class Part(NamedTuple):
+    """A section of the settings: a key of a nested config, a class of a flat one."""
+
+    name: str
+    about: str
+    fields: dict[str, Any]
+
+
+def sections(cls: type[Section]) -> dict[str, Part]:
+    """Return the sections of a config by name; in a flat config a class is a section."""
+    found: dict[str, Part] = {}
     for path, field in settings(cls):
         name, dot, _ = path.partition(".")
         owner = next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
+        kind = cls.model_fields[name].annotation if dot else owner
         section = name if dot else owner.__name__.removesuffix("Config").lower() or "general"
-        found.setdefault(section, {})[path] = field
-    return found
+        about = "The rest." if section == "general" else str(inspect.getdoc(kind))
+        found.setdefault(section, Part(section, " ".join(about.split()), {})).fields[path] = field
+    return {n: part._replace(about="") for n, part in found.items()} if len(found) == 1 else found
+
+
+WORDS = {bool: "true | false", int: "whole number", float: "number", str: "text", Path: "path"}
 
 
 def type_in_words(kind: Any) -> str:
-    """Return what a setting takes: "whole number", "mse | huber", "list of text"."""
-    words = {bool: "true | false", int: "whole number", float: "number", str: "text", Path: "path"}
+    """Return what a setting takes: "whole number", "mse | huber", "list of texts"."""
     inner = [type_in_words(arg) for arg in get_args(kind) if arg is not type(None)]
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if hasattr(kind, "__metadata__"):  # Annotated
         return type_in_words(get_args(kind)[0])
     if get_origin(kind) is list:
-        return f"list of {inner[0]}"
-    return (
-        " | ".join(dict.fromkeys(inner))
-        if inner and get_origin(kind) is not dict
-        else words.get(kind, "mapping")
-    )
+        return f"list of {inner[0]}s"
+    if inner and get_origin(kind) is not dict:
+        return " | ".join(dict.fromkeys(inner))
+    return WORDS.get(kind, "{name: value, ...}")
 
 
 def default_of(field: Any) -> str:
@@ -141,11 +176,11 @@ def default_of(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    return (
-        {None: "null", "": '""'}.get(value, str(value))
-        if isinstance(value, str | None)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value) or '""'
 
 
 def explain(cls: type[Section], data: Any, errors: Any) -> list[str]:
@@ -194,54 +229,95 @@ def instead(cls: type[Section], path: str) -> str:
     return f"unknown setting{nearest(name, [best] if likeness(best) >= 0.5 else beside)}"
 
 
+def shown(fields: Mapping[str, Any]) -> list[str]:
+    """Return the lines of --help on settings."""
+    text = []
+    for path, field in fields.items():
+        text.append(f"  --{path}  ({type_in_words(field.annotation)}; {default_of(field)})")
+        text += [f"      {line}" for line in (field.description or "").splitlines()]
+    return text
+
+
+def first(cls: type[Section], script: str) -> list[str]:
+    """Return the lines on the settings that one starts with, at most ten."""
+    fields = dict(settings(cls))
+    return shown({name: fields[name] for name in FIRST.get(script, " ".join(fields)).split()})
+
+
 def help_text(cls: type[Section], wanted: str) -> str:
     """Return the settings of one section, of "all", or ("") the newcomer's and the sections.
 
     Raises:
         UserError: no section of that name.
     """
-    every, fields = sections(cls), dict(settings(cls))
+    every = sections(cls)
     if wanted not in ("", "all", *every):
         raise UserError(f"--help {wanted}: no such section{nearest(wanted, ['all', *every])}")
-    shown = {wanted: every[wanted]} if wanted in every else every
+    text = [] if wanted in every else [str(cls.__doc__), ""]
     if not wanted:
-        first = FIRST.get(str(cls.__doc__).partition(":")[0], " ".join(fields)).split()
-        shown = {"first": {path: fields[path] for path in first}}
-    text = [] if wanted in every else [f"{cls.__doc__}"]
-    for section, its in shown.items():
-        text += ["", f"[{section}]"] if wanted else [""]
-        for path, field in its.items():
-            text.append(f"  --{path}  ({type_in_words(field.annotation)}; {default_of(field)})")
-            text += [f"      {line}" for line in (field.description or "").splitlines()]
-    return "\n".join(
-        [
-            *text,
-            "",
-            "  --config FILE     YAML or JSON file, see configs/",
-            "  --print_config    show what would run",
-            f"  --help SECTION    {', '.join(every)}; or all",
-        ]
-    )
+        text += first(cls, str(cls.__doc__).partition(":")[0])
+    for part in every.values() if wanted == "all" else [every[wanted]] if wanted else []:
+        text += [f"[{part.name}] {part.about}".rstrip(), *shown(part.fields), ""]
+    text += [] if wanted else [""]
+    text += ["  --config FILE     YAML or JSON file, see configs/"]
+    text += ["  --print_config    show what would run"]
+    if len(every) == 1:
+        return "\n".join([*text, "  --help all        all settings"])
+    if wanted:
+        return "\n".join([*text, f"  --help SECTION    {', '.join(every)}; or all"])
+    text += ["  --help SECTION    one of these, or all", "", *contents(every)]
+    return "\n".join(text)
 
 
-def table(cls: type[Section]) -> str:
-    """Return a Markdown table of every setting: name, default, meaning."""
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for path, field in settings(cls):
-        choices = type_in_words(field.annotation)
+def contents(parts: Mapping[str, Part]) -> list[str]:
+    """Return a line per section: its name, its number of settings, what it is about."""
+    rows = [(name, len(part.fields), part.about) for name, part in parts.items()]
+    return [f"  {name:16}{count:4}  {about}".rstrip() for name, count, about in rows]
+
+
+def table(fields: Mapping[str, Any]) -> str:
+    """Return a Markdown table of settings: name, what it takes, default, meaning."""
+    rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
+    for path, field in fields.items():
         meaning = " ".join((field.description or "").split())
-        meaning += f" ({choices})" if " | " in choices else ""
-        rows.append(f"| `{path}` | {default_of(field)} | {meaning.replace('|', chr(92) + '|')} |")
+        cells = [f"`{path}`", type_in_words(field.annotation), default_of(field), meaning]
+        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows)
 
 
+def page(script: str) -> str:
+    """Return the Markdown page of all settings of a script."""
+    about, names = PAGES.get(script, ("", "Config"))
+    module, parts = load_script(ROOT / script), dict[str, Part]()
+    for name in names.split():  # families share their first sections
+        parts |= sections(getattr(module, name))
+    name = Path(script).name
+    text = [f"# Settings of {script}", ""]
+    text += [f"What they do together: [{name}]({about})." if about else "", ""]
+    text += ["`python tools/settings.py docs` writes this page from the script; a test compares."]
+    if len(parts) > 1:
+        text += [f"Sections: {', '.join(f'[{part}](#{part})' for part in parts)}."]
+    for part in parts.values():
+        text += ["", f"## {part.name}", "", *([part.about, ""] if part.about else [])]
+        text.append(table(part.fields))
+    return "\n".join(text) + "\n"
+
+
+def page_file(script: str) -> Path:
+    """Return where the page of a script lies."""
+    return ROOT / f"docs/settings_{Path(script).stem}.md"
+
+
 def main() -> None:
-    """Print the table of a script's settings."""
+    """Print the page of a script's settings, or write all of them into docs/."""
     match sys.argv[1:]:
-        case ["table", script]:
-            print(table(load_script(Path(script)).Config))
+        case ["docs"]:
+            for script in PAGES:
+                save_text(page_file(script), page(script))
+        case ["page", script]:
+            print(page(script), end="")
         case _:
-            raise UserError("usage: python tools/settings.py table SCRIPT")
+            raise UserError("usage: python tools/settings.py page SCRIPT, or: docs")
 
 
 if __name__ == "__main__":
