@@ -165,6 +165,9 @@ def straight(checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("q21")
     changes = {
         "loss.noise_levels_per_sample": 2,
+        "loss.preserve": 0.5,
+        "loss.preserve_prompts": ["make it green"],
+        "loss.preserve_every": 2,
         "model.lora.target_modules": "attn+mlp",
         "train.max_train_steps": 6,
         "train.checkpointing_steps": 3,
@@ -191,6 +194,9 @@ def test_a_run_learns_resumes_and_loads_everywhere(straight, tmp_path, checkpoin
     run(script.__file__, *flags, "--train.max_train_steps", 3)
     run(script.__file__, *flags, "--train.resume_from_checkpoint", "latest")
     assert_same_files(tmp_path / "out", out)
+    two = ["--config", file, "--logging.output_dir", tmp_path / "two", "--data.batch_size", 1]
+    run(script.__file__, *two, processes=2)
+    assert_same_files(tmp_path / "two", out, atol=2e-4)
     names = load_file(out / script.LORA_FILE)
     assert any(".img_mlp.gate_layer." in name for name in names)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
