@@ -2,6 +2,7 @@
 
 import io
 import logging
+import warnings
 
 import pytest
 import tqdm.auto
@@ -49,9 +50,18 @@ def test_a_warning_of_our_own_comes_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["a is left out", "b is left out"]
 
 
+def test_a_warning_that_is_not_named_is_still_said(recwarn):
+    with quiet.quiet():
+        warnings.warn("`broadcast_buffers` is deprecated. Use another", FutureWarning, stacklevel=1)
+        warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
+    assert [str(w.message) for w in recwarn] == ["something else is deprecated"]
+
+
 def test_other_processes_warn_of_their_cache_alone(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
     monkeypatch.setenv("RANK", "1")
     with quiet.quiet():
+        logging.getLogger("utils").info("starting from step 0")
         for text in ("note: two pairs", "entry x is damaged; it is built again"):
             logging.getLogger("train_qwen_edit").warning(text)
     assert [record.getMessage()[:7] for record in caplog.records] == ["entry x"]

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,10 @@ BARS = {  # bars of libraries, by their label; ours say what is loaded
     "Loading pipeline components...",  # diffusers: the parts of a pipeline
     "Loading checkpoint shards",  # transformers and diffusers: the files of one part
 }
+WARNINGS = [  # what a warning begins with
+    # accelerate hands our setting to torch, under the name that torch had before
+    "`broadcast_buffers` is deprecated"
+]
 TRAINERS = ("train_qwen_edit", "train_pairedit", "train_dreambooth_pairs")
 OURS = ("utils", "check", "pair_rows", *TRAINERS)  # loggers
 COLOURS = {"red": "\x1b[31m", "yellow": "\x1b[33m", "bold": "\x1b[1m"}
@@ -57,19 +62,18 @@ def is_wanted(record: logging.LogRecord) -> bool:
 
 
 class Once(logging.Filter):
-    """Lets each warning through once, of process 0, in yellow."""
+    """Lets each warning through once, in yellow; of processes but the first what only they know."""
 
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether it is new, or no warning."""
-        if record.levelno < logging.WARNING:
+        """Return whether a line is new."""
+        text, first = record.getMessage(), os.environ.get("RANK", "0") == "0"
+        if record.levelno >= logging.ERROR or (record.levelno < logging.WARNING and first):
             return True
-        text = record.getMessage()
-        others = os.environ.get("RANK", "0") != "0"  # process 0 says the same, but of its cache
-        if text in self.said or (others and "built again" not in text):
+        if text in self.said or not (first or "built again" in text):
             return False
         self.said.add(text)
         record.msg, record.args = paint(text, "yellow", sys.stderr), ()
@@ -85,7 +89,10 @@ def quiet() -> Iterator[None]:
         for name, its in filters.items():
             logging.getLogger(name).addFilter(its)
         tqdm.auto.tqdm = Bar  # both libraries look it up there for every bar
-        yield
+        with warnings.catch_warnings():
+            for text in WARNINGS:
+                warnings.filterwarnings("ignore", message=text)
+            yield
     finally:
         tqdm.auto.tqdm = before
         for name, its in filters.items():
