@@ -475,6 +475,7 @@ def lora(start="transformer.", **more):
     }
 
 
+LOKR_SIZES = {"w1": (4, 4), "w2_a": (16, 3), "w2_b": (2, 16)}
 ODD = kron_parts(torch.empty(64, 64), (32, 2))
 REFUSED = {  # tensors, and what the message says
     "DoRA of OneTrainer": (lora(dora_scale=torch.ones(64, 1)), "dora_scale"),
@@ -494,6 +495,22 @@ REFUSED = {  # tensors, and what the message says
         {f"transformer.{LAYERS[0]}.lokr_{n}": x for n, x in zip(("w1", "w2"), ODD, strict=True)},
         "LoKr with these sizes",
     ),
+    "convolutions": (
+        lora(
+            **{"lora_A.weight": torch.ones(4, 64, 1, 1), "lora_B.weight": torch.ones(64, 4, 1, 1)}
+        ),
+        r"\[64, 64, 1, 1, 1, 1\]",
+    ),
+    "one factor twice": (lora(**{"lora_down.weight": torch.ones(4, 64)}), "lora_down"),
+    "two alphas": (lora(alpha=torch.ones(2)), "strength"),
+    "magnitudes of other sizes": (
+        lora(lora_magnitude_vector=torch.ones(3)),
+        r"magnitudes of \[3\]",
+    ),
+    "factors of a LoKr that do not fit": (
+        {f"transformer.{LAYERS[0]}.lokr_{n}": torch.ones(*x) for n, x in LOKR_SIZES.items()},
+        "product of its factors",
+    ),
     "half of a LoKr": ({f"transformer.{LAYERS[0]}.lokr_w1": torch.ones(4, 4)}, "has only w1"),
 }
 
@@ -506,6 +523,18 @@ def test_what_is_not_read_is_refused_by_name_before_a_model_loads(name, checkpoi
     with pytest.raises(UserError, match=words) as refused:
         Painter().check_lora(file, qwen.empty_transformer(config))
     assert str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ['{"lora_alpha": "x"}', '{"alpha_pattern": {"(": 2}}', '{"alpha_pattern": [1]}', "[1]", "x"],
+)
+def test_strange_settings_of_peft_are_refused(settings, checkpoints, tmp_path):
+    file = write_file(tmp_path, lora("base_model.model."))
+    (tmp_path / "adapter_config.json").write_text(settings)
+    config = qwen.utils.read_model_json(str(checkpoints["2511"]), "transformer/config.json")
+    with pytest.raises(UserError, match=r"other\.safetensors|adapter_config\.json"):
+        Painter().check_lora(file, qwen.empty_transformer(config))
 
 
 def test_a_strange_file_of_stable_diffusion(checkpoints, tmp_path):

@@ -72,7 +72,7 @@ def check_kind(path: Path, names: Iterable[str], edits: bool) -> None:
     kinds = KINDS if edits else KINDS | EDITS
     for name in sorted(names):
         if kind := next((kind for part, kind in kinds.items() if re.search(part, name)), None):
-            way = "merge it into the base with its own program, or train a LoRA or LoKr"
+            way = "take the file it was converted from, or merge it with the program it is for"
             raise UserError(f"LoRA {path} is {kind}: {name}; not read here. What to do: {way}")
 
 
@@ -106,9 +106,10 @@ def sort_keys(tensors: Parts, transformer: Any) -> tuple[dict[str, Parts], list[
     for key, tensor in tensors.items():
         end = next((end for end in ENDS if key.endswith(end)), None)
         layer = names.get(key.removesuffix(end)) if end else None
-        if end and layer:
-            found.setdefault(layer, {})[ENDS[end]] = tensor
-        else:
+        parts = found.setdefault(layer, {}) if end and layer else None
+        if end and parts is not None and ENDS[end] not in parts:
+            parts[ENDS[end]] = tensor
+        else:  # of no layer here, or the same part under two names
             left.append(key)
     return found, left
 
@@ -121,8 +122,15 @@ def read_settings(path: Path, names: Iterable[str], metadata: dict[str, str]) ->
     if of_peft and text == "{}" and not any(name.endswith(".alpha") for name in names):
         with named(f"LoRA {path} is of PEFT, whose strength stands in {beside.name} beside it"):
             text = read_text(beside)
-    with named(f"LoRA {path}: its metadata cannot be read"):
+    with named(f"LoRA {path}: its settings cannot be read"):
         settings = dict(json.loads(text))
+        patterns = [
+            p for n in ("alpha_pattern", "rank_pattern") for p in dict(settings.get(n) or {})
+        ]
+    if of_peft:  # those in the metadata are looked at with the file
+        said = {f"{beside}: {text!r}": text for text in patterns}
+        if problems := from_tool("check", "check_patterns", [], said):
+            raise UserError(problems[0])
     return {key.removeprefix("transformer."): value for key, value in settings.items()}
 
 
@@ -213,7 +221,8 @@ def read_layers(path: Path, transformer: Any, pipeline: str) -> dict[str, Parts]
         text = f"LoRA {path}: {len(left)} of {total} tensors are no part of a LoRA for this"
         raise UserError(f"{text} transformer\n{listed(left, 3)}")
     settings = read_settings(path, tensors, metadata)
-    return {layer: fold(layer, parts, settings, musubi) for layer, parts in found.items()}
+    with named(f"LoRA {path}: its strength, or a product of its factors, cannot be computed"):
+        return {layer: fold(layer, parts, settings, musubi) for layer, parts in found.items()}
 
 
 def misfit(parts: Parts, layer: Any) -> str:
@@ -225,8 +234,9 @@ def misfit(parts: Parts, layer: Any) -> str:
         down, up = parts["lora_A.weight"], parts["lora_B.weight"]
         if up.shape[1] != len(down):
             return f"its factors have the ranks {len(down)} and {up.shape[1]}"
-        sizes = [len(up), down.shape[1]]
+        sizes = [len(up), *down.shape[1:], *up.shape[2:]]
     here = list(getattr(layer, "weight", torch.empty(0)).shape)
     lengths = parts.get("lora_magnitude_vector", torch.empty(here[0])).shape
-    wrong = sizes != here or [*lengths] != here[:1]
-    return f"changes weights of {sizes}, here they are {here}" if wrong else ""
+    if sizes == here and [*lengths] != here[:1]:
+        return f"has magnitudes of {[*lengths]}, here they are {here[:1]}"
+    return "" if sizes == here else f"changes weights of {sizes}, here they are {here}"
