@@ -40,6 +40,7 @@ Shapes: B scales drawn at once, H W pixels in [-1, 1], h w latents (H/8 W/8), C 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import importlib
@@ -845,7 +846,9 @@ class Painter:
 
     def decides(self) -> dict[str, Any]:
         """Return what decides the pixels beside the config: precision, and the code that draws."""
-        code = [hash_of(Path(file)) for file in (__file__, self.script.__file__)]
+        reads = Path(__file__).parent / "tools/lora_names.py"
+        files = [Path(__file__), Path(self.script.__file__), *[reads] * reads.is_file()]
+        code = [hash_of(file) for file in files]
         return {"dtype": str(self.dtype), "code": code}
 
     def size(self, images: Sequence[dict[str, Any]]) -> tuple[int, int]:
@@ -962,19 +965,21 @@ class EditPainter(Painter):
 
     def check_lora(self, file: Path, model: Any) -> None:
         """Compare names and shapes of a LoRA with the transformer. Raises UserError."""
-        tensors = edit_tensors(file, model) if model else {}
-        layers = dict(model.named_modules()) if model else {}
-        wrong = []
-        for name, tensor in tensors.items():
-            layer = re.split(r"\.(?:lora_|lokr_|alpha|diff|dora)", name)[0]
-            shape = getattr(layers.get(layer.removeprefix("transformer.")), "weight", tensor).shape
-            axis = 1 if ".lora_A." in name else 0
-            if layer.removeprefix("transformer.") not in layers:
-                wrong.append(f"{name}: no such layer")
-            elif ".lora_" in name and tensor.shape[axis] != shape[axis]:
-                wrong.append(f"{name}: {tensor.shape[axis]}, here it is {shape[axis]}")
+        if not model:
+            return
+        tool = load_tool("lora_names")
+        layers = tool.read_layers(file, model, "QwenImageEditPlusPipeline")
+        wrong = [
+            f"{layer}: {text}"
+            for layer, x in layers.items()
+            if (text := tool.misfit(x, model.get_submodule(layer)))
+        ]
         if wrong:
-            raise UserError(f"LoRA {file}: {len(wrong)} tensors do not fit\n{listed(wrong, 3)}")
+            raise UserError(f"LoRA {file}: {len(wrong)} layers do not fit\n{listed(wrong, 3)}")
+        if any("lokr_w1" in parts for parts in layers.values()):
+            what = f"LoRA {file}: PEFT has no LoKr with these sizes"
+            with named(what), warnings.catch_warnings(action="ignore"):  # of tensors without values
+                copy.deepcopy(model).load_lora_adapter(edit_tensors(file, model))
 
     def size(self, images: Sequence[dict[str, Any]]) -> tuple[int, int]:
         """Return (W, H) px of a result: 1 MP, or as the LoRA was trained, in the last aspect."""
@@ -1077,143 +1082,39 @@ class EditPainter(Painter):
         return [cut(image, aspect) for image, aspect in zip(images, aspects, strict=True)]
 
 
-def edit_tensors(path: Path, transformer: Any) -> Parts:
-    """Return a file's tensors under diffusers' names, with alpha folded in. Raises UserError."""
-    import diffusers
-
-    tensors, _ = read_tensors(path)
-    if any(re.search("lokr_|magnitude|dora", name) for name in tensors):
-        with named(f"LoRA {path} cannot be read"), warnings.catch_warnings(action="ignore"):
-            kind = diffusers.QwenImageEditPlusPipeline
-            return kind.lora_state_dict(str(path), use_safetensors=True)
-    return {
-        f"transformer.{layer}.lora_{end}.weight": factor
-        for layer, factors in read_factors(path, transformer, "QwenImageEditPlusPipeline").items()
-        for end, factor in zip("AB", factors, strict=True)
-    }
+def edit_tensors(path: Path, transformer: Any) -> dict[str, torch.Tensor]:
+    """Return a file's tensors under diffusers' names, its strength folded in. Raises UserError."""
+    read = load_tool("lora_names").read_layers
+    layers = read(path, transformer, "QwenImageEditPlusPipeline").items()
+    return {f"transformer.{layer}.{n}": x for layer, parts in layers for n, x in parts.items()}
 
 
 def load_edit_lora(pipeline: Any, path: Path, name: str) -> None:
-    """Call load_lora_weights; it refuses LoKr files, which the transformer takes."""
-    names = [*read_tensors(path)[0]]
-    if any(".lokr_" in key for key in names):
-        how: dict[str, Any] = {"use_safetensors": True, "return_lora_metadata": True}
-        tensors, metadata = pipeline.lora_state_dict(str(path), **how)
-        how = {"adapter_name": name, "metadata": metadata, "_pipeline": pipeline}
-        return pipeline.load_lora_into_transformer(tensors, pipeline.transformer, **how)
-    known = (
-        r"transformer\..*\.lora_[AB]\.weight|transformer\..*magnitude.*|(diffusion_model|lora_u).*"
-    )
-    stock = all(re.fullmatch(known, key) for key in names)
-    source = str(path) if stock else edit_tensors(path, pipeline.transformer)
-    pipeline.load_lora_weights(source, adapter_name=name)
+    """Call load_lora_weights on a file of ours, or on another's tensors; the model takes LoKr."""
+    names = [*load_tool("lora_names").read_tensors(path)[0]]
+    lokr = any(".lokr_" in key for key in names)
+    if read_about(path) and not lokr and all(key.startswith("transformer.") for key in names):
+        return pipeline.load_lora_weights(str(path), adapter_name=name)
+    tensors = edit_tensors(path, pipeline.transformer)
+    if not lokr:
+        return pipeline.load_lora_weights(tensors, adapter_name=name)
+    how = {"adapter_name": name, "_pipeline": pipeline}
+    pipeline.load_lora_into_transformer(tensors, pipeline.transformer, **how)
 
 
 # --- 7. FLUX.1: files of sliders ------------------------------------------------------------------
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return tensors and metadata of a .safetensors file or a pickle of tensors; UserError."""
-    if path.suffix == ".safetensors":
-        with named(f"LoRA {path} cannot be read"), safe_open(path, framework="pt") as file:
-            names = file.keys()  # not a dict
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    tensors = None
-    with contextlib.suppress(Exception):  # torch's advice would be to run what is in the file
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
-        raise UserError(f"LoRA {path}: no pickle of tensors by their names, and of nothing else")
-    with named(f"LoRA {path}"):
-        utils.from_tool("check", "check_factors", None, tensors)
-    return tensors, {}
-
-
-FACTORS = {
-    ".lora_A.weight": "down",
-    ".lora_down.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_up.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".alpha": "alpha",
-}
-LOST = re.compile(r"dora|^lora_te|^text_encoder|diff")  # what diffusers' conversion leaves out
-Parts = dict[str, torch.Tensor]  # of a layer: "down" (r, in), "up" (out, r), "alpha"
-
-
-def sort_keys(tensors: Parts, transformer: Any) -> tuple[dict[str, Parts], list[str]]:
-    """Return {layer: parts} and the names that belong to no layer here.
-
-    Layers are named as in the model, with or without "transformer.", or as in PairEdit's files.
-    KEEP: its names are made from the layers; underscores cannot be turned back into dots.
-    """
-    names: dict[str, str] = {}
-    for path, _ in transformer.named_modules():
-        for before in ("", "transformer.", "diffusion_model.", "base_model.model."):
-            names[f"{before}{path}"] = path
-        for before in ("lora_unet_", "lora_transformer_", "lycoris_"):
-            names[before + path.replace(".", "_")] = path
-    found: dict[str, Parts] = {}
-    left = []
-    for key, tensor in tensors.items():
-        end = next((end for end in FACTORS if key.endswith(end)), None)
-        layer = names.get(key.removesuffix(end)) if end else None
-        if end and layer:
-            found.setdefault(layer, {})[FACTORS[end]] = tensor
-        else:
-            left.append(key)
-    return found, left
-
-
-def lora_strength(layer: str, parts: Parts, settings: dict[str, Any]) -> float:
-    """Return alpha / rank: by the file's own .alpha, else its PEFT settings, else 1."""
-    rank = parts["down"].shape[0]
-    if "alpha" in parts:
-        return float(parts["alpha"]) / rank
-    if "lora_alpha" not in settings:
-        return 1.0
-    own = (settings.get("alpha_pattern") or {}).items()  # PEFT: an ending of the name, a regex
-    fits = (alpha for ending, alpha in own if re.fullmatch(rf"(.*\.)?({ending})", layer))
-    alpha = next(fits, settings["lora_alpha"])
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def read_factors(
-    path: Path, transformer: Any, pipeline: str = "FluxPipeline"
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def read_factors(path: Path, transformer: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return {layer: (down (r, in), up (out, r))} of a file, fp32; its strength is folded into up.
 
-    Takes diffusers/PEFT files, those of PairEdit and Concept Sliders (lora_unet_*), and what
-    `pipeline.lora_state_dict` converts (kohya, XLabs, Black Forest Labs ...).
+    Takes every layout of tools/lora_names.py, and what diffusers converts for FLUX.
 
     Raises:
         UserError: not readable, or tensors in it that are no part of a LoRA for this transformer.
     """
-    import diffusers
-
-    tensors, metadata = read_tensors(path)
-    found, left = sort_keys(tensors, transformer)
-    if left and not any(LOST.search(key) for key in left):
-        with contextlib.suppress(Exception):  # converters raise many kinds; `left` tells the user
-            kind = getattr(diffusers, pipeline)
-            converted = kind.lora_state_dict(dict(tensors), return_alphas=True)
-            converted, alphas = converted if isinstance(converted, tuple) else (converted, None)
-            found, left = sort_keys(converted | (alphas or {}), transformer)
-    left += [layer for layer, parts in found.items() if not {"down", "up"} <= parts.keys()]
-    if left or not found:
-        text = f"LoRA {path}: {len(left)} of {len(tensors)} tensors are no part of a LoRA for this"
-        raise UserError(f"{text} transformer\n{listed(left, 3)}")
-    try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError as error:
-        raise UserError(f"LoRA {path}: its metadata cannot be read: {error}") from error
-    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
-    return {
-        layer: (parts["down"].float(), parts["up"].float() * lora_strength(layer, parts, settings))
-        for layer, parts in found.items()
-    }
+    found = load_tool("lora_names").read_layers(path, transformer, "FluxPipeline")
+    return {layer: (x["lora_A.weight"], x["lora_B.weight"]) for layer, x in found.items()}
 
 
 def flux_layers(script: ModuleType, name: str) -> Any:
@@ -1459,6 +1360,8 @@ class ChangePainter(Painter):
     def check_lora(self, file: Path, model: Any) -> None:
         """Compare a LoRA with the model. Raises UserError."""
         if model:
+            tool = load_tool("lora_names")
+            tool.check_kind(file, tool.read_tensors(file)[0], edits=False)
             self.script.load_adapter(model, self.script.AdapterSwitch(), "checked", file)
 
     def decides(self) -> dict[str, Any]:

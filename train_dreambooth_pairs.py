@@ -999,10 +999,10 @@ def follow_path(
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-LORA_NAMES = {  # what kohya and older diffusers have for parts of the names written here
+LORA_NAMES = {  # what kohya and older diffusers have for parts of the names of PEFT
     "lora_unet_": "unet_", "lora_te_": "text_encoder_", "lora_te1_": "text_encoder_",
+    "_processor_to_": "_to_", "_to_out_lora_": "_to_out_0_lora_",
     "_lora_linear_layer_": "_lora_", "_lora_down_": "_lora_A_", "_lora_up_": "_lora_B_",
 }  # fmt: skip
 
@@ -1024,17 +1024,27 @@ def path_in_file(part: str, path: str) -> str:
     return path if part == "unet" else f"text_model.{path.removeprefix('text_model.')}"
 
 
-def save_kohya(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a LoRA with the names of WebUIs, lora_unet_* and lora_te_*; .alpha is the rank."""
-    renamed, rank = {}, float(len(next(iter(tensors.values()))))
+def save_lora(path: Path, tensors: Any, about: dict[str, Any], export: str = "kohya") -> None:
+    """Write a LoRA. kohya: lora_unet_* and lora_te_*, alpha = rank; peft: the names of `tensors`.
+
+    KEEP kohya the default: diffusers, ComfyUI, Forge and sd-scripts load it whole. Of PEFT's names
+    ComfyUI and Forge find convolutions only, and leave attention out with a line in their log.
+    """
+    if export == "peft":
+        return utils.save_tensors(path, tensors, image_edit_lora=about)
+    renamed: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         layer, side = name.removesuffix(".weight").split(".lora_")
         part, _, path_in_part = layer.partition(".")
         where = KOHYA_PARTS[part] + path_in_part.replace(".", "_")
         renamed[f"{where}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
-        renamed[f"{where}.alpha"] = torch.tensor(rank)
+        if side == "A":
+            renamed[f"{where}.alpha"] = torch.tensor(float(len(tensor)))
+    rank = f"{len(next(iter(tensors.values())))}"
     metadata = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1"}
-    metadata |= {"ss_network_dim": f"{rank:.0f}", "ss_network_alpha": str(rank)}
+    metadata |= {"ss_network_dim": rank, "ss_network_alpha": rank, "format": "pt"}
+    metadata |= {"image_edit_lora": json.dumps(about, sort_keys=True)}
+    metadata["crc32"] = utils.checksum(renamed)
     utils.save_atomic(path, lambda file: save_file(renamed, file, metadata=metadata))
 
 
@@ -1090,8 +1100,8 @@ class ResultsConfig(Section):
     """"latest" (the newest valid one; from step 0 if there is none) or a checkpoint folder."""
     calibrate: bool | None = None
     """Scale the saved LoRA so that strength 1 is one full change; null: with difference only."""
-    export: Literal["none", "kohya"] = "none"
-    """kohya: also write the LoRA in the format of WebUIs."""
+    export: Literal["kohya", "peft"] = "kohya"
+    """Names in LoRA files. kohya: diffusers, ComfyUI, Forge, sd-scripts; peft: diffusers, PEFT."""
     validation_prompt: str | None = None
     """Prompt of the validation sheets; null draws none."""
     num_validation_images: int = Field(4, ge=1, le=1000)
@@ -1188,9 +1198,7 @@ def save_result(trainer: SDTrainer, calibrated: bool) -> None:
         factor = full_change(trainer)
         log.info("calibrated: one full change is %.3g times the trained strength", factor)
     tensors, about = adapter_tensors(trainer.models, "change", factor), about_run(trainer, factor)
-    utils.save_tensors(config.output_dir / LORA_FILE, tensors, image_edit_lora=about)
-    if config.export == "kohya":
-        save_kohya(config.output_dir / KOHYA_FILE, tensors)
+    save_lora(config.output_dir / LORA_FILE, tensors, about, config.export)
     utils.save_text(config.output_dir / "README.md", CARD.format(**about, file=LORA_FILE))
 
 
@@ -1477,7 +1485,7 @@ class SDTrainer:
 
             def write(folder: Path) -> None:
                 tensors = adapter_tensors(self.models, "change", 1.0)
-                utils.save_tensors(folder / LORA_FILE, tensors, image_edit_lora=about_run(self))
+                save_lora(folder / LORA_FILE, tensors, about_run(self), self.config.export)
 
             self.checkpoints.save(self.global_step, self.trained_as, training, write)
 

@@ -215,6 +215,21 @@ def results(place):
     return [f for f in files if "checkpoint-" not in str(f) and "first_batch" not in f.name]
 
 
+KOHYA = {"lora_unet_": "unet_", "lora_te_": "text_encoder_", "lora_down": "lora_A"}
+KOHYA |= {"lora_up": "lora_B"}
+
+
+def lora_tensors(file):
+    """{name: tensor} of a LoRA file; of Stable Diffusion the same for kohya's names and PEFT's."""
+    found = {}
+    for name, tensor in load_file(file).items():
+        for theirs, ours in KOHYA.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith(".alpha"):  # the rank
+            found[name if name.startswith("transformer.") else name.replace(".", "_")] = tensor
+    return found
+
+
 def bits(place):
     """{file or "cache keys": hash of the tensors, the pixels or the names}."""
     found = {}
@@ -223,7 +238,7 @@ def bits(place):
         if file.suffix == ".png":
             digest.update(Image.open(file).tobytes())
         else:
-            for name, tensor in sorted(load_file(file).items()):
+            for name, tensor in sorted(lora_tensors(file).items()):
                 digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         found[str(file.relative_to(place / "out"))] = digest.hexdigest()
     keys = sorted(f.stem for f in (place / "cache").glob("??/??/*.safetensors"))
@@ -241,8 +256,8 @@ def sums(place):
         if file.suffix == ".png":
             found[name] = [float(x) for x in np.asarray(Image.open(file), float).mean((0, 1))]
             continue
-        tensors = load_file(file)  # without lora_A: it starts at random and hardly moves
-        moved = [tensors[name].flatten() for name in sorted(tensors) if ".lora_A." not in name]
+        tensors = lora_tensors(file)  # without lora_A: it starts at random and hardly moves
+        moved = [tensors[name].flatten() for name in sorted(tensors) if "lora_A" not in name]
         values = torch.cat(moved).double()
         slope = torch.linspace(-1, 1, len(values)).double()
         found[name] = [len(tensors), values.norm().item(), slope.dot(values).item()]

@@ -569,7 +569,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batches(kind, make, 
     run(script.__file__, "--config", tmp_path / "config.yaml", processes=2)
     folders = single.config.output_dir, tmp_path / "two"
     ours, theirs = (load_file(folder / script.LORA_FILE) for folder in folders)
-    assert any(tensor.abs().max() > 1e-4 for name, tensor in ours.items() if "lora_B" in name)
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in ours.items() if "lora_up" in name)
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5)
 
@@ -598,8 +598,8 @@ def test_the_documents_command(kind, checkpoints, pictures, tmp_path, monkeypatc
         script.main()
     (file,) = tmp_path.glob(f"*/{script.LORA_FILE}")
     tensors = load_file(file)
-    assert next(t for n, t in tensors.items() if ".lora_A." in n).shape[0] == 16
-    assert any(t.abs().max() > 0 for n, t in tensors.items() if ".lora_B." in n)
+    assert next(t for n, t in tensors.items() if ".lora_down." in n).shape[0] == 16
+    assert any(t.abs().max() > 0 for n, t in tensors.items() if ".lora_up." in n)
 
 
 def test_a_compiled_unet_learns_the_same_and_is_compiled_once(make, monkeypatch):
@@ -754,9 +754,16 @@ def test_validation_comes_every_so_many_epochs(make, monkeypatch):
 # --- files, calibration ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", [script.LORA_FILE, script.KOHYA_FILE])
-def test_both_formats_load_in_diffusers_and_here_at_the_trained_strength(file, make, checkpoints):
-    trainer = loaded(make(lora_alpha=2, train_text_encoder=True, export="kohya"), seed=0)
+@pytest.mark.parametrize(
+    ("export", "targets"),
+    [("kohya", "attention"), ("kohya", "transformer"), ("kohya", "self-attention+conv"),
+     ("peft", "attention")],
+)  # fmt: skip
+def test_files_load_in_diffusers_and_here_at_the_trained_strength(
+    export, targets, make, checkpoints
+):
+    settings = {"lora_alpha": 2, "train_text_encoder": True, "target_modules": targets}
+    trainer, file = loaded(make(export=export, **settings), seed=0), script.LORA_FILE
     trainer.config.output_dir.mkdir()
     script.save_result(trainer, calibrated=False)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(checkpoints["sd"])
@@ -781,8 +788,8 @@ def test_both_formats_load_in_diffusers_and_here_at_the_trained_strength(file, m
     torch.testing.assert_close(mine, again, atol=1e-4, rtol=1e-3)
     assert (plain - mine).abs().max() > 1e-2
     names = load_file(trainer.config.output_dir / file).keys()
-    if file == script.LORA_FILE:
-        assert about["instance_prompt"] == "a photo"
+    assert about["instance_prompt"] == "a photo"
+    if export == "peft":
         start = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A"
     else:
         start = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down"
@@ -794,8 +801,8 @@ def test_kohya_files_of_convolutions_come_back_equal(targets, make, tmp_path):
     """Read as WebUIs read them: strength = alpha / rank, up times down."""
     trainer = loaded(make(lora_alpha=1, target_modules=targets), seed=0)
     tensors = script.adapter_tensors(trainer.models, "change", 1.0)
-    script.save_kohya(tmp_path / script.KOHYA_FILE, tensors)
-    found = load_file(tmp_path / script.KOHYA_FILE)
+    script.save_lora(tmp_path / script.LORA_FILE, tensors, {})
+    found = load_file(tmp_path / script.LORA_FILE)
     layers, kernels = script.adapted_layers(trainer.models["unet"], "change"), set()
     for path, layer in layers.items():
         name = f"lora_unet_{path.replace('.', '_')}"

@@ -202,6 +202,7 @@ def test_names_of_other_programs_mean_the_same_or_are_refused(
         ends = r"\.lora_(A|down).*|\.lora\.down.*"
         tensors |= {re.sub(ends, ".alpha", k): torch.tensor(2.0 * len(t)) for k, t in downs.items()}
     save_file(tensors, tmp_path / "other.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4}')  # of PEFT
     settings = {"pretrained_model_name_or_path": str(checkpoints["2511"]), "device": "cpu"}
     settings |= {"image": [REFERENCE], "output": tmp_path / "o.png"}
     deltas = []

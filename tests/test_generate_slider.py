@@ -325,7 +325,6 @@ def test_kohyas_own_names_are_read_through_diffusers(bare, tmp_path):
     ("extra", "words"),
     [
         ("transformer.nowhere.lora_A.weight", "nowhere"),
-        ("transformer.x_embedder.lora_magnitude_vector", "magnitude"),
         ("lora_te1_text_model.lora_down.weight", "lora_te1"),
         ("transformer.x_embedder.lora_A.weight", "x_embedder"),  # its upper factor is missing
     ],
@@ -333,6 +332,16 @@ def test_kohyas_own_names_are_read_through_diffusers(bare, tmp_path):
 def test_what_cannot_be_used_is_named_not_dropped(extra, words, bare, loras, tmp_path):
     save_file(load_file(loras["a"]) | {extra: torch.zeros(4, 64)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=f"1 of .* tensors are no part of a LoRA.*\n.*{words}"):
+        generate.read_factors(tmp_path / "x.safetensors", bare)
+
+
+@pytest.mark.parametrize("end", ["lora_magnitude_vector", "lokr_w1", "dora_scale", "hada_w1_a"])
+def test_what_is_no_lora_is_named_by_its_kind(end, bare, loras, tmp_path):
+    tensors = load_file(loras["a"]) | {f"transformer.x_embedder.{end}": torch.zeros(4, 64)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(
+        UserError, match=rf"is a (DoRA|LoKr|LoHa).*: transformer\.x_embedder\.{end}"
+    ):
         generate.read_factors(tmp_path / "x.safetensors", bare)
 
 

@@ -249,4 +249,4 @@ def save_sd_lora(checkpoint, file, resolution=64):
             factor.data = torch.randn(factor.shape, generator=draw) * 0.1
     about = {"instance_prompt": "a photo of a person", "resolution": resolution}
     tensors = script.adapter_tensors({"unet": unet}, "change", 1.0)
-    script.utils.save_tensors(file, tensors, image_edit_lora=about)
+    script.save_lora(file, tensors, about)

@@ -52,7 +52,6 @@ from utils import (
     read_model_json,
     run_script,
     save_atomic,
-    save_tensors,
     uniform,
 )
 
@@ -221,7 +220,7 @@ class Morph:
             file = fit_file(self.config, end, frame_size(self.sd, self.config))
             if not file.is_file():
                 about = {"photo": self.config.image[end].name}
-                save_tensors(file, fit_lora(self, end), image_edit_lora=about)
+                self.sd.save_lora(file, fit_lora(self, end), about)
             self.sd.load_adapter({"unet": self.unet}, self.switch, name, file)
 
     def attach_attention(self) -> dict[str, EndsAttention]:

@@ -125,7 +125,8 @@ tags: [image-to-image, lora, qwen-image-edit, {flavour}]
 
 Trained with {script} to step {step}; {method}, r {r}, alpha {lora_alpha} (folded into the weights:
 load it at scale 1). References were encoded with `reference_area: {reference_area}`; generate.py
-applies that by itself.
+applies that by itself. ComfyUI loads lora and lokr as they are, and dora after
+`tools/convert_lora.py --to comfyui`.
 
 ```python
 import torch
