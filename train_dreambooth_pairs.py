@@ -672,7 +672,8 @@ def audit(config: Config) -> list[str]:
     trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     packages = [*trackers, *["bitsandbytes"] * config.use_8bit_adam]
     texts = {name: text for name, text in config if name.endswith("prompt") and text}
-    problems += utils.check_setup(packages=packages, texts=texts, one_card=True)
+    how = {"packages": packages, "texts": texts, "hub": config.push_to_hub}
+    problems += utils.check_setup(**how, one_card=True)
     if os.environ.get("RANK", "0") != "0":  # the first process looks at the pictures
         return problems
     samples, left_out, wrong = match_pictures(config)
@@ -1092,6 +1093,8 @@ class ResultsConfig(Section):
     """Optimizer steps between two log lines; only then the loop waits for the GPU."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Trackers beside metrics.jsonl, which is always written."""
+    push_to_hub: str | None = None
+    """Repository (USER/NAME) of the Hub for the finished LoRA; a new one is private."""
     checkpointing_steps: int = Field(500, ge=1)
     """Optimizer steps between two checkpoints."""
     checkpoints_total_limit: int | None = Field(None, ge=1)

@@ -209,6 +209,8 @@ class LoopConfig(Section):
     """Optimizer steps between two log lines; only then the loop waits for the GPU."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Trackers beside metrics.jsonl, which is always written."""
+    push_to_hub: str | None = None
+    """Repository (USER/NAME) of the Hub for the finished LoRA; a new one is private."""
 
 
 def training_loss(
@@ -617,6 +619,7 @@ def audit(config: Config) -> list[str]:
     problems = check_checkpoint(config.pretrained_model_name_or_path) + utils.check_setup(
         devices={"device": config.device},
         packages=[*trackers, *nf4],
+        hub=config.push_to_hub,
         writes={"output_folder": config.output_folder, "cache_dir": config.cache_dir},
         reads=[config.datasets_folder / d / side for d in config.datasets for side in sides],
         texts={name: getattr(config, name) for name in prompts}

@@ -279,6 +279,8 @@ class LoggingConfig(Section):
     """Optimizer steps between two log lines; only then the loop waits for the GPU."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Trackers beside metrics.jsonl, which is always written."""
+    push_to_hub: str | None = None
+    """Repository (USER/NAME) of the Hub for the finished LoRA; a new one is private."""
 
 
 def train_step(trainer: Trainer, batches: list[Any]) -> tuple[list[str], dict[str, Any]]:
@@ -1147,7 +1149,9 @@ def audit(config: Config) -> list[str]:
     for ds in config.data.dataset_configs:
         own = [ds.target_dir, *ds.reference_dirs, ds.mask_dir] if ds.target_dir else [Path()]
         reads += [ds.train_data_dir / d for d in own if d is not None and not ds.table]
-    problems += utils.check_setup(writes=writes, reads=reads, devices=devices, packages=packages)
+    how: dict[str, Any] = {"devices": devices, "packages": packages}
+    how["hub"] = config.logging.push_to_hub
+    problems += utils.check_setup(writes=writes, reads=reads, **how)
     flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
     config._audited = None if problems or wrong else data

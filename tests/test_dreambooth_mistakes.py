@@ -121,7 +121,6 @@ def test_a_prompt_that_is_cut_off_is_named(make, caplog):
         ({"pair_objective": "joint", "calibrate": True}, "calibrate"),
         ({"validation_scales": "[]"}, "validation_scales"),
         ({"before_data_dirs": "x"}, "before_data_dir"),
-        ({"push_to_hub": True}, "hf upload"),
         ({"video": "clip.mp4"}, "tools/video_pairs.py"),
     ],
     ids=str,

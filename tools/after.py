@@ -37,8 +37,17 @@ def tell(output_dir: Path, stopped: bool = False, command: str = "") -> None:
     elif command or (command := generate_command(output_dir, record["config"])):
         lines["to try it"] = command
     for name, text in lines.items():
-        head = f"{name + ':':10}"
-        print(from_tool("quiet", "paint", head, head, "bold", sys.stdout), text, flush=True)
+        say(name, text)
+    config = record["config"]
+    repo = config.get("logging", config).get("push_to_hub")
+    if repo and not stopped:
+        say("uploaded", load_tool("publish").publish(output_dir, repo))
+
+
+def say(name: str, text: str) -> None:
+    """Print a line with its name in front, which is bold on a terminal."""
+    head = f"{name + ':':10}"
+    print(from_tool("quiet", "paint", head, head, "bold", sys.stdout), text, flush=True)
 
 
 def resume_command(record: dict[str, Any]) -> str:

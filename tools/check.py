@@ -57,6 +57,7 @@ def problems(
     loras: Iterable[Path] = (),
     folded: Iterable[Path] = (),
     one_card: bool = False,
+    hub: str | None = None,
 ) -> list[str]:
     """Return every problem, one line each.
 
@@ -65,7 +66,8 @@ def problems(
     {setting: such a folder that no other may share}; devices: {setting: device or None}; packages:
     that must be installed, or an optimizer's class; texts: {place: prompt or caption}; patterns:
     {setting: expression}; loras: files in .safetensors (others are left alone); folded: such whose
-    alpha must be their r; one_card: the model fits one, so that FSDP is refused.
+    alpha must be their r; one_card: the model fits one, so that FSDP is refused; hub: repository
+    that the result is uploaded to.
     """
     found = check_parts(*model) if model else []
     found += check_places(writes or {}, apart or {}, reads)
@@ -75,7 +77,20 @@ def problems(
     found += [text for file in sorted(loras) for text in check_lora(file)]
     found += [text for file in sorted(folded) for text in check_lora(file, True)]
     found += check_texts(texts or {}) + check_patterns(patterns or {})
-    return found + check_launcher(one_card)
+    return found + check_launcher(one_card) + (check_hub(hub) if hub is not None else [])
+
+
+def check_hub(repo: str) -> list[str]:
+    """Return problems of a repository that is uploaded to; does not ask the Hub."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    found = [] if get_token() else ["push_to_hub: no token of the Hub; hf auth login"]
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        return [*found, f"push_to_hub: {error}"]
+    return found if "/" in repo else [*found, f"push_to_hub: {repo} is no USER/NAME"]
 
 
 def check_optimizer(path: str) -> list[str]:

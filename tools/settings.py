@@ -51,7 +51,6 @@ GONE = {  # names that users may expect: what to do instead
     **dict.fromkeys(("stages", "stage_scales"), "train a slider for each step and combine them"),
     "enable_xformers_memory_efficient_attention": "torch's own fused attention is used",
     "dataloader_num_workers": "latents are cached; nothing is decoded during training",
-    "push_to_hub": "upload it afterwards: hf upload NAME output_dir",
     "video": "python tools/video_pairs.py VIDEO writes before/ and after/ folders",
     "frame_gap": "python tools/video_pairs.py VIDEO --frame_gap N",
     "exclude_blocks": "target_modules takes a regular expression",
