@@ -614,6 +614,7 @@ def audit(config: Config) -> list[str]:
     """Return all that can be known to be wrong before a model loads, one line each."""
     trackers = {"none": [], "all": []}.get(config.report_to, [config.report_to])
     nf4 = ["bitsandbytes"] if config.base_model_precision == "nf4-bnb" else []
+    there = Path(utils.__file__).with_name("tools").joinpath("quantize.py").is_file()
     prompts = ("train_prompt", "target_prompt", "positive_prompt", "negative_prompt")
     sides = (config.source_folder, config.target_folder)
     problems = check_checkpoint(config.pretrained_model_name_or_path) + utils.check_setup(
@@ -626,6 +627,8 @@ def audit(config: Config) -> list[str]:
         | {f"prompt.{i}": text for i, text in enumerate(config.prompt)},
         one_card=True,
     )
+    if config.base_model_precision != "no_change" and not there:
+        problems.append("base_model_precision: tools/quantize.py was not copied along")
     index = utils.FileIndex(config.cache_dir)
     for dataset in config.datasets:
         _, odd, wrong = find_pairs(config, dataset, index)

@@ -1088,8 +1088,6 @@ def check_model(config: Config, precision: str) -> list[str]:
     """Return problems of the model and its settings; reads no weights; `precision`: of blocks."""
     model, lora, name = config.model, config.model.lora, config.model.pretrained_model_name_or_path
     try:
-        if precision != "no_change":
-            utils.load_tool("quantize")  # says what to copy
         flavour = detect_flavour(name)
         settings = flavour.transformer
         if name not in PUBLISHED:
@@ -1107,6 +1105,8 @@ def check_model(config: Config, precision: str) -> list[str]:
         f"base_model_precision: FSDP shards no {precision} weights; a card that holds them takes "
         "configs/accelerate/ddp.yaml": precision != "no_change" and sharding(),
         "blocks_to_swap: not with FSDP": model.blocks_to_swap and sharding(),
+        "base_model_precision: tools/quantize.py was not copied along": precision != "no_change"
+        and not Path(utils.__file__).with_name("tools").joinpath("quantize.py").is_file(),
         "lora.method: no lokr on nf4-bnb": lora.method == "lokr" and nf4,
         "lora.lora_plus_ratio: lokr has no B": lora.lora_plus_ratio > 1 and lora.method == "lokr",
         f"blocks_to_swap: the model has {n_blocks} blocks": model.blocks_to_swap > n_blocks,

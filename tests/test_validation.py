@@ -133,9 +133,9 @@ def test_pictures_are_drawn_in_eval_mode_and_steps_taken_in_train_mode(make, mon
     modes = []
     for original in (script.draw_edits, script.train_step):
 
-        def watched(trainer, *args, original=original):
+        def watched(trainer, *args, original=original, **how):
             modes.append(trainer.bare_transformer().training)
-            return original(trainer, *args)
+            return original(trainer, *args, **how)
 
         monkeypatch.setattr(script, original.__name__, watched)
     make(**{"validation.max_samples": 1}).fit()
