@@ -72,6 +72,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # CPU seconds, whatever else the machine does
     heads = args.width // 64
     transformer = diffusers.QwenImage21Transformer2DModel(
         num_layers=args.blocks,
@@ -93,7 +94,7 @@ def main():
             if again:
                 transformer.enable_gradient_checkpointing()
             single = batch_of(1, references, args.side, args.width)
-            for k in (1, 2, 4):
+            for k in (2, 4):
                 several = batch_of(k, references, args.side, args.width)
                 times = [
                     (seconds(trainer, [several]), seconds(trainer, [single] * k))

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py: every row runs here, small, so that only CUDA itself is new on the day."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ SCRIPT = ROOT / "benchmarks/gpu.py"
 
 def call(*flags):
     command = [sys.executable, SCRIPT, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # the other test process has the other core
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 @pytest.mark.slow
