@@ -33,7 +33,7 @@ def levels(images):
 
 
 def trained(weight, steps, every, place):
-    """A trainer that has run, and its seconds per step."""
+    """A trainer that has run, and its seconds per step (of the first weight with the encoders')."""
     flags = {
         "logging.output_dir": place / f"out{weight}",
         "cache.cache_dir": place / "cache",
