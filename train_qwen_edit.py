@@ -159,13 +159,13 @@ def compute_loss(
         target = add_guidance(trainer, target, noisy, sigma, batch)
     with trainer.accelerator.autocast():
         velocity = trainer.flavour.velocity(model, noisy, sigma, batch).float()
-    black, white = loss.background_weight, loss.foreground_weight
-    region = batch.get("region")
+    black, white, region = loss.background_weight, loss.foreground_weight, batch.get("region")
     weight = None if region is None else black + (white - black) * region
     value = weighted_mean(LOSSES[loss.loss_type](velocity, target, loss), weight)
-    if not (loss.preserve and training) or trainer.global_step % loss.preserve_every:
+    whole = "kept" not in batch and region is None  # a sample without a mask: nothing is outside
+    if whole or not (loss.preserve and training) or trainer.global_step % loss.preserve_every:
         return value
-    outside = None if region is None or "kept" in batch else 1 - region
+    outside = None if "kept" in batch else 1 - batch["region"]
     if "kept" in batch:
         batch = {**batch, **batch["kept"]}
         with trainer.accelerator.autocast():
@@ -2770,11 +2770,11 @@ class QwenImageEditTrainer:
 
     def parameter_groups(self) -> list[Any]:
         """Return what the optimizer gets: the trained parameters, or two groups for LoRA+."""
-        ratio, named = self.config.model.lora.lora_plus_ratio, self.transformer.named_parameters()
         groups: list[Any] = [{"params": []}, {"params": []}]
-        for name, parameter in named:
+        for name, parameter in self.transformer.named_parameters():
             if parameter.requires_grad:
                 groups[".lora_B." in name]["params"].append(parameter)
+        ratio = self.config.model.lora.lora_plus_ratio
         groups[1]["lr"] = ratio * float(self.config.optimizer.init_args.get("lr") or 1e-4)  # type: ignore[arg-type]
         return self.trainable() if ratio == 1 else groups
 
@@ -2897,7 +2897,7 @@ class QwenImageEditTrainer:
         if "zeroed" in batch:  # caption_dropout_mode: zero
             batch["prompt_embed"] = embeds.masked_fill(batch["zeroed"].view(-1, 1, 1), 0)
         if lacks := [n for n in self.config.loss.captions(self.flavour) if n not in batch]:
-            text = "loss.guidance and loss.preserve_prompts want them; see encoded()"
+            text = "give them as encoded() does, or set loss.guidance: 1 and loss.preserve: 0"
             raise UserError(f"the data loader's batches have no {', '.join(lacks)}: {text}")
         loss = self._compute_loss(batch)
         return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()

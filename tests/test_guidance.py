@@ -178,3 +178,7 @@ def test_outside_the_mask_the_base_is_kept(make_trainer, tmp_path):
     difference = script.compute_loss(kept, batch)[0] - script.compute_loss(plain, batch)[0]
     torch.testing.assert_close(difference, 2 * outside)
     assert outside > 1e-3
+    # a sample without a mask has no outside: nothing of it is pulled back to the base
+    bare = {name: value for name, value in batch.items() if name != "region"}
+    losses = [script.compute_loss(each, bare) for each in (kept, plain)]
+    assert torch.equal(*losses)

@@ -7,7 +7,7 @@ import torch
 from conftest import PAIRS, ROOT, run
 from PIL import Image
 from qwen import ready
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import train_qwen_edit as script
 from utils import UserError
@@ -137,10 +137,41 @@ def test_previews_are_drawn_with_it_and_training_is_not_changed(make_trainer, tm
         np.testing.assert_array_equal(np.asarray(drawn[0]), expected)
 
 
+@pytest.mark.parametrize(
+    ("end", "said"), [(":0", "scale 0"), (":1.2.3", "1.2.3"), ("x", "no file")]
+)
+def test_a_fixed_lora_that_means_nothing_is_named_before_training(
+    end, said, make_trainer, tmp_path
+):
+    file = a_lora(tmp_path / "fast.safetensors", 64, 2)
+    trainer = make_trainer(**{"validation.fixed_lora": f"{file}{end}"})
+    trainer.setup_accelerator()
+    with pytest.raises(UserError, match=f"fixed_lora .*{said}"):
+        trainer.preflight()
+
+
+def test_a_fixed_lora_of_another_trainer_has_its_strength(make_trainer, tmp_path):
+    """Lightning's own names: no prefix, alpha beside the factors (here half of the rank)."""
+    ours, layers = a_lora(tmp_path / "fast.safetensors", 64, 2), {}
+    for name, tensor in load_file(ours).items():
+        layer = name.removeprefix("transformer.").rpartition(".lora_")[0]
+        layers[f"{layer}.lora_{'down' if '.lora_A.' in name else 'up'}.weight"] = tensor
+        layers[f"{layer}.alpha"] = torch.tensor(1.0)
+    save_file(layers, tmp_path / "theirs.safetensors")
+    changes = []
+    for file in (ours, tmp_path / "theirs.safetensors"):
+        trainer = make_trainer(**{"validation.fixed_lora": str(file)})
+        trainer.set_lora()
+        layer = trainer.transformer.transformer_blocks[0].attn.to_q
+        changes.append(layer.get_delta_weight("fixed"))
+    torch.testing.assert_close(changes[0] / 2, changes[1])
+    assert changes[0].abs().max() > 0.1
+
+
 def test_a_fixed_lora_of_another_model_is_named_before_training(make_trainer, tmp_path):
     names = {"transformer.single_transformer_blocks.3.attn.to_q.lora_A.weight": torch.ones(2, 4)}
     save_file(names, tmp_path / "flux.safetensors")
     trainer = make_trainer(**{"validation.fixed_lora": str(tmp_path / "flux.safetensors")})
     trainer.setup_accelerator()
-    with pytest.raises(UserError, match=r"fixed_lora .*flux.*(not in this model|cannot)"):
+    with pytest.raises(UserError, match=r"fixed_lora .*flux.*no part of a LoRA"):
         trainer.preflight()
