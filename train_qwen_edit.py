@@ -886,9 +886,9 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
 
 def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:
     """Return the caption file of a row: beside its target, or else its first reference."""
-    beside = files["target"].with_suffix(ds.caption_ext)
-    other = files.get("reference 1", beside).with_suffix(ds.caption_ext)
-    return other if other.exists() and not beside.exists() else beside
+    shown = (files[role] for role in ("target", "reference 1") if role in files)
+    beside = (file.with_suffix(ds.caption_ext) for file in shown)
+    return next(filter(Path.exists, beside), None) or files["target"].with_suffix(ds.caption_ext)
 
 
 def read_table(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
@@ -2706,10 +2706,10 @@ class QwenImageEditTrainer:
     def cache_jobs(self, renewed: bool = False) -> dict[str, Job]:
         """Return {key: what to encode} of all that can be asked for; renewed: by recreate_cache."""
         jobs: list[Job] = []
+        further = [*itertools.chain(*self.config.loss.captions(self.flavour).values())]
         for draw in self.data.possible_draws():
             if self.data.dataset(draw).recreate_cache or not renewed:
                 own = jobs_of(self.data.resolve(draw))
-                further = itertools.chain(*self.config.loss.captions(self.flavour).values())
                 jobs += [own["prompt_embed"][0]._replace(caption=text) for text in further]
                 jobs += itertools.chain(*own.values())
         for example, _ in [] if renewed else validation_edits(self):
