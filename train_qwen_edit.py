@@ -1034,9 +1034,9 @@ def notes_on(data: PairData) -> list[str]:
         ds, facts = data.config.data.dataset_configs[s.dataset], data.index[s.variants[0].target]
         lines = ds.target_dir and ds.caption_lines is None and len(s.variants) > 1
         shown = [data.index[r.path]["aspect"] for r in s.variants[0].references]
-        place = f"data.dataset_configs.{s.dataset}"
+        place, own = f"data.dataset_configs.{s.dataset}", facts["aspect"]
         seen.append((place, facts, ds.resolution**2, lines, not shown))
-        if shown and not any(aligns(aspect, facts["aspect"]) for aspect in shown):
+        if shown and own not in shown and not any(aligns(aspect, own) for aspect in shown):
             found.append(f"{s.variants[0].target}: no reference has its aspect; crop both alike")
     return utils.from_tool("check", "notes", [], seen) + found
 
