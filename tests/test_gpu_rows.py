@@ -1,20 +1,15 @@
 """benchmarks/gpu.py: every row runs here, small, so that only CUDA itself is new on the day."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 SCRIPT = ROOT / "benchmarks/gpu.py"
 
 
 def call(*flags):
-    command = [sys.executable, SCRIPT, *map(str, flags)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # the other test process has the other core
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    return run(SCRIPT, *flags, check=False)
 
 
 @pytest.mark.slow
