@@ -11,6 +11,7 @@ the median of 5 steps after 2; reach is TFLOP (as --plan counts them) over time 
 """
 
 import argparse
+import collections
 import functools
 import gc
 import json
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +30,7 @@ import torch
 from dreambooth_step import SCHEDULER as SD_SCHEDULER
 from dreambooth_step import random_batch as sd_batch
 from dreambooth_step import random_text as sd_text
+from noise_levels import batch_of
 from pairedit_step import SCHEDULER as FLUX_SCHEDULER
 from train_step import SCHEDULER as QWEN_SCHEDULER
 from train_step import TEXT, random_batch
@@ -38,10 +41,13 @@ import train_qwen_edit
 from utils import load_config, load_tool, open_rgb
 
 CUDA = torch.cuda.is_available()
+PROFILE = False  # --profile
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 PAIRS = ROOT / "data/photo_pairs"
 QWEN = {"in_channels": 64, "out_channels": 16, "zero_cond_t": True}
 QWEN_DRY = {"num_layers": 4, "num_attention_heads": 2, "joint_attention_dim": 64}
+QWEN_21 = {"_class_name": "QwenImage21Transformer2DModel"}
+QWEN_21_DRY = {"num_layers": 4, "num_attention_heads": 2, "context_in_dim": 64}
 FLUX_DRY = {
     "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64,
     "pooled_projection_dim": 32,
@@ -116,6 +122,20 @@ def clock(step, warm=2, count=5):
             torch.cuda.synchronize()
         seconds += [time.perf_counter() - started] if number >= warm else []
     return statistics.median(seconds), torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0
+
+
+def profiled(step):
+    """What one more step spends on the GPU: its kernels, milliseconds, and of the largest."""
+    if not (CUDA and PROFILE):
+        return {}
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    kernels = sorted(profiler.key_averages(), key=lambda k: -k.self_device_time_total)
+    largest = {k.key[:90]: [k.self_device_time_total / 1e3, k.count] for k in kernels[:14]}
+    total = sum(k.self_device_time_total for k in kernels) / 1e3
+    return {"kernels_ms": total, "kernels": sum(k.count for k in kernels), "largest": largest}
 
 
 # --- a. the card ----------------------------------------------------------------------------------
@@ -252,9 +272,7 @@ def swapped(place, dry):
 
 
 def quantised(place, dry):
-    """Velocity of int8 and fp8 against bf16; does quanto's own fp8 kernel leave out the bias?"""
-    from optimum import quanto
-
+    """Velocity of int8 and fp8 against bf16."""
     row, plain = {}, None
     for precision in ("no_change", "int8-quanto", "fp8-quanto"):
         trainer = tiny_trainer(place, f"q-{precision}", f"--model.base_model_precision={precision}")
@@ -274,17 +292,23 @@ def quantised(place, dry):
         error = ((velocity - plain).norm() / plain.norm()).item()
         row[f"{precision} error"] = error
         assert error < 0.02 or dry, f"{precision}: {error}"
-    linear = torch.nn.Linear(256, 256, device=DEVICE, dtype=torch.bfloat16)
-    linear.weight.data.zero_()
-    layer = quanto.QLinear.from_module(linear, weights=quanto.qfloat8)
-    layer.freeze()
-    seen = layer(torch.ones(32, 256, device=DEVICE, dtype=torch.bfloat16))
-    row["quanto's own fp8 layer keeps the bias"] = bool((seen - linear.bias).abs().max() < 1e-2)
     return row
 
 
+def own_kernel(place, dry):
+    """Does quanto's own fp8 kernel, which it compiles first, still leave out the bias?"""
+    from optimum import quanto
+
+    linear = torch.nn.Linear(256, 256, device=DEVICE, dtype=torch.bfloat16)
+    linear.bias.data.fill_(10)  # the rest is below 2
+    layer = quanto.QLinear.from_module(linear, weights=quanto.qfloat8)
+    layer.freeze()
+    seen = layer(torch.ones(32, 256, device=DEVICE, dtype=torch.bfloat16))
+    return {"keeps_bias": bool(seen.min() > 5)}
+
+
 def no_waiting(place, dry):
-    """Ten steps between two log lines never wait for the GPU."""
+    """Places where ten steps between two log lines wait for the GPU: none of ours."""
     trainer = tiny_trainer(place, "sync", "--train.max_train_steps=10", "--logging.log_every=99")
     trainer.setup_accelerator()
     trainer.find_data()
@@ -295,15 +319,20 @@ def no_waiting(place, dry):
     trainer.transformer, trainer.optimizer = prepare(trainer.transformer, trainer.optimizer)
     batches = list(trainer.train_dataloader())
     train_qwen_edit.train_step(trainer, batches[0])
-    if CUDA:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        for step in batches[1:]:
-            train_qwen_edit.train_step(trainer, step)
-    finally:
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
         if CUDA:
-            torch.cuda.set_sync_debug_mode("default")
-    return {"steps": len(batches) - 1}
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for step in batches[1:]:
+                train_qwen_edit.train_step(trainer, step)
+        finally:
+            if CUDA:
+                torch.cuda.set_sync_debug_mode("default")
+    said = [w for w in waits if "synchronizing" in str(w.message)]
+    places = collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in said)
+    assert not any(str(ROOT) in w.filename for w in said), dict(places)
+    return {"steps": len(batches) - 1, "places": dict(places)}
 
 
 def previews(place, dry):
@@ -333,43 +362,49 @@ def previews(place, dry):
 # --- c. Qwen-Image-Edit ---------------------------------------------------------------------------
 
 
-def qwen_row(size, other, *flags, compiled=False):
-    """A row: training steps of the 20-billion-parameter model."""
+def qwen_trainer(place, dry, flags, newer=False):
+    """A trainer of random weights, ready for train_step(); newer: Qwen-Image-2.1."""
+    kind, whole, tiny = "QwenImageEditPlusPipeline", QWEN, QWEN_DRY
+    if newer:
+        kind, whole, tiny = "QwenImage21Pipeline", QWEN_21, QWEN_21_DRY
+    folder = base_folder(place / kind, kind, whole | (tiny if dry else {}), QWEN_SCHEDULER)
+    argv = [f"--model.pretrained_model_name_or_path={folder}", "--train.max_train_steps=99"]
+    argv += [f"--cache.cache_dir={place / 'none'}", f"--logging.output_dir={place / 'o'}"]
+    argv += ["--loss.guidance=1", *(DRY.get(flag, flag) if dry else flag for flag in flags)]
+    trainer = train_qwen_edit.QwenImageEditTrainer(load_config(train_qwen_edit.Config, argv))
+    trainer.set_lora()
+    trainer.configure_optimizers()
+    prepare = trainer.accelerator.prepare
+    trainer.transformer, trainer.optimizer = prepare(trainer.transformer, trainer.optimizer)
+    return trainer
+
+
+def qwen_row(size, other, *flags, newer=False):
+    """A row: training steps of 20.4 billion parameters, or of the 7.1 of Qwen-Image-2.1."""
 
     def run(place, dry):
-        folder = base_folder(
-            place / "qwen",
-            "QwenImageEditPlusPipeline",
-            QWEN | (QWEN_DRY if dry else {}),
-            QWEN_SCHEDULER,
-        )
-        argv = [f"--model.pretrained_model_name_or_path={folder}", "--train.max_train_steps=99"]
-        argv += [f"--cache.cache_dir={place / 'none'}", f"--logging.output_dir={place / 'o'}"]
-        argv += [SWAP_DRY if dry and flag == SWAP else flag for flag in flags]
-        config = load_config(train_qwen_edit.Config, argv)
-        trainer = train_qwen_edit.QwenImageEditTrainer(config)
         started = time.perf_counter()
-        trainer.set_lora()
-        load_s = time.perf_counter() - started
-        trainer.configure_optimizers()
-        prepare = trainer.accelerator.prepare
-        bare = trainer.transformer
-        if compiled and not dry:
-            bare.compile_repeated_blocks()
-        trainer.transformer, trainer.optimizer = prepare(bare, trainer.optimizer)
+        trainer = qwen_trainer(place, dry, flags, newer)
+        load_s, config, bare = time.perf_counter() - started, trainer.config, trainer.transformer
         pixels = (size // 8, other // 8) if dry else (size, other)
-        batch = random_batch(*pixels, bare.config.joint_attention_dim)
+        levels = config.loss.noise_levels_per_sample
+        if newer:
+            batch = batch_of(levels, 1, pixels[0], bare.config.context_in_dim)
+        else:
+            batch = random_batch(*pixels, bare.config.joint_attention_dim)
 
         def step():
-            _, losses = train_qwen_edit.train_step(trainer, [dict(batch)])
-            return losses
+            train_qwen_edit.train_step(trainer, [trainer.to_device(dict(batch))])
 
+        compiled = config.train.compile == "blocks"
         seconds, gb = clock(step, 3 if compiled else 2, 1 if dry else 5)
-        tokens = plan.Load(tuple((p, p) for p in pixels), TEXT, 1).tokens
+        load = plan.Load(tuple((p, p) for p in pixels), TEXT, 1)
+        tokens, pairs = plan.sample_tokens(config, bare, load)
         trained = sum(p.numel() for p in trainer.trainable())
         peak = plan.qwen_peak_gb(train_qwen_edit, config, bare, trained, tokens)
-        tflop = plan.qwen_step_tflop(config, bare, tokens)
-        return {"s_step": seconds, "peak_gb": gb, "plan_gb": peak, "tflop": tflop, "load_s": load_s}
+        tflop = plan.qwen_step_tflop(config, bare, tokens, pairs)
+        row = {"s_step": seconds, "peak_gb": gb, "plan_gb": peak, "tflop": tflop, "load_s": load_s}
+        return row | profiled(step)
 
     return run
 
@@ -402,11 +437,12 @@ def flux_row(*flags):
         trainer.start_run(script.all_runs(config)[0])
         load_s = time.perf_counter() - started
         trainer.tokens = {sample: torch.randn(2, (side // 16) ** 2, 64)}
-        seconds, gb = clock(lambda: script.train_step(trainer), 2, 1 if dry else 5)
+        step = functools.partial(script.train_step, trainer)
+        seconds, gb = clock(step, 2, 1 if dry else 5)
         tokens = (side // 16) ** 2 + length
         parts = plan.flux_memory(script, config, plan.planned_flux(script, config), tokens)
         row = {"s_step": seconds, "minutes_500": seconds * 500 / 60, "peak_gb": gb}
-        return row | {"plan_gb": sum(parts.values()), "load_s": load_s}
+        return row | {"plan_gb": sum(parts.values()), "load_s": load_s} | profiled(step)
 
     return run
 
@@ -442,7 +478,7 @@ def sd(place, dry):
         trainer.optimizer.zero_grad(set_to_none=True)
 
     seconds, gb = clock(step, *(1, 1) if dry else (3, 10))
-    return {"s_step": seconds, "peak_gb": gb}
+    return {"s_step": seconds, "peak_gb": gb} | profiled(step)
 
 
 # --- g. caching -----------------------------------------------------------------------------------
@@ -497,7 +533,16 @@ def prompts(place, dry):
 
 KEEP = "--train.gradient_checkpointing=false"
 INT8 = "--model.base_model_precision=int8-quanto"
-SWAP, SWAP_DRY = "--model.blocks_to_swap=30", "--model.blocks_to_swap=2"
+COMPILE = "--train.compile=blocks"
+SWAP = "--model.blocks_to_swap=30"
+DRY = {SWAP: "--model.blocks_to_swap=2", COMPILE: "--train.compile=none"}  # compiling takes long
+
+
+def qwen_21(levels):
+    """A row of Qwen-Image-2.1."""
+    return qwen_row(1024, 1024, f"--loss.noise_levels_per_sample={levels}", newer=True)
+
+
 ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what runs)
     "card": (5, 9, card),
     "loss and gradients = CPU's": (15, 1, on_cpu_and_gpu),
@@ -507,6 +552,7 @@ ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what run
     "qwen 512 + 512 bf16": (15, 45, qwen_row(512, 512)),
     "qwen 512 + 512 int8": (25, 26, qwen_row(512, 512, INT8)),
     "pairedit 512 px bf16": (20, 28, flux_row()),
+    "qwen 2.1 1024 + 1 MP bf16": (12, 24, qwen_21(1)),
     "sd 1.5 512 px batch 4": (10, 6, sd),
     "int8, fp8 near bf16": (10, 1, quantised),
     "no waiting for the GPU": (5, 1, no_waiting),
@@ -515,11 +561,14 @@ ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what run
     "qwen 1024 + 1 MP int8": (30, 30, qwen_row(1024, 1024, INT8)),
     "qwen 1024 + 1 MP bf16, no checkpointing": (25, 110, qwen_row(1024, 1024, KEEP)),
     "qwen 1024 + 1 MP bf16, 30 blocks swapped": (40, 32, qwen_row(1024, 1024, SWAP)),
-    "qwen 1024 + 1 MP bf16, compiled": (75, 50, qwen_row(1024, 1024, compiled=True)),
-    "qwen 512 + 512 bf16, compiled": (70, 45, qwen_row(512, 512, compiled=True)),
+    "qwen 1024 + 1 MP bf16, compiled": (75, 50, qwen_row(1024, 1024, COMPILE)),
+    "qwen 512 + 512 bf16, compiled": (70, 45, qwen_row(512, 512, COMPILE)),
     "pairedit 512 px bf16, no checkpointing": (20, 45, flux_row("--gradient_checkpointing=false")),
+    "qwen 2.1 1024 + 1 MP bf16, 2 noise levels": (12, 26, qwen_21(2)),
     "latents of 1024 px": (15, 6, latents),
     "prompts with a picture": (20, 20, prompts),
+    "qwen 2.1 1024 + 1 MP bf16, 4 noise levels": (15, 30, qwen_21(4)),
+    "quanto's own fp8 kernel": (150, 1, own_kernel),
 }
 
 
@@ -555,7 +604,10 @@ def main():
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--rows", nargs="*", default=[""], help="parts of their names")
+    parser.add_argument("--profile", action="store_true", help="kernels of a step, in the file")
     args = parser.parse_args()
+    global PROFILE
+    PROFILE = args.profile
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return 0
