@@ -792,7 +792,19 @@ def load_flux(folder: Path, precision: str, dtype: torch.dtype, device: torch.de
         blocks = range(len(part)) if isinstance(part, torch.nn.ModuleList) else ()
         parts |= dict.fromkeys([f"{name}.{i}" for i in blocks] or [name], device)
     fill_parts(model, folder / "transformer", dtype, parts, precision)
+    for block in model.single_transformer_blocks:
+        block.attn.register_forward_hook(pack_gradient)
     return model
+
+
+def pack_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    """Make the gradient of a module's output contiguous.
+
+    KEEP: torch keeps cuDNN's attention backward by the strides of q, k, v alone. A single block's
+    gradient is a slice; a double block would be read by its strides: an illegal access, or noise.
+    """
+    if output.requires_grad:
+        output.register_hook(torch.Tensor.contiguous)
 
 
 MODULATION = ("img_mod.", "txt_mod.", "norm")  # how names of modulation begin in a block
