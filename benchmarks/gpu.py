@@ -641,7 +641,8 @@ def table(rows):
     about = f"{card.get('card', '?')}, torch {card.get('torch', '?')}, {card.get('date', '?')}"
     lines = [f"# {about}, commit {card.get('commit', '?')}", "", "| row | figures |", "|---|---|"]
     for name, row in rows.items():
-        shown = {k: v for k, v in row.items() if k not in ("date", "commit", "card", "torch")}
+        hidden = ("date", "commit", "card", "torch", "largest")
+        shown = {k: v for k, v in row.items() if k not in hidden}
         if "tflop" in row and card.get("matmul_tflops"):
             reach = row["tflop"] / row["s_step"] / card["matmul_tflops"]
             shown |= {"reach": f"{100 * reach:.0f} %"}
@@ -649,6 +650,16 @@ def table(rows):
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
         )
         lines.append(f"| {name} | {said} |")
+    for name in (name for name, row in rows.items() if "largest" in row):
+        lines += [
+            "",
+            f"## {name}: the largest kernels",
+            "",
+            "| ms | times | kernel |",
+            "|---|---|---|",
+        ]
+        kernels = sorted(rows[name]["largest"].items(), key=lambda kernel: -kernel[1][0])
+        lines += [f"| {ms:.0f} | {count} | `{kernel}` |" for kernel, (ms, count) in kernels]
     return "\n".join(lines)
 
 

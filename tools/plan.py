@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cards import BITS, card_lines, fit_lines, two, weights_gb
+from cards import BITS, REACH, card_lines, fit_lines, two, weights_gb
 
 from utils import FileIndex, load_config, load_script, read_model_json, run_script
 
@@ -348,7 +348,7 @@ def plan_qwen(script: Any, config: Any, cache_dir: Path) -> str:
         ways[words] = peak_gb, computed / mean
         loads = outlook.loads
     needed = peak if cache.text_encoder_device else max(peak, encoder + CONTEXT_GB + 1)
-    lines += card_lines(needed, mean * per_step, steps, 0.5)
+    lines += card_lines(needed, mean * per_step, steps, REACH)
     return "\n".join([*lines, *fit_lines(peak, ways)])
 
 
@@ -464,7 +464,7 @@ def plan_flux(script: Any, config: Any) -> str:
         f"Compute      {two(tflop)} TFLOP a step",
         f"Memory       about {two(peak)} GB while training ({said}); before that the VAE,",
         f"             then the text encoders ({FLUX_ENCODERS_GB} GB), alone",
-        *card_lines(max(peak, FLUX_ENCODERS_GB), tflop, steps * len(runs), 0.5),
+        *card_lines(max(peak, FLUX_ENCODERS_GB), tflop, steps * len(runs), REACH),
     ]
     return "\n".join([*lines, *fit_lines(peak, ways)])
 
