@@ -448,7 +448,8 @@ class SliderLinear(torch.nn.Module):
         if not any(active.adapter in self.down for part in parts for active in part):
             return y
         cut = zip(x.chunk(len(parts)), y.chunk(len(parts)), parts, strict=True)
-        return torch.cat([self._adapted(*each) for each in cut])
+        adapted = [self._adapted(*each) for each in cut]
+        return torch.cat(adapted) if len(parts) > 1 else adapted[0]
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor, part: BatchPart) -> torch.Tensor:
         for active in part:
@@ -806,9 +807,9 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(data.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def encode_sample(vae: Any, sample: Sample) -> dict[str, torch.Tensor]:
+def encode_sample(vae: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
     """Return {"latents": (n, 4, h, w), "change 0 1": (1, h, w) mean |after - before|, ...}."""
-    pixels = [to_pixels(image) for image in load_pictures(sample)]
+    pixels = [to_pixels(image) for image in images]
     tensors = {"latents": torch.cat([encode_sd(vae, x) for x in pixels])}
     factor = pixels[0].shape[-1] // tensors["latents"].shape[-1]  # 8
     for i, j in itertools.combinations(range(len(pixels)), 2):
@@ -1380,8 +1381,9 @@ class SDTrainer:
                 todo.append(key)
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
         vae = load_part(self.folder, "vae", self.dtype, self.device) if todo else None
-        for key in utils.progress(todo, "encode pictures"):
-            utils.save_tensors(utils.entry_path(self.cache_dir, key), encode_sample(vae, jobs[key]))
+        loaded = zip(todo, utils.ahead(lambda key: load_pictures(jobs[key]), todo), strict=True)
+        for key, images in utils.progress(loaded, "encode pictures", total=len(todo)):
+            utils.save_tensors(utils.entry_path(self.cache_dir, key), encode_sample(vae, images))
         del vae
         release_memory()
         self.accelerator.wait_for_everyone()

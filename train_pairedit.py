@@ -384,7 +384,8 @@ class SliderLinear(torch.nn.Module):
         if not any(active.adapter in self.down for part in parts for active in part):
             return y
         cut = zip(x.chunk(len(parts)), y.chunk(len(parts)), parts, strict=True)
-        return torch.cat([self._adapted(*each) for each in cut])
+        adapted = [self._adapted(*each) for each in cut]
+        return torch.cat(adapted) if len(parts) > 1 else adapted[0]
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor, part: BatchPart) -> torch.Tensor:
         for active in part:
@@ -1194,8 +1195,9 @@ class PairEditTrainer:
         log.info("cache: %d entries, %d to encode", len(jobs), len(todo))
         if pairs := [job for job in todo if isinstance(job, Sample)]:
             vae = load_vae(self.folder, self.device)
-            for pair in utils.progress(pairs, "encode pictures"):
-                latents = [encode_pixels(vae, to_pixels(image)) for image in fit_pictures(pair)]
+            loaded = zip(pairs, utils.ahead(fit_pictures, pairs), strict=True)
+            for pair, images in utils.progress(loaded, "encode pictures", total=len(pairs)):
+                latents = [encode_pixels(vae, to_pixels(image)) for image in images]
                 tokens = pack_tokens(torch.cat(latents))
                 utils.save_tensors(utils.entry_path(self.cache_dir, todo[pair]), {"tokens": tokens})
             del vae  # KEEP: the encoders are never in memory together

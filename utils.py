@@ -454,9 +454,8 @@ class FileIndex:
             except (OSError, ValueError, UserError) as error:
                 return str(error)
 
-        with ThreadPoolExecutor() as pool:
-            looks = pool.map(attempt, new)
-            seen = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
+        looks = ahead(attempt, new)
+        seen = list(progress(looks, "look at files", total=len(new), disable=len(new) < 500))
         rows = [(str(p), s, f) for (p, s), f in zip(new, seen, strict=True) if isinstance(f, dict)]
         self._facts |= {path: (stamp, facts) for path, stamp, facts in rows}
         with contextlib.suppress(OSError):  # it is looked at again
@@ -636,6 +635,16 @@ def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
     """Return a progress bar on the first process, none on the others."""
     options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
     return tqdm(items, desc=label, **options)
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Yield function(item) in the order of the items; threads compute the next 16 meanwhile."""
+    with ThreadPoolExecutor() as pool:
+        futures = (pool.submit(function, item) for item in items)
+        waiting = list(itertools.islice(futures, 16))
+        while waiting:
+            yield waiting.pop(0).result()
+            waiting.extend(itertools.islice(futures, 1))
 
 
 def memory_gb(device: torch.device) -> float:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 import unicodedata
 from functools import partial
 from types import SimpleNamespace
@@ -339,3 +340,36 @@ def test_captions_of_a_sheet_have_their_accents():
 
     accented, unknown = "caf\u00e9", "caf\U0010fffd"
     assert drawn(accented) == drawn(unicodedata.normalize("NFD", accented)) != drawn(unknown)
+
+
+def test_ahead_keeps_order_runs_before_it_is_asked_and_stays_near():
+    begun = []
+
+    def double(number):
+        begun.append(number)
+        if number == 30:
+            raise UserError("thirty")
+        return 2 * number
+
+    found = utils.ahead(double, iter(range(100)))
+    assert [next(found) for _ in range(5)] == [0, 2, 4, 6, 8]
+    time.sleep(0.2)  # the threads have done what they may
+    assert sorted(begun) == list(range(20))  # five taken, fifteen waiting
+    assert [next(found) for _ in range(25)] == list(range(10, 60, 2))
+    with pytest.raises(UserError, match="thirty"):
+        next(found)
+    assert list(utils.ahead(double, [])) == []
+
+
+def test_ahead_reads_while_the_consumer_works():
+    def seconds(results):
+        started = time.perf_counter()
+        for _ in results:
+            time.sleep(0.02)  # an encoder on a GPU
+        return time.perf_counter() - started
+
+    def read(number):
+        time.sleep(0.02)  # a decoder without the interpreter's lock
+
+    together, alone = seconds(utils.ahead(read, range(20))), seconds(map(read, range(20)))
+    assert together < 0.75 * alone
