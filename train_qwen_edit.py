@@ -1704,9 +1704,9 @@ def load_picture(picture: Picture, mode: str = "RGB") -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if picture.flip else image
 
 
-def region_map(mask: Picture, latent_px: int = 8) -> torch.Tensor:
+def region_map(mask: Image.Image, latent_px: int = 8) -> torch.Tensor:
     """Turn a mask into (1, 1, h, w) fp32 in [0, 1], the mean of each latent's pixels."""
-    level: Any = (np.asarray(load_picture(mask), np.float32) / 255).mean(-1)
+    level: Any = (np.asarray(mask, np.float32) / 255).mean(-1)
     (height, width), n = level.shape, latent_px
     level = torch.from_numpy(level).view(1, 1, height // n, n, width // n, n)
     return level.mean((3, 5))
@@ -1807,9 +1807,11 @@ def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> 
     mine = [key for key in share if key in again or not places[key].exists()]
     log.info("cache: %d entries, process 0 has %d to encode", len(jobs), len(mine))
     for label, kinds in (("pictures", ("latent", "region")), ("prompts", ("prompt",))):
-        keys = [key for key in mine if jobs[key].kind in kinds]
-        for key in utils.progress(keys, f"encode {label}", disable=not keys):
-            utils.save_tensors(places[key], {jobs[key].kind: trainer.encode(jobs[key])})
+        todo = [key for key in mine if jobs[key].kind in kinds]
+        loaded = zip(todo, utils.ahead(lambda key: trainer.load(jobs[key]), todo), strict=True)
+        for key, images in utils.progress(loaded, f"encode {label}", total=len(todo)):
+            tensor = trainer.encode(jobs[key], images=images)
+            utils.save_tensors(places[key], {jobs[key].kind: tensor})
         trainer.unload("vae", "text_encoder")  # KEEP: they are never in memory together
     index.update((places[key] for key in mine), lambda path: {})
     accelerator.wait_for_everyone()
@@ -2580,12 +2582,9 @@ class QwenImageEditTrainer:
         if self.accelerator:
             return
         self.sharded = sharding()  # accelerate is not told: for it this is plain data parallel
-        self.accelerator = utils.make_accelerator(
-            self.config.logging.report_to,
-            self.config.logging.output_dir,
-            mixed_precision=self.config.train.mixed_precision,
-            device_placement=False,  # the transformer is where its layout wants it
-        )
+        told, precision = self.config.logging, self.config.train.mixed_precision
+        how = {"mixed_precision": precision, "device_placement": False}  # the layout places it
+        self.accelerator = utils.make_accelerator(told.report_to, told.output_dir, **how)
         logging.basicConfig(format="%(message)s")
         log.setLevel(logging.INFO if self.accelerator.is_main_process else logging.ERROR)
 
@@ -2654,15 +2653,19 @@ class QwenImageEditTrainer:
         pixels = self.vae.decode(latents, return_dict=False)[0][:, :, 0]
         return np.stack([np.asarray(image) for image in VaeImageProcessor().postprocess(pixels)])
 
-    def encode(self, job: Job, vae: Any = None, text_encoder: Any = None) -> torch.Tensor:
+    def load(self, job: Job) -> list[Image.Image]:
+        """Return the pictures that encode() takes."""
+        mode = "RGB" if job.kind == "region" else self.flavour.picture_mode
+        return [load_picture(picture, mode) for picture in job.pictures]
+
+    def encode(self, job: Job, vae: Any = None, text: Any = None, images: Any = None) -> Any:
         """Return what the cache holds: latent (C, 1, h, w), prompt (T, D), region (1, 1, h, w)."""
-        flavour, cache = self.flavour, self.config.cache
+        images, cache = self.load(job) if images is None else images, self.config.cache
         if job.kind == "region":
-            return region_map(job.pictures[0], flavour.latent_px)
-        images = [load_picture(picture, flavour.picture_mode) for picture in job.pictures]
+            return region_map(images[0], self.flavour.latent_px)
         if job.kind == "latent":
             return self.encode_image_embedding(images[0], vae or cache.vae_encoder_device)[0].cpu()
-        device = text_encoder or cache.text_encoder_device
+        device = text or cache.text_encoder_device
         return self.encode_prompt_image_embedding(job.caption, images, device)[0][0].cpu()
 
     def through_cache(self, job: Job, *devices: Any) -> torch.Tensor:
@@ -2718,10 +2721,7 @@ class QwenImageEditTrainer:
         return {job.key(self.data.encoders): job for job in jobs}
 
     def cache_embeddings(self, train_dataloader: Iterable[dict[str, Any]] | None = None) -> int:
-        """Encode what is missing: all that the config asks for, or a loader's batches.
-
-        Returns how many entries this process encoded (of a loader: samples).
-        """
+        """Encode what is missing, or a loader's batches; return how many entries (or samples)."""
         self.setup_accelerator()
         if train_dataloader is None:
             self.find_data()

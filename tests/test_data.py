@@ -125,7 +125,7 @@ def test_one_transform_keeps_pixels_aligned(tmp_path):
         assert shown["vision"][0].box == target.box and shown["vision"][1].box == other.box
         w, h = target.size
         means = pixels.reshape(h // 8, 8, w // 8, 8, 3).mean((1, 3, 4)) / 255
-        level = script.region_map(shown["region"][0])  # a weight per latent
+        level = script.region_map(script.load_picture(shown["region"][0]))  # a weight per latent
         np.testing.assert_allclose(level[0, 0], means, atol=1e-5)
         boxes.add(target.box)
         flips.add(target.flip)
