@@ -947,8 +947,8 @@ class EditPainter(Painter):
                     print(f"note: {lora.file} {text}")
         try:
             area, _, _, why = self.rule
-            if any(strip.images for strip in strips):
-                print(f"references: {area}, {why}")
+            shown = any(strip.images for strip in strips)
+            print(f"references: {area}, {why}" if shown else "references: none, text to image")
         except UserError as error:
             problems.append(str(error))
         return problems

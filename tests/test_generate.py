@@ -311,7 +311,7 @@ def test_a_prompt_alone_is_drawn_as_it_is_trained(lora, make_trainer, checkpoint
         4,
     ]
     command += ["--num_inference_steps", 2, "--true_cfg_scale", 3, "--output", tmp_path / "a.png"]
-    call(checkpoints["2511"], *command)
+    assert "text to image" in call(checkpoints["2511"], *command)
     trainer = make_trainer(**{"model.lora.pretrained_weight": str(lora[1])})
     trainer.setup_predict()
     flat = script.Picture(Image.new("RGB", (64, 64)), "x", (64, 64))
@@ -445,7 +445,7 @@ def test_all_wrong_settings_then_all_wrong_files_are_named_at_once(checkpoints, 
     for words in ("'imges'", "'images'", "none.png", "l.bin", "no folder ./no", "cuda:7"):
         assert words in text, words
     text = call(checkpoints["2511"], *QUICK, "--height", 64, check=False)
-    for words in ("output", "height", "image"):
+    for words in ("output", "height"):
         assert words in text
     assert not (tmp_path / "out").exists()
 
