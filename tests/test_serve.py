@@ -125,6 +125,13 @@ def test_pictures_are_those_of_generate(session, theirs, family):
     assert (np.asarray(before) == pixels(wanted.with_stem("p_scale0"))).all()
 
 
+def test_2508_draws_nothing_from_text(checkpoints, tmp_path):
+    argv = ["--pretrained_model_name_or_path", checkpoints["2508"], "--device", "cpu"]
+    session = tool.prepare([*map(str, [*argv, "--port", free_port()])], tmp_path)[1]
+    with pytest.raises(UserError, match="a picture is missing"):
+        session.plan([], "a cup", 3, [])
+
+
 def test_a_picture_dropped_in_a_browser(models, browser, theirs, tmp_path, monkeypatch):
     """Drop, type, move the strength, press: generate.py's picture; mistakes in one sentence."""
     for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "no_proxy"):
