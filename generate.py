@@ -6,7 +6,7 @@ Qwen-Image-Edit (the checkpoint says which it is):
 
     python generate.py --pretrained_model_name_or_path DIR --lora FILE --image a.png \\
         --prompt "make it snow" --output snow.png
-    ... --image a.png b.png                   # several references, in this order
+    ... --image a.png b.png                   # several references, in this order; or none
     ... --lora A.safetensors:0.8 B.safetensors
     ... --scales 0,0.5,1 --output strip.png   # every LoRA times 0, 0.5 and 1, side by side
     ... --input_dir photos --output_dir out   # a folder; captions beside the photos or --prompt
@@ -119,7 +119,7 @@ class JobsConfig(Section):
     seed: Seeds = [0]
     """Seed, or several: 0,1,2. Drawn on the CPU: the same noise on every device."""
     image: Annotated[list[Path], BeforeValidator(as_list)] = []
-    """Reference pictures, in order (Qwen-Image-Edit); one photo to change (the others)."""
+    """Reference pictures, in order, or none (Qwen); one photo to change (the others)."""
     input_dir: Path | None = None
     """Folder of pictures to edit, each alone."""
     table: Path | None = None
@@ -190,10 +190,9 @@ class EditConfig(JobsConfig):
 
     def rules(self) -> dict[str, Any]:
         """Return {problem: whether it is there}."""
-        none = "nothing to edit: give image, input_dir or table"
         steps = "num_inference_steps: lightning has 4 or 8"
         few = self.schedule == "lightning" and self.num_inference_steps not in (4, 8)
-        return super().rules() | {none: not self.photo, steps: few}
+        return super().rules() | {steps: few}
 
 
 class SliderConfig(JobsConfig):
@@ -940,12 +939,16 @@ class EditPainter(Painter):
             most = self.flavour.most_references
             if any(strip.images[most:] for strip in strips):
                 problems.append(f"image: this model takes {most} reference(s) at most")
+            if most == 1 and not all(strip.images for strip in strips):
+                problems.append("image: is missing; this model edits one picture")
             for lora, about in zip(self.loras, self.about, strict=True):
                 if (trained := about.get("flavour", self.flavour.name)) != self.flavour.name:
                     text = f"was trained on {trained}, this model is {self.flavour.name}"
                     print(f"note: {lora.file} {text}")
         try:
-            print(f"references: {self.rule.reference_area}, {self.rule.why}")
+            area, _, _, why = self.rule
+            shown = any(strip.images for strip in strips)
+            print(f"references: {area}, {why}" if shown else "references: none, text to image")
         except UserError as error:
             problems.append(str(error))
         return problems
@@ -983,7 +986,8 @@ class EditPainter(Painter):
 
     def size(self, images: Sequence[dict[str, Any]]) -> tuple[int, int]:
         """Return (W, H) px of a result: 1 MP, or as the LoRA was trained, in the last aspect."""
-        width, height = images[-1]["width"], images[-1]["height"]
+        last = images[-1] if images else {"width": 1, "height": 1}
+        width, height = last["width"], last["height"]
         with contextlib.suppress(UserError):  # a problem that is named
             if self.rule.reference_area == "target" and self.rule.resolution:
                 return self.script.nearest_bucket(width, height, self.rule.resolution)
@@ -1043,13 +1047,17 @@ class EditPainter(Painter):
         config, (width, height) = self.config, strip.size
         areas = {"1mp": AREA_1MP, "target": width * height}
         area_px = int(areas.get(str(self.rule.reference_area), self.rule.reference_area))
-        references = self.references(strip)
+        pipeline, shown = self.pipeline, dict[str, Any]()
+        if references := self.references(strip):
+            shown["image"] = references if self.flavour.most_references > 1 else references[0]
+        elif self.flavour.pipeline_class == "QwenImageEditPlusPipeline":
+            pipeline, shown = self.text_pipeline, {"max_sequence_length": 1024}  # as of edits
         plain, steps = config.schedule == "lightning", config.num_inference_steps
         scale = config.true_cfg_scale or (1.0 if plain else self.flavour.guidance)
         guided = scale > 1
         with reference_sizes(self.pipeline, area_px, self.rule.vision_area):
-            return self.pipeline(
-                image=references if self.flavour.most_references > 1 else references[0],
+            return pipeline(
+                **shown,
                 prompt=strip.prompt,
                 negative_prompt=config.negative_prompt if guided else None,
                 true_cfg_scale=scale,
@@ -1060,10 +1068,22 @@ class EditPainter(Painter):
                 generator=torch.Generator().manual_seed(strip.seed),
             ).images[0]
 
+    @functools.cached_property
+    def text_pipeline(self) -> Any:
+        """Return Qwen-Image's pipeline with the template of Edit-Plus, which wants pictures."""
+        import diffusers
+
+        parts = {name: x for name, x in self.pipeline.components.items() if name != "processor"}
+        pipeline: Any = diffusers.QwenImagePipeline(**parts)
+        for name in ("prompt_template_encode", "prompt_template_encode_start_idx"):
+            setattr(pipeline, name, getattr(self.pipeline, name))
+        pipeline.set_progress_bar_config(leave=False)
+        return pipeline
+
     def references(self, strip: Strip) -> list[Image.Image]:
         """Open the pictures; those at the output's size are cropped to it, as in training."""
         images = [open_rgb(file, self.flavour.picture_mode) for file in strip.images]
-        if self.rule.reference_area != "target":
+        if self.rule.reference_area != "target" or not images:
             return images
         wanted = strip.size[0] / strip.size[1]
         aspects = [image.width / image.height for image in images]

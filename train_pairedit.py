@@ -210,7 +210,8 @@ class LoopConfig(Section):
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     """Trackers beside metrics.jsonl, which is always written."""
     push_to_hub: str | None = None
-    """Repository (USER/NAME) of the Hub for the finished LoRA; a new one is private."""
+    """Repository (USER/NAME) of the Hub for the finished LoRA; a new one is private. Each of
+    several runs gets a folder of its own there."""
 
 
 def training_loss(
@@ -1243,7 +1244,8 @@ class PairEditTrainer:
             start_slider(self.bare, name, config.train_method, *parts)
         self.trained = [p for p in self.bare.parameters() if p.requires_grad]
         rate, decay = config.learning_rate, config.weight_decay
-        self.optimizer = torch.optim.AdamW(self.trained, rate, weight_decay=decay)
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.trained, rate, weight_decay=decay, fused=fused)
         self.samples, self.tokens = self.run_samples(run), {}
         for x in self.samples:
             none = torch.empty(0, math.prod(self.grid(x.size)), self.bare.config.in_channels)
@@ -1308,8 +1310,9 @@ def train_run(trainer: PairEditTrainer, run: Run, start: Any, stop: utils.StopSi
             tracker.finish()
         accelerator.trackers = []  # the next run has its own
         if main:
-            command = write_card(trainer)
-            utils.from_tool("after", "tell", None, folder, stopped, command)
+            command, several = write_card(trainer), len(all_runs(trainer.config)) > 1
+            place = folder.name if several else ""  # of each run in the repository
+            utils.from_tool("after", "tell", None, folder, stopped, command, place)
     return stopped
 
 

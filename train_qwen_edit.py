@@ -460,6 +460,9 @@ def add_lora(transformer: Any, lora: LoraConfig, seed: int) -> None:
         transformer.add_adapter(settings)
     place_adapter(transformer)
     cast_training_params(transformer)  # KEEP: bf16 would round small updates away
+    for layer in transformer.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):  # autocast would undo it: a copy for nothing
+            layer.cast_input_dtype_enabled = lora.method == "dora"  # whose norms are in fp32
 
 
 def strengthen(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
@@ -539,11 +542,13 @@ class LrSchedulerConfig(Section):
     """Exponent of scheduler_type polynomial."""
 
 
-def make_optimizer(settings: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> Any:
+def make_optimizer(settings: OptimizerConfig, parameters: Iterable[Any], cuda: bool = False) -> Any:
     """Make the config's optimizer. Raises UserError: no such class, or wrong arguments."""
     module, _, name = settings.class_path.rpartition(".")
     try:
         arguments: Any = {"lr": 1e-4, **settings.init_args}
+        if cuda and settings.class_path == "torch.optim.AdamW" and "foreach" not in arguments:
+            arguments.setdefault("fused", True)  # all weights in one kernel
         if isinstance(arguments["lr"], bool) or not arguments["lr"] > 0:
             raise ValueError("lr must be a number above 0")
         return getattr(importlib.import_module(module), name)(parameters, **arguments)
@@ -1135,22 +1140,21 @@ def check_model(config: Config, precision: str) -> list[str]:
 # differs from the other scripts: each script audits its own config
 def audit(config: Config) -> list[str]:
     """Return everything that can be known to be wrong before a model loads, one line each."""
-    model, cache, tracker = config.model, config.cache, config.logging.report_to
+    model, cache, results = config.model, config.cache, config.logging
     problems = check_model(config, model.base_model_precision)
-    writes = {"logging.output_dir": config.logging.output_dir}
+    writes = {"logging.output_dir": results.output_dir}
     devices = {f"predict.devices.{part}": d for part, d in config.predict.devices}
     devices |= {f"model.devices.{i}": device for i, device in enumerate(model.devices)}
     if cache.use_cache:
         devices["cache.vae_encoder_device"] = cache.vae_encoder_device
         devices["cache.text_encoder_device"] = cache.text_encoder_device
         writes["cache.cache_dir"] = cache.cache_dir
-    packages = [] if tracker in ("none", "all") else [tracker]
+    packages = [] if results.report_to in ("none", "all") else [results.report_to]
     reads = []
     for ds in config.data.dataset_configs:
         own = [ds.target_dir, *ds.reference_dirs, ds.mask_dir] if ds.target_dir else [Path()]
         reads += [ds.train_data_dir / d for d in own if d is not None and not ds.table]
-    how: dict[str, Any] = {"devices": devices, "packages": packages}
-    how["hub"] = config.logging.push_to_hub
+    how: dict[str, Any] = {"devices": devices, "packages": packages, "hub": results.push_to_hub}
     problems += utils.check_setup(writes=writes, reads=reads, **how)
     flavour = None if problems else detect_flavour(model.pretrained_model_name_or_path)
     data, wrong = find_samples(config, flavour or PUBLISHED["Qwen/Qwen-Image-Edit-2511"])
@@ -2198,12 +2202,10 @@ def draw_edit(
     embeds = [encode(job)[None].to(device) for job in prompt_jobs(example, how, flavour)]
     dtype, generator = embeds[0].dtype, torch.Generator().manual_seed(how.seed)
     controls = [encode(job)[None].to(device, dtype) for job in jobs_of(example)["control_latent"]]
-    shown: Any = {"control_latent": controls}
-    batches: list[Any] = [{**shown, "prompt_embed": each, "prefix": {}} for each in embeds]
+    batches: Any = [{"control_latent": controls, "prompt_embed": e, "prefix": {}} for e in embeds]
     latents = torch.randn(shape, generator=generator, dtype=dtype).to(device)
-    # a copy: set_timesteps() changes it
-    settings = SCHEDULES[how.schedule]
-    scheduler = type(trainer.scheduler).from_config(trainer.scheduler.config, **settings)
+    stock, settings = trainer.scheduler, SCHEDULES[how.schedule]
+    scheduler = type(stock).from_config(stock.config, **settings)  # set_timesteps() changes it
     mu = model_mu(scheduler.config, flavour.tokens(latents))
     name = trainer.config.model.pretrained_model_name_or_path
     scheduler.set_timesteps(sigmas=how.sigmas(flavour, name), device=device, mu=mu)
@@ -2212,11 +2214,10 @@ def draw_edit(
     mixed = bool(getattr(transformer, "peft_config", None)) and dtype != torch.float32
     with torch.autocast(device.type, dtype, enabled=mixed):
         for t in scheduler.timesteps:
-            sigma = t.expand(1).to(dtype) / 1000
-            velocities = [flavour.velocity(transformer, latents, sigma, b) for b in batches]
-            velocity = velocities[0]
-            if velocities[1:]:
-                velocity = flavour.guide(velocity, velocities[1], how.guidance(flavour))
+            inputs = transformer, latents, t.expand(1).to(dtype) / 1000
+            velocity, *negative = (flavour.velocity(*inputs, batch) for batch in batches)
+            if negative:
+                velocity = flavour.guide(velocity, negative[0], how.guidance(flavour))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     return Image.fromarray(trainer.decode_vae_latent(latents)[0])
 
@@ -2226,9 +2227,8 @@ def edit_example(
 ) -> Example:
     """Return what an edit without a target shows the model, by the rules of training.
 
-    The main picture (the last) is drawn at `size` (W, H) px, down to a
-    multiple of 16 (2.1: 32); default: 1 MP, or the training size if references are as large as the
-    target.
+    The main picture (the last) is drawn at `size` (W, H) px, down to a multiple of 16 (2.1: 32);
+    default: 1 MP, or the training size if references are as large as the target.
     """
     datasets = trainer.config.data.dataset_configs
     main, multiple = pictures[-1], trainer.flavour.multiple_px
@@ -2502,8 +2502,7 @@ class QwenImageEditTrainer:
     def device(self) -> torch.device:
         """Return the training device; of several the first."""
         self.setup_accelerator()
-        first = self.config.model.devices[:1]
-        return torch.device(first[0]) if first else self.accelerator.device
+        return torch.device([*self.config.model.devices, self.accelerator.device][0])
 
     @property
     def precision(self) -> str:
@@ -2862,7 +2861,8 @@ class QwenImageEditTrainer:
     def configure_optimizers(self) -> None:
         """Make optimizer, learning rate schedule (counts optimizer steps) and moving average."""
         config = self.config
-        self.optimizer = make_optimizer(config.optimizer, self.parameter_groups())
+        cuda = self.device.type == "cuda"
+        self.optimizer = make_optimizer(config.optimizer, self.parameter_groups(), cuda)
         # KEEP: accelerate must not wrap it, or it would go as many steps as there are processes
         steps = self.total_steps()
         self.lr_scheduler = make_schedule(config.lr_scheduler, self.optimizer, steps)

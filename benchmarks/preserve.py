@@ -32,8 +32,11 @@ def levels(images):
     return [np.asarray(image.convert("RGB"), float) for image in images]
 
 
-def trained(weight, steps, every, place):
-    """A trainer that has run, and its seconds per step (of the first weight with the encoders')."""
+def trained(weight, steps, every, place, **more):
+    """A trainer that has run, and its seconds per step (of the first weight with the encoders').
+
+    more: settings beside the demo's.
+    """
     flags = {
         "logging.output_dir": place / f"out{weight}",
         "cache.cache_dir": place / "cache",
@@ -41,6 +44,7 @@ def trained(weight, steps, every, place):
         "train.checkpointing_steps": steps,
         "validation.steps": "null",
         "loss.preserve_every": every,
+        **more,
     }
     argv = ["--config", "configs/demo_qwen_edit.yaml"]
     argv += [f"--{name}={value}" for name, value in flags.items()]

@@ -33,7 +33,8 @@ BROWSER_FLAGS = (
 )
 BROWSER_FLAGS += " no-first-run force-device-scale-factor=1 force-color-profile=srgb"
 # environment that a forked command can be given
-FORKED = {"OMP_NUM_THREADS", "ACCELERATE_USE_FSDP", "FSDP_VERSION"}
+FORKED = {"OMP_NUM_THREADS", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "HF_TOKEN"}
+FORKED |= {"HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate launch sets it
 
 
@@ -216,6 +217,21 @@ def slider_settings(checkpoint, folder, **changes):
         "preview": False,
         **changes,
     }
+
+
+def quick_settings(script, checkpoints, folder):
+    """Settings of four quick steps of a trainer, on a CPU."""
+    concept(folder / "datasets/age")
+    if script == "train_qwen_edit.py":
+        return small_config(checkpoints["2511"], folder)
+    if script == "train_pairedit.py":
+        return slider_settings(checkpoints["flux"], folder)
+    sides = {"before": "source", "after": "target"}
+    sides = {f"{n}_data_dir": str(folder / "datasets/age" / s) for n, s in sides.items()}
+    own = {"use_image_pairs": True, "resolution": 64, "max_train_steps": 4, "train_batch_size": 1}
+    base = {"pretrained_model_name_or_path": str(checkpoints["sd"]), "instance_prompt": "a photo"}
+    places = {"output_dir": str(folder / "out"), "cache_dir": str(folder / "cache")}
+    return {**base, **sides, **own, **places}
 
 
 @pytest.fixture(scope="session")

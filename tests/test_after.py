@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from conftest import ROOT, concept, run, slider_settings, small_config, write_config
+from conftest import ROOT, quick_settings, run, write_config
 from PIL import Image
 
 QUICK = {
@@ -11,20 +11,6 @@ QUICK = {
     "train_pairedit.py": "--device cpu --image {photo}",
     "train_dreambooth_pairs.py": "--num_inference_steps 2",
 }
-
-
-def settings(script, checkpoints, folder):
-    concept(folder / "datasets/age")
-    if script == "train_qwen_edit.py":
-        return small_config(checkpoints["2511"], folder)
-    if script == "train_pairedit.py":
-        return slider_settings(checkpoints["flux"], folder)
-    sides = {"before": "source", "after": "target"}
-    sides = {f"{n}_data_dir": str(folder / "datasets/age" / s) for n, s in sides.items()}
-    own = {"use_image_pairs": True, "resolution": 64, "max_train_steps": 4, "train_batch_size": 1}
-    base = {"pretrained_model_name_or_path": str(checkpoints["sd"]), "instance_prompt": "a photo"}
-    places = {"output_dir": str(folder / "out"), "cache_dir": str(folder / "cache")}
-    return {**base, **sides, **own, **places}
 
 
 def last_words(text):
@@ -37,7 +23,7 @@ def last_words(text):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", QUICK)
 def test_a_run_ends_with_commands_that_work(script, checkpoints, tmp_path):
-    config = write_config(tmp_path, settings(script, checkpoints, tmp_path))
+    config = write_config(tmp_path, quick_settings(script, checkpoints, tmp_path))
     said = last_words(run(ROOT / script, "--config", config).stdout)
     assert {*said} == {"report", "pictures", "to try it"}
     assert said["report"].endswith("report.html") and said["pictures"].endswith(".png")
@@ -53,7 +39,7 @@ def test_a_run_ends_with_commands_that_work(script, checkpoints, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", QUICK)
 def test_a_stopped_run_ends_with_the_command_that_goes_on(script, checkpoints, tmp_path):
-    config = write_config(tmp_path, settings(script, checkpoints, tmp_path))
+    config = write_config(tmp_path, quick_settings(script, checkpoints, tmp_path))
     name = script.removesuffix(".py")
     program = tmp_path / f"{name}_stopped.py"
     program.write_text(f"""

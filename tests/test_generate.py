@@ -298,6 +298,34 @@ def test_2508_runs_with_one_reference(checkpoints, call, tmp_path):
     assert "takes 1 reference(s) at most" in two
 
 
+def test_a_prompt_alone_is_drawn_as_it_is_trained(lora, make_trainer, checkpoints, call, tmp_path):
+    """Text to image with the template of Edit-Plus; 2508, whose template has a slot, says no."""
+    command = [
+        "--lora",
+        lora[1],
+        "--prompt",
+        "a blue cat",
+        "--negative_prompt",
+        "grey",
+        "--seed",
+        4,
+    ]
+    command += ["--num_inference_steps", 2, "--true_cfg_scale", 3, "--output", tmp_path / "a.png"]
+    assert "text to image" in call(checkpoints["2511"], *command)
+    trainer = make_trainer(**{"model.lora.pretrained_weight": str(lora[1])})
+    trainer.setup_predict()
+    flat = script.Picture(Image.new("RGB", (64, 64)), "x", (64, 64))
+    example = script.Example("", "a blue cat", {"pixel": (flat,), "control": (), "vision": ()})
+    how = {"num_inference_steps": 2, "true_cfg_scale": 3, "negative_prompt": "grey", "seed": 4}
+    ours = script.draw_edit(trainer, example, script.SamplingConfig(**how), trainer.encode)
+    drawn = pixels(tmp_path / "a.png")
+    assert np.abs(np.asarray(ours).astype(int) - drawn).max() <= 1 and drawn.std() > 5
+    call(checkpoints["2511"], *command, "--width", 96, "--height", 64)
+    assert Image.open(tmp_path / "a.png").size == (96, 64)
+    command = ["--prompt", "a blue cat", "--output", tmp_path / "b.png"]
+    assert "image: is missing" in call(checkpoints["2508"], *command, check=False)
+
+
 # --- sizes of references --------------------------------------------------------------------------
 
 
@@ -417,7 +445,7 @@ def test_all_wrong_settings_then_all_wrong_files_are_named_at_once(checkpoints, 
     for words in ("'imges'", "'images'", "none.png", "l.bin", "no folder ./no", "cuda:7"):
         assert words in text, words
     text = call(checkpoints["2511"], *QUICK, "--height", 64, check=False)
-    for words in ("output", "height", "image"):
+    for words in ("output", "height"):
         assert words in text
     assert not (tmp_path / "out").exists()
 

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from qwen import assert_same, ready
 from torch import nn
 
 import train_qwen_edit as script
+from benchmarks import preserve
 from utils import UserError
 
 SCALE, MEAN, STD = 3.0, {"instruction": 1.0, "": -0.5}, {"instruction": 0.3, "": 0.8}
@@ -130,6 +132,22 @@ def test_guidance_and_preservation_are_their_formulas(make_trainer):
     with pytest.raises(UserError, match="no unguided, kept"):
         trainer.training_step({k: v for k, v in one.items() if k not in ("unguided", "kept")})
     assert loss.captions(trainer.flavour)["unguided"] == [""]
+
+
+@pytest.mark.slow
+def test_preservation_keeps_other_answers_and_the_edit_is_learned(tmp_path, monkeypatch):
+    """On the demo's base, in 80 steps at 64 px (benchmarks/preserve.py: 1,000 at 160 px)."""
+    monkeypatch.chdir(ROOT)
+    data = {"resolution": 64, "repeats": 1, "views": 1, "view_scale": 1, "view_flip": False}
+    settings = {f"data.dataset_configs.0.{name}": value for name, value in data.items()}
+    settings["optimizer.init_args.fused"] = True  # quicker on a CPU, too
+    found = {}
+    for weight in (0, 0.3):
+        found[weight] = preserve.measure(preserve.trained(weight, 80, 1, tmp_path, **settings)[0])
+    (plain, *moved), (skill, *kept) = found.values()
+    assert plain > 0.7 and skill > plain - 0.04
+    for far, near in zip(moved, kept, strict=True):  # one of preserve_prompts, one never trained
+        assert far > 20 and near < far / 3
 
 
 def test_two_noise_levels_share_each_instruction(make_trainer):

@@ -208,6 +208,47 @@ def test_the_gradients_are_those_of_the_dequantised_base(precision, mixed, metho
         trainer.merge_lora()
 
 
+@pytest.mark.parametrize(
+    ("method", "precision", "mixed", "less"),
+    [
+        ("lora", "no_change", "bf16", True),
+        ("lora", "int8-quanto", "bf16", True),
+        ("lokr", "no_change", "bf16", True),
+        ("dora", "no_change", "bf16", False),
+        ("lora", "no_change", "no", False),
+    ],
+)
+def test_autocast_alone_casts_what_goes_into_the_adapter(
+    method, precision, mixed, less, make_trainer
+):
+    """The bits are those of PEFT's cast to fp32 and back, which leaves each layer its own copy."""
+    settings = {"model.lora.method": method, "model.lora.target_modules": "attn+mlp"}
+    settings |= {"model.base_model_precision": precision, "train.mixed_precision": mixed}
+    trainer, found, kept = make_trainer("2511", **settings), [], []
+
+    def keep(tensor):
+        storages[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for peft_casts in (False, True):
+        trainer.set_lora()
+        for layer in trainer.transformer.modules():
+            if hasattr(layer, "cast_input_dtype_enabled"):
+                assert peft_casts or layer.cast_input_dtype_enabled == (method == "dora")
+                layer.cast_input_dtype_enabled |= peft_casts
+        batch, storages = a_batch(), {}
+        batch["control_latent"][0].requires_grad_()
+        trainer.transformer.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, gradients = loss_and_gradients(trainer, batch)
+        inputs = {"control": batch["control_latent"][0].grad}
+        found.append((loss, {n: g.clone() for n, g in gradients.items()} | inputs))
+        kept.append(sum(storages.values()))
+    assert_same_step(*found)
+    assert found[0][1]["control"].any()
+    assert 0 < kept[0] < kept[1] if less else kept[0] == kept[1]
+
+
 def precision_of(trainer):
     weight = trainer.bare_transformer().transformer_blocks[0].attn.to_q
     weight = getattr(weight, "base_layer", weight).weight

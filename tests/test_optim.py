@@ -1,5 +1,6 @@
 """Optimizers, schedules and the moving average: exact and resumable."""
 
+import copy
 import json
 import math
 import sys
@@ -141,6 +142,64 @@ def test_mistakes_are_told_before_any_model_loads(changes, named, short_run, mon
     with pytest.raises(UserError, match=named):
         trainer.fit()
     assert trainer.transformer is trainer.vae is trainer.qwen_vl is None
+
+
+# -- AdamW in one kernel, as on a GPU; here on the CPU
+
+
+def random_weights(seed, step=0):
+    """Of three sizes and scales; 33 is no multiple of what a vector register holds."""
+    draw = torch.Generator().manual_seed(100 * seed + step)
+    shapes = [(16, 33), (33, 4), (1,)]
+    return [torch.randn(shape, generator=draw) / 10**k for k, shape in enumerate(shapes)]
+
+
+def test_fused_adamw_computes_the_same_and_goes_on_from_the_other():
+    settings = script.OptimizerConfig(init_args={"lr": 1e-3, "weight_decay": 0.1})
+
+    def steps(weights, first, fused, state=None):
+        weights = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        made = script.make_optimizer(settings, weights, fused)
+        assert made.param_groups[0]["fused"] is (True if fused else None)
+        if state:
+            made.load_state_dict(copy.deepcopy(state))  # as from a file
+        for step in range(first, first + 10):
+            for weight, gradient in zip(weights, random_weights(1, step), strict=True):
+                weight.grad = gradient
+            made.step()
+        return [weight.detach() for weight in weights], made.state_dict()
+
+    ends = []
+    for first in (False, True):
+        weights, state = steps(random_weights(0), 0, first)
+        ends += [steps(weights, 10, second, state)[0] for second in (False, True)]
+    for end in ends[1:]:
+        for ours, theirs in zip(end, ends[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("more", [{"fused": False}, {"fused": None}, {"foreach": True}])
+def test_what_init_args_say_of_the_kernel_holds(more):
+    settings = script.OptimizerConfig(init_args=more)
+    group = script.make_optimizer(settings, random_weights(0), cuda=True).param_groups[0]
+    assert not group["fused"] and {name: group[name] for name in more} == more
+
+
+def test_a_checkpoint_of_the_fused_kernel_goes_on_without_a_gpu(short_run, tmp_path, monkeypatch):
+    make = script.make_optimizer
+    short_run("plain").fit()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            script,
+            "make_optimizer",
+            lambda settings, weights, _=False: make(settings, weights, True),
+        )
+        short_run("fused").fit()
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "fused/checkpoint-3").rename(tmp_path / "resumed/checkpoint-3")
+    short_run("resumed", **{"train.resume_from_checkpoint": "latest"}).fit()
+    assert_same_files(tmp_path / "resumed", tmp_path / "fused", names=[script.LORA_FILE])
+    assert_same_files(tmp_path / "fused", tmp_path / "plain", 1e-5, [script.LORA_FILE])
 
 
 # -- schedules

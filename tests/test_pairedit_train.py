@@ -290,6 +290,24 @@ def test_finished_runs_load_nothing(finished, monkeypatch):
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
+def test_a_checkpoint_of_the_fused_kernel_goes_on_without_a_gpu(straight, again, monkeypatch):
+    """AdamW in one kernel, as on a GPU, learns the same."""
+    adam, one = torch.optim.AdamW, {"datasets": ["age"], "noise_scales": [3]}
+
+    def fused(*args, **how):
+        return adam(*args, **(how | {"fused": True}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", fused)
+        again(**one).fit()
+    [folder] = run_folders(again(**one).config.output_folder.parent, noise_scales=[3])
+    whole = loras(folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    again(**one, resume_from_checkpoint="latest").fit()
+    assert_same(loras(folder), whole)
+    assert_same(whole, loras(run_folders(straight, noise_scales=[3])[0]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [

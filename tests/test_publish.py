@@ -1,15 +1,16 @@
 """Uploading a run to the Hub, against a local stand-in of its HTTP API."""
 
-import hashlib
+import base64
 import json
+import re
+import shlex
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, run, small_config, write_config
+from conftest import ROOT, quick_settings, run, write_config
 
 import train_pairedit
-import train_qwen_edit
 from utils import UserError, check_setup, load_config
 
 
@@ -25,7 +26,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
-    """The five requests of an upload."""
+    """The requests of an upload."""
 
     def log_message(self, *args):
         """Print nothing."""
@@ -53,6 +54,11 @@ class Answer(BaseHTTPRequestHandler):
             asked = json.loads(body)
             hub.private = asked.get("visibility", asked.get("private"))
             return self.reply({"url": f"{hub.url}/me/lora", "name": "me/lora"})
+        if self.path == "/api/validate-yaml":
+            head = json.loads(body)["content"].split("---")[1]
+            base = re.search("^base_model: (.*)$", head, re.MULTILINE)
+            if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", base[1]):
+                return self.reply({"errors": [{"message": "not a model id"}]}, 400)
         if "/preupload/" in self.path:
             large = {
                 f["path"]: f["path"].endswith((".safetensors", ".png"))
@@ -78,7 +84,7 @@ class Answer(BaseHTTPRequestHandler):
                 if part["key"] == "lfsFile":
                     hub.files[part["value"]["path"]] = hub.stored[part["value"]["oid"]]
                 elif part["key"] == "file":
-                    hub.files[part["value"]["path"]] = b""
+                    hub.files[part["value"]["path"]] = base64.b64decode(part["value"]["content"])
             return self.reply({"commitUrl": f"{hub.url}/me/lora/commit/1", "commitOid": "1" * 40})
         return self.reply({})
 
@@ -99,23 +105,52 @@ def environment(hub):
     }
 
 
-def test_a_run_is_uploaded_and_goes_on_after_an_interruption(hub, checkpoints, tmp_path):
-    """By the trainer, whose upload breaks off, then by hand; weights are sent once."""
-    settings = small_config(checkpoints["2511"], tmp_path, **{"logging.push_to_hub": "me/lora"})
-    settings["train"]["max_train_steps"] = 1
-    file, hub.breaks = write_config(tmp_path, settings), True
-    done = run("train_qwen_edit.py", "--config", file, env=environment(hub), check=False)
-    out = tmp_path / "out"
-    assert done.returncode == 2 and "python tools/publish.py" in done.stderr, done.stderr
-    assert hub.private in (True, "private") and not hub.files and len(hub.puts) >= 1
-    lora, sent = out / train_qwen_edit.LORA_FILE, len(hub.puts)
-    again = run(ROOT / "tools/publish.py", out, "me/lora", env=environment(hub))
-    assert again.stdout.strip().endswith(f"{hub.url}/me/lora") and len(hub.puts) == sent
-    assert hub.files[lora.name] == lora.read_bytes()
-    assert {"README.md", "config.yaml", "samples/first_batch.png"} <= set(hub.files)
-    assert not [name for name in hub.files if "checkpoint" in name or "run.json" in name]
-    stored = hashlib.sha256(lora.read_bytes()).hexdigest()
-    assert stored in hub.stored
+# {trainer: (flags of one step, where its first run lies, a sheet of it)}
+QUICK = {
+    "train_qwen_edit.py": (["--train.max_train_steps", 1], ".", "first_batch"),
+    "train_pairedit.py": (
+        ["--train_iteration", 1, "--train_count", 2],
+        "age/age_vtrain_image_4.0eta_1.0ns_full_base_v1",
+        "pairs",
+    ),
+    "train_dreambooth_pairs.py": (["--max_train_steps", 1], ".", "pairs"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", QUICK)
+def test_a_run_is_uploaded_and_goes_on_after_an_interruption(script, hub, checkpoints, tmp_path):
+    """By the trainer, whose upload breaks off, then by hand; weights are sent once.
+
+    Of several sliders each has a folder, and an upload that fails does not end the others.
+    """
+    file = write_config(tmp_path, quick_settings(script, checkpoints, tmp_path))
+    flags, place, sheet = QUICK[script]
+    flag = "--logging.push_to_hub" if "qwen" in script else "--push_to_hub"
+    argv, several = [ROOT / script, "--config", file, *flags, flag, "me/lora"], place != "."
+    hub.breaks = True
+    done = run(*argv, env=environment(hub), check=False)
+    assert done.returncode == (0 if several else 2), done.stderr
+    assert hub.private in (True, "private")
+    out, told = tmp_path / "out" / place, done.stdout if several else done.stderr
+    second = f"{out.name[:-1]}2/" if several else "none"
+    assert {name.partition("/")[0] + "/" for name in hub.files} == ({second} if several else set())
+    words = shlex.split(re.search(r"(python tools/publish.py .*) goes on", told)[1])
+    assert words[2:4] == [str(out), "me/lora"]
+    sent = len(hub.puts)
+    again = run(ROOT / "tools/publish.py", *words[2:], env=environment(hub))
+    assert again.stdout.strip().endswith(f"{hub.url}/me/lora") and len(hub.puts) == sent > 0
+    start = f"{out.name}/" if several else ""
+    mine = {n.removeprefix(start): x for n, x in hub.files.items() if not n.startswith(second)}
+    loras = {lora.name: lora.read_bytes() for lora in out.glob("*.safetensors")}
+    pictures = {f"samples/{sheet.name}" for sheet in out.glob("samples/*.png")}
+    assert f"samples/{sheet}.png" in pictures and loras
+    assert mine.keys() == {"README.md", "config.yaml", *loras, *pictures}
+    assert {name: mine[name] for name in loras} == loras
+    assert mine["config.yaml"] == (out / "config.yaml").read_bytes()
+    card = mine["README.md"].decode()
+    assert "library_name: diffusers" in card and "base_model:" not in card  # a folder, here
+    assert any(name in card for name in loras) and f" {out}/" not in card
 
 
 @pytest.mark.parametrize(

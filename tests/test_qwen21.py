@@ -4,7 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, ROOT, run, small_config, suffix_dataset, with_lora_noise, write_config
+from conftest import PAIRS, run, small_config, suffix_dataset, with_lora_noise, write_config
 from PIL import Image
 from qwen import assert_same, assert_same_files, ready
 from safetensors.torch import load_file
@@ -184,7 +184,7 @@ def straight(checkpoints, tmp_path_factory):
     return folder, file
 
 
-def test_a_run_learns_resumes_and_loads_everywhere(straight, tmp_path, checkpoints):
+def test_a_run_learns_resumes_and_loads_everywhere(straight, tmp_path, checkpoints, call_generate):
     folder, file = straight
     out = folder / "out"
     sheet = Image.open(out / "samples/step_000006.png")
@@ -204,19 +204,20 @@ def test_a_run_learns_resumes_and_loads_everywhere(straight, tmp_path, checkpoin
         processor=script.load_processor(checkpoints["2.1"] / "processor", "Qwen3VLProcessor"),
     )
     pipeline.load_lora_weights(str(out), weight_name=script.LORA_FILE)
-    run(
-        ROOT / "generate.py",
-        *("--pretrained_model_name_or_path", checkpoints["2.1"], "--lora", out / script.LORA_FILE),
-        *("--image", PAIRS / "chelsea1_R.png", "--prompt", "make it blue", "--seed", 5),
-        *("--num_inference_steps", 2, "--width", 96, "--height", 64, "--reference_area", 96 * 96),
-        *("--output", tmp_path / "made.png", "--dtype", "fp32"),
-    )
-    made = np.asarray(Image.open(tmp_path / "made.png"))
     how = {"num_inference_steps": 2, "width": 96, "height": 64, "output_resolution": 96}
-    image = Image.open(PAIRS / "chelsea1_R.png").convert("RGBA")
-    how["generator"] = torch.Generator().manual_seed(5)
-    [expected] = pipeline(image=[image], prompt="make it blue", **how).images
-    np.testing.assert_array_equal(made, np.asarray(expected))
+    for photo in (PAIRS / "chelsea1_R.png", None):  # None: the prompt alone
+        call_generate(
+            *("--pretrained_model_name_or_path", checkpoints["2.1"], "--seed", 5),
+            *("--lora", out / script.LORA_FILE, "--prompt", "make it blue", "--dtype", "fp32"),
+            *(["--image", photo] if photo else []),
+            *("--num_inference_steps", 2, "--width", 96, "--height", 64),
+            *("--reference_area", 96 * 96, "--output", tmp_path / "made.png"),
+        )
+        how["generator"] = torch.Generator().manual_seed(5)
+        image = [Image.open(photo).convert("RGBA")] if photo else None
+        [expected] = pipeline(image=image, prompt="make it blue", **how).images
+        made = np.asarray(Image.open(tmp_path / "made.png"))
+        np.testing.assert_array_equal(made, np.asarray(expected))
 
 
 @pytest.mark.parametrize("kind", ["2511", "2.1"])

@@ -116,10 +116,6 @@ def test_pictures_are_those_of_generate(session, theirs, family):
     assert ours == usual
     weaker = session.draw([PHOTO], "a cup", 3, [0.1])[1]
     assert (pixels(weaker) != pixels(wanted)).any()
-    if family == "qwen":
-        with pytest.raises(UserError, match="nothing to edit"):
-            session.draw([], "a cup", 3, [0.7])
-        return
     wanted = theirs(family, "p.png", "--prompt", "a house", "--scales", "0,1")
     for strength in (0.1, 0.7):  # the base's picture is drawn once
         told.clear()
@@ -127,6 +123,13 @@ def test_pictures_are_those_of_generate(session, theirs, family):
         assert told[-1][0] == told[-1][1] == len(told)
     assert (pixels(after) == pixels(wanted.with_stem("p_scale1"))).all()
     assert (np.asarray(before) == pixels(wanted.with_stem("p_scale0"))).all()
+
+
+def test_2508_draws_nothing_from_text(checkpoints, tmp_path):
+    argv = ["--pretrained_model_name_or_path", checkpoints["2508"], "--device", "cpu"]
+    session = tool.prepare([*map(str, [*argv, "--port", free_port()])], tmp_path)[1]
+    with pytest.raises(UserError, match="a picture is missing"):
+        session.plan([], "a cup", 3, [])
 
 
 def test_a_picture_dropped_in_a_browser(models, browser, theirs, tmp_path, monkeypatch):

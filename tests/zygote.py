@@ -57,6 +57,7 @@ def become(request, rank, port):
 
     os.environ.clear()
     os.environ.update(request["env"])
+    importlib.reload(sys.modules["huggingface_hub.constants"])  # which the environment decides
     if request["processes"] > 1:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         values = (rank, rank, request["processes"], request["processes"])

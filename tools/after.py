@@ -22,10 +22,11 @@ from utils import UserError, from_tool, list_images, load_tool, run_script
 RESUME = "resume_from_checkpoint"
 
 
-def tell(output_dir: Path, stopped: bool = False, command: str = "") -> None:
-    """Write the report; print it, the newest sheet, and what to type next.
+def tell(output_dir: Path, stopped: bool = False, command: str = "", into: str = "") -> None:
+    """Write the report; print it, the newest sheet, and what to type next; upload.
 
-    command: draws with the result; "" is what the LoRA file and the run's record lead to.
+    command: draws with the result; "" is what the LoRA file and the run's record lead to. into:
+    folder of the repository, of one of several runs, which an upload that fails does not stop.
     """
     lines = {"report": str(load_tool("page").write_report(output_dir))}
     sheets = sorted(output_dir.glob("samples/*.png"), key=lambda file: file.stat().st_mtime_ns)
@@ -41,7 +42,12 @@ def tell(output_dir: Path, stopped: bool = False, command: str = "") -> None:
     config = record["config"]
     repo = config.get("logging", config).get("push_to_hub")
     if repo and not stopped:
-        say("uploaded", load_tool("publish").publish(output_dir, repo))
+        try:
+            say("uploaded", load_tool("publish").publish(output_dir, repo, into=into))
+        except UserError as error:
+            if not into:
+                raise
+            say("not uploaded", str(error))
 
 
 def say(name: str, text: str) -> None:

@@ -104,6 +104,8 @@ class Session:
             raise UserError("; ".join(lines)) from error
         painter = self.kind(config, self.script)
         strips, problems = self.generate.plan_jobs(painter)
+        if not images and getattr(getattr(painter, "flavour", None), "most_references", 0) == 1:
+            problems.append("a picture is missing: 2508 draws none from text")
         if problems := problems + utils.check_setup(texts={"prompt": prompt}):
             raise UserError("; ".join(dict.fromkeys(problems)))
         return painter, strips[0]
