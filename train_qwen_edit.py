@@ -1814,7 +1814,7 @@ def fill_cache(trainer: Trainer, jobs: dict[str, Job], again: Iterable[str]) -> 
         todo = [key for key in mine if jobs[key].kind in kinds]
         loaded = zip(todo, utils.ahead(lambda key: trainer.load(jobs[key]), todo), strict=True)
         for key, images in utils.progress(loaded, f"encode {label}", total=len(todo)):
-            tensor = trainer.encode(jobs[key], images=images)
+            tensor = trainer.encode(jobs[key], shown=images)
             utils.save_tensors(places[key], {jobs[key].kind: tensor})
         trainer.unload("vae", "text_encoder")  # KEEP: they are never in memory together
     index.update((places[key] for key in mine), lambda path: {})
@@ -2657,14 +2657,14 @@ class QwenImageEditTrainer:
         mode = "RGB" if job.kind == "region" else self.flavour.picture_mode
         return [load_picture(picture, mode) for picture in job.pictures]
 
-    def encode(self, job: Job, vae: Any = None, text: Any = None, images: Any = None) -> Any:
+    def encode(self, job: Job, vae: Any = None, text_encoder: Any = None, shown: Any = None) -> Any:
         """Return what the cache holds: latent (C, 1, h, w), prompt (T, D), region (1, 1, h, w)."""
-        images, cache = self.load(job) if images is None else images, self.config.cache
+        images, cache = self.load(job) if shown is None else shown, self.config.cache
         if job.kind == "region":
             return region_map(images[0], self.flavour.latent_px)
         if job.kind == "latent":
             return self.encode_image_embedding(images[0], vae or cache.vae_encoder_device)[0].cpu()
-        device = text or cache.text_encoder_device
+        device = text_encoder or cache.text_encoder_device
         return self.encode_prompt_image_embedding(job.caption, images, device)[0][0].cpu()
 
     def through_cache(self, job: Job, *devices: Any) -> torch.Tensor:

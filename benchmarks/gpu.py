@@ -558,7 +558,7 @@ def latents(place, dry):
 
     def all_ahead():
         for images in ahead(trainer.load, jobs):
-            trainer.encode(job, images=images)
+            trainer.encode(job, shown=images)
 
     seconds = clock(all_ahead, 0, 1)[0] / len(jobs)
     row = {"pictures_s": 1 / both, "share_of_reading": reading / both, "peak_gb": gb}
