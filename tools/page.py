@@ -372,9 +372,9 @@ li.on { color: var(--ink); font-weight: 600; overflow: visible; }
 .charts { display: grid; gap: 1rem 2rem; padding-top: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 svg { width: 100%; overflow: visible; }
-svg text { fill: var(--quiet); font-size: 12px; text-anchor: end; dominant-baseline: middle; }
-svg .x { text-anchor: middle; }
-path { stroke: var(--rule); }
+svg text { fill: var(--quiet); font-size: max(12px, 24px - 1.5vw); text-anchor: end;
+  dominant-baseline: middle; }
+svg .x { text-anchor: middle; } path { stroke: var(--rule); }
 polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; }
 circle { fill: var(--c); }
 .c0 { --c: var(--c0) } .c1 { --c: var(--c1) } .c2 { --c: var(--c2) }
