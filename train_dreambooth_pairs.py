@@ -1200,7 +1200,7 @@ def save_result(trainer: SDTrainer, calibrated: bool) -> None:
     wanted = config.objective == "difference" if config.calibrate is None else config.calibrate
     if calibrated and wanted:
         factor = full_change(trainer)
-        log.info("calibrated: one full change is %.3g times the trained strength", factor)
+        log.info("strength 1 of the file is %.3g times the trained strength", factor)
     tensors, about = adapter_tensors(trainer.models, "change", factor), about_run(trainer, factor)
     save_lora(config.output_dir / LORA_FILE, tensors, about, config.export)
     utils.save_text(config.output_dir / "README.md", CARD.format(**about, file=LORA_FILE))

@@ -549,7 +549,7 @@ def make_optimizer(settings: OptimizerConfig, parameters: Iterable[Any], cuda: b
         arguments: Any = {"lr": 1e-4, **settings.init_args}
         if cuda and settings.class_path == "torch.optim.AdamW" and "foreach" not in arguments:
             arguments.setdefault("fused", True)  # all weights in one kernel
-        if isinstance(arguments["lr"], bool) or not arguments["lr"] > 0:
+        if type(arguments["lr"]) not in (int, float) or not arguments["lr"] > 0:
             raise ValueError("lr must be a number above 0")
         return getattr(importlib.import_module(module), name)(parameters, **arguments)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
@@ -886,7 +886,7 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
                 text = "is a pair without a caption, or two masks; name mask_dir or remove one"
                 problems.append(f"{row.files['target']} {text}")
             of.files["mask"] = next(iter(rows.pop(stem).files.values()))
-    return rows, problems
+    return {} if any(x.endswith("not exist") for x in problems) else rows, problems
 
 
 def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:
@@ -1060,7 +1060,7 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     held_out, masks = [s.held_out for s in samples], any(v.mask for v in variants)
     idle = config.validation.steps and samples and not any(held_out) and not edits
     rules = {
-        "validation.steps: nothing to draw; name holdout, eval_dataset_id or samples": idle,
+        "validation.steps: nothing is held out (few pairs?); name holdout, or take null": idle,
         "data.dataset_configs: no data set is named (--config FILE? see configs/)": not found,
         "data.dataset_configs: every sample is held out": samples and all(held_out),
         "loss.mask: file, but no sample has a mask": config.loss.mask == "file" and not masks,

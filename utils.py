@@ -131,8 +131,8 @@ def named(what: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each library that reads them has classes of its own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}") from error
+        reason = getattr(error, "strerror", "") or " ".join(str(error).split())[:300]
+        raise UserError(f"{what}: {reason or type(error).__name__}") from error
 
 
 class StopSignal:
@@ -264,7 +264,7 @@ def parse_args(argv: Sequence[str]) -> dict[str, list[list[str]]]:
             key, equals, text = ("help" if arg == "-h" else arg[2:]).partition("=")
             given.setdefault(key, []).append([text] if equals else [])
         elif not given:
-            raise UserError(f"expected --name value, got '{arg}'")
+            raise UserError(f"expected --name value, got '{arg}' (a file: --config FILE)")
         else:
             given[key][-1].append(arg)
     return given
@@ -282,7 +282,7 @@ def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str
         try:
             _assign(data, key, value)
         except (AttributeError, IndexError, TypeError, ValueError) as error:
-            problems.append(f"cannot set --{key}: {error}")
+            problems.append(f"cannot set --{key} (a list wants a number, from 0): {error}")
     return problems
 
 
@@ -751,7 +751,7 @@ class Checkpoints:
             place.mkdir()
             for path in old:
                 shutil.move(path, place / path.name)
-            log.warning("an earlier run is now in %s (to go on with it, move it back)", place)
+            log.warning("an earlier run is now in %s; to go on: move it back, resume latest", place)
 
     def save(
         self, step: int, trained_as: Facts, training: Facts, write: Callable[[Path], object]

@@ -109,6 +109,7 @@ def with_tiny_models(command, checkpoint, folder):
     if command.startswith("python generate.py"):
         command = command.replace("Qwen/Qwen-Image-Edit-2511", "demo/qwen_edit_base")
         command = command.replace("outputs/my_edit/", "outputs/demo/").replace("a.jpg", "a.png")
+    command = command.replace("lora_ckpt/image_pairs/pytorch_lora_weights", "change")
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     if "generate.py" in command and base in command:
         command += " --num_inference_steps 5"

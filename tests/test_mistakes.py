@@ -159,3 +159,44 @@ def test_help_may_be_cut_off():
     command = f"{sys.executable} train_qwen_edit.py --help all | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert "train_qwen_edit.py" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--max_train_step", "3"], "did you mean 'train.max_train_steps'"),
+        (["--on_missing", "skip"], "there is data.dataset_configs.0.on_missing"),
+        (["--c", "x"], "--config configs/NAME.yaml"),
+        (["configs/x.yaml"], "a file: --config FILE"),
+        (["--config", "configs/no.yaml"], "configs/no.yaml: No such file or directory"),
+        (["--data.dataset_configs.0.resolution=64", "--data.dataset_configs.x.mask_dir=a"], "list"),
+        (["--optimizer.init_args.lr", "fast"], "lr must be a number"),
+    ],
+)
+def test_a_slip_on_the_command_line_leads_to_the_whole_name(argv, named):
+    with pytest.raises(utils.UserError, match=named) as error:
+        config = utils.load_config(train_qwen_edit.Config, argv)
+        train_qwen_edit.make_optimizer(config.optimizer, [])
+    assert "Errno" not in str(error.value)
+
+
+def test_a_section_in_a_section_is_helped_with(capsys):
+    with pytest.raises(SystemExit):
+        utils.load_config(train_qwen_edit.Config, ["--help", "lora"])
+    assert "--model.lora.r " in capsys.readouterr().out
+
+
+def test_a_folder_that_is_missing_is_one_problem(checkpoints, tmp_path):
+    dataset = {"train_data_dir": str(tmp_path), "target_dir": "aftr", "reference_dirs": ["before"]}
+    for number in range(3):
+        picture(tmp_path / f"before/{number}.png")
+        picture(tmp_path / f"after/{number}.png")
+    lines = problems_of(checkpoints["2511"], tmp_path, **{"data.dataset_configs": [dataset]})
+    assert len(lines) == 1 and "aftr does not exist" in lines[0]
+
+
+def test_few_pairs_are_the_reason_named_where_nothing_is_held_out(checkpoints, tmp_path):
+    dataset = suffix_dataset(PAIRS, id="few", holdout_ratio=0.01)
+    changes = {"data.dataset_configs": [dataset], "validation.steps": 2}
+    [line] = problems_of(checkpoints["2511"], tmp_path, **changes)
+    assert "few pairs" in line and "null" in line

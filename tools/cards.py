@@ -74,7 +74,7 @@ def pick(choices: dict[float, str], gb: float | None = None) -> str:
 def fit_lines(peak_gb: float, ways: dict[str, tuple[float, float]]) -> list[str]:
     """Say whether a run fits here, and which ways out ({words: (GB, x computation)}) lower it."""
     room = room_gb()
-    lines = ["  this machine has no CUDA device"]
+    lines = ["  this machine has no CUDA device; tiny bases train on a CPU, in mixed_precision: no"]
     if room is not None:
         word = "fits" if peak_gb < room else "DOES NOT FIT"
         lines = [f"  {word}: the smallest CUDA device here has {room:.1f} GB"]

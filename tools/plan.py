@@ -453,7 +453,7 @@ def plan_flux(script: Any, config: Any) -> str:
         ways[words] = gb, 1.5 if again else 1.0
     lines = [
         f"Runs         {len(runs)} of {steps} steps ({config.python_name})",
-        *(f"  {script.run_folder(config, run)}" for run in runs[:5]),
+        *(f"  {script.run_folder(config, run).name}" for run in runs[:5]),
         *([f"  ... and {len(runs) - 5} more"] if len(runs) > 5 else []),
         f"Pictures     {', '.join(f'{n} of {w} x {h} px' for (w, h), n in sizes.items())}",
         f"Tokens       {tokens}, {config.max_sequence_length} of them text; {rows} rows a step",

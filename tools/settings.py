@@ -54,6 +54,7 @@ GONE = {  # names that users may expect: what to do instead
     "video": "python tools/video_pairs.py VIDEO writes before/ and after/ folders",
     "frame_gap": "python tools/video_pairs.py VIDEO --frame_gap N",
     "exclude_blocks": "target_modules takes a regular expression",
+    "c": "--config configs/NAME.yaml",
 }
 
 OTHERS = {  # names in other trainers: ours, of which a script has one
@@ -61,7 +62,7 @@ OTHERS = {  # names in other trainers: ours, of which a script has one
     "rank lora_rank network_dim lora_r network_rank r": "model.lora.r rank lora_rank",
     "alpha lora_alpha network_alpha": "model.lora.lora_alpha alpha",
     "steps max_train_steps max_steps num_steps iterations train_iteration": (
-        "train.max_train_steps train_iteration max_train_steps"
+        "train.max_train_steps train_iteration max_train_steps num_inference_steps"
     ),
     "epochs num_epochs num_train_epochs max_train_epochs": "train.num_epochs num_train_epochs",
     "batch_size train_batch_size": "data.batch_size batch_size train_batch_size",
@@ -214,7 +215,7 @@ def instead(cls: type[Section], path: str) -> str:
         ours = known[0].replace("*", "0") + ".lr" * known[0].endswith("init_args")
         return f"no such setting here, it is called {ours}"
     if elsewhere := [path for path in paths if path.endswith(f".{name}")]:
-        return f"not a setting here, but there is {elsewhere[0]}"
+        return f"not a setting here, but there is {elsewhere[0].replace('*', '0')}"
     split = [path.split(".") for path in paths]
     here = [
         parts for parts in split if all(a in ("*", b) for a, b in zip(parts, place, strict=False))
@@ -225,6 +226,9 @@ def instead(cls: type[Section], path: str) -> str:
         return difflib.SequenceMatcher(None, name, other).ratio() + 0.1 * (other in beside)
 
     best = max(sorted({part for parts in split for part in parts}), key=likeness)
+    if best not in beside and likeness(best) >= 0.5:  # it is meant, whole
+        best = next(path for path in paths if best in path.split(".")).replace("*", "0")
+        return f"unknown setting, did you mean '{best}'?"
     return f"unknown setting{nearest(name, [best] if likeness(best) >= 0.5 else beside)}"
 
 
@@ -232,7 +236,8 @@ def shown(fields: Mapping[str, Any]) -> list[str]:
     """Return the lines of --help on settings."""
     text = []
     for path, field in fields.items():
-        text.append(f"  --{path}  ({type_in_words(field.annotation)}; {default_of(field)})")
+        name = path.replace("*", "0")  # of the first of a list
+        text.append(f"  --{name}  ({type_in_words(field.annotation)}; {default_of(field)})")
         text += [f"      {line}" for line in (field.description or "").splitlines()]
     return text
 
@@ -250,6 +255,8 @@ def help_text(cls: type[Section], wanted: str) -> str:
         UserError: no section of that name.
     """
     every = sections(cls)
+    holds = (n for n, part in every.items() if wanted in " ".join(part.fields).split("."))
+    wanted = wanted if wanted in every else next(holds, wanted)  # model of lora
     if wanted not in ("", "all", *every):
         raise UserError(f"--help {wanted}: no such section{nearest(wanted, ['all', *every])}")
     text = [] if wanted in every else [str(cls.__doc__), ""]
