@@ -291,3 +291,14 @@ def test_a_tracker_gets_figures_and_pictures(tracker, tmp_path, monkeypatch):
         assert [(name, e.step) for name, e in events][1:] == [("validation", 1), ("validation", 2)]
     seen = sorted((name, image.getpixel((0, 0))[0]) for name, image in found)
     assert seen == [("first_batch", 0), ("validation", 1), ("validation", 2)]
+
+
+def test_letters_without_a_font_are_told_of_once(caplog):
+    pictures = load_tool("pictures")
+    pictures.warn_of_boxes.cache_clear()
+    picture, private = Image.new("RGB", (60, 40)), chr(0x10FFFE)  # of private use: in no font
+    for captions in (["ü"], [f"é {private}"], [private]):
+        utils.contact_sheet([[picture]], [], captions)
+    assert [record.getMessage() for record in caplog.records if "boxes" in record.msg] == [
+        "boxes on sheets are letters that no font here has (fonts-noto-cjk has Chinese)"
+    ]

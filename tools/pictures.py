@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import unicodedata
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image, ImageCms, ImageFont, ImageOps
 SRGB = ImageCms.createProfile("sRGB")
 SRGB_GAMMA = 0.45455
 DARK = "its 16-bit values end below 16,384, as 12- and 14-bit data do; scale them"
+
+log = logging.getLogger("pictures")
 
 
 def plain(file: Image.Image) -> Image.Image:
@@ -84,7 +87,15 @@ def font_of(text: str, usual: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
     files = [own] if wanted <= letters_of(own) else [own, *sorted(font_manager.findSystemFonts())]
     missing = {file: len(wanted - letters_of(file)) for file in files}
     best = min(missing, key=lambda file: missing[file])  # the first of equal ones
+    if missing[best]:
+        warn_of_boxes()
     return ImageFont.truetype(best, usual.size)
+
+
+@functools.cache
+def warn_of_boxes() -> None:
+    """Warn, the first time, that a sheet has letters without a font."""
+    log.warning("boxes on sheets are letters that no font here has (fonts-noto-cjk has Chinese)")
 
 
 @functools.cache
