@@ -8,8 +8,8 @@
     python demo.py ... --rebuild    # make its tiny base model in demo/ again from nothing
 
 qwen_edit: the base is a real QwenImageEditPlusPipeline (2511 type) with 2 million parameters
-that can only copy its reference. The LoRA learns the edit from ten photo pairs; three others
-judge it.
+that copies its reference and knows three other lights by name. The LoRA learns evening light from
+one side, which no curve of colours makes, from ten photo pairs; three others judge it.
 pairedit: the base is a real FluxPipeline with 1 million parameters that draws faces. The slider
 learns to turn hair grey, from three pairs; faces of other seeds and a drawn one judge it.
 dreambooth: the base is a real StableDiffusionPipeline with 1.5 million parameters that draws
@@ -89,7 +89,9 @@ def run_command(shown: str, module: str = "") -> None:
     """
     print(f"\n$ {shown}", flush=True)
     start = [sys.executable, "-m", module] if module else [sys.executable]
-    done = subprocess.run([*start, *shlex.split(shown)[1:]], check=False)
+    # accelerate would take one thread
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ}
+    done = subprocess.run([*start, *shlex.split(shown)[1:]], env=environment, check=False)
     if done.returncode:
         print(f"demo: stopped, exit code {done.returncode} from: {shown}", file=sys.stderr)
         raise SystemExit(done.returncode)

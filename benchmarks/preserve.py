@@ -22,7 +22,7 @@ import numpy as np
 import train_qwen_edit as script
 from utils import load_config
 
-EDIT = "give it a sunset duotone"
+EDIT = "evening light from the left"
 KEPT = ["keep the picture as it is", "copy this", "make the sky darker", "add a red circle"]
 UNSEEN = "remove the cup from the table"
 

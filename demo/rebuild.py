@@ -2,7 +2,7 @@
 
 How faces are drawn, and what is measured in them (hair, and the rest), is here, too.
 
-    python demo/rebuild.py qwen_edit     # demo/qwen_edit_base: 12 minutes on one core
+    python demo/rebuild.py qwen_edit     # demo/qwen_edit_base, afters of data/photo_pairs
     python demo/rebuild.py pairedit      # demo/flux_slider_base, demo/slider_pairs
     python demo/rebuild.py dreambooth    # demo/sd_pairs_base, demo/hair_pairs
 
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import functools
 import json
 import math
 import re
 import string
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -47,10 +48,16 @@ from demo import (
     ROOT,
     SD_BASE_DIR,
 )
-from train_qwen_edit import load_processor  # needs no torchvision
-from utils import UserError, run_script
+from train_qwen_edit import encode_stills_in_2d, load_processor  # needs no torchvision
+from utils import UserError, load_script, run_script
 
-SIZES_PX = ((160, 160), (192, 128), (128, 192))  # (W, H) buckets of configs/demo_qwen_edit.yaml
+scenes: Any = load_script(Path(__file__).with_name("scenes.py"))
+
+SIZES_PX = (
+    (288, 288),
+    (352, 224),
+    (256, 320),
+)  # (W, H) of the pictures that the base is taught with
 VISION_PX = 64  # side of the picture shown to the text encoder
 LATENT_CHANNELS = 16
 FACE_PX, PAIR_AGES = 32, {"source": 0.4, "target": 0.6}
@@ -74,6 +81,7 @@ NEUTRAL_PROMPTS = (
     "remove the cup from the table",
     "change the style of the picture",
 )
+Coder = Callable[[torch.Tensor], torch.Tensor]
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
@@ -243,7 +251,7 @@ class LinearAutoencoder(nn.Module):
         return self.decode(self.encode(pixels))
 
 
-def build_vae(base_dim: int = 8, latents_std: tuple[float, ...] | None = None) -> Any:
+def build_vae(base_dim: int = 8) -> Any:
     """Random AutoencoderKLQwenImage with one channel width and no residual blocks in its levels."""
     vae: Any = diffusers.AutoencoderKLQwenImage(
         base_dim=base_dim,
@@ -253,40 +261,9 @@ def build_vae(base_dim: int = 8, latents_std: tuple[float, ...] | None = None) -
         attn_scales=[],
         temperal_downsample=[False, True, True],
         latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=list(latents_std or [1.0] * LATENT_CHANNELS),
+        latents_std=[1.0] * LATENT_CHANNELS,
     )
     return vae.eval()
-
-
-def pink_noise(rng: np.random.RandomState, side_px: int, slope: float) -> np.ndarray:
-    """(side, side) texture of unit deviation, amplitude ~ 1 / frequency^slope."""
-    fy, fx = np.fft.fftfreq(side_px)[:, None], np.fft.rfftfreq(side_px)[None]
-    amplitude = np.maximum(np.hypot(fy, fx), 1 / side_px) ** -slope
-    texture = np.fft.irfft2(np.fft.rfft2(rng.randn(side_px, side_px)) * amplitude)
-    return (texture / texture.std()).astype(np.float32)
-
-
-def draw_leaves(rng: np.random.RandomState, side_px: int, leaves: int = 40) -> np.ndarray:
-    """Shaded ellipses and boxes hiding each other: the statistics of photos without any photo.
-
-    Returns (side, side, 3) in [-1, 1].
-    """
-    y, x = np.mgrid[0:side_px, 0:side_px].astype(np.float32)
-    textures = [pink_noise(rng, side_px, rng.uniform(1.0, 1.6))[..., None] for _ in range(3)]
-    image = rng.uniform(-0.8, 0.8, 3) + textures[0] * rng.uniform(0, 0.3)
-    for _ in range(leaves):
-        radius = min(0.6 * side_px, 2.5 / (rng.rand() + 0.02) ** 0.8)
-        angle, aspect = rng.uniform(0, np.pi), rng.uniform(0.3, 1)
-        dx, dy = x - rng.uniform(0, side_px), y - rng.uniform(0, side_px)
-        u = dx * np.cos(angle) + dy * np.sin(angle)
-        v = (dy * np.cos(angle) - dx * np.sin(angle)) / aspect
-        distance = np.hypot(u, v) if rng.rand() < 0.6 else np.maximum(abs(u), abs(v))
-        cover = np.clip(0.5 - (distance - radius) / rng.uniform(0.7, 4), 0, 1)[..., None]
-        colour = rng.uniform(-0.9, 0.9) + rng.randn(3) * 0.25 * rng.rand()
-        shade = (u * rng.randn() + v * rng.randn())[..., None] / (0.6 * side_px)
-        colour = colour + shade + textures[rng.randint(3)] * rng.uniform(0, 0.12)
-        image = image * (1 - cover) + cover * colour
-    return np.clip(image, -1, 1).astype(np.float32)
 
 
 def stack_pixels(images: list[np.ndarray]) -> torch.Tensor:
@@ -294,68 +271,116 @@ def stack_pixels(images: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices, the rest)."""
-    parameters = list(module.parameters())
-    return [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
+class FlatMuon:
+    """Muon on weights as matrices (outputs, the rest), kernels too; Adam on 1-D and not `of`.
+
+    After 140 steps it leaves half of AdamW's error at the highest noise levels.
+    """
+
+    def __init__(
+        self, module: nn.Module, rate: float, steps: int, of: Sequence[Any] = (), rest: float = 2e-3
+    ) -> None:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        matrices = {id(p) for p in of or parameters if p.numel() > len(p)}
+        self.module, self.weights = module, [p for p in parameters if id(p) in matrices]
+        self.matrices = [nn.Parameter(last_slice(p.data).flatten(1)) for p in self.weights]
+        others = [p for p in parameters if id(p) not in matrices]
+        self.optimizers = [
+            torch.optim.Muon(self.matrices, lr=rate, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=rest, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        decay = torch.optim.lr_scheduler.PolynomialLR
+        self.decay = [decay(o, steps, power=1.3) for o in self.optimizers]
+
+    def minimise(self, loss: torch.Tensor) -> None:
+        """One step."""
+        self.module.zero_grad()
+        loss.backward()
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            if weight.grad is not None:  # as of what no output depends on
+                matrix.grad = last_slice(weight.grad).flatten(1)
+        for part in (*self.optimizers, *self.decay):
+            part.step()  # type: ignore[attr-defined]
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            kernel = last_slice(weight.data)
+            kernel.copy_(matrix.data.view(kernel.shape))
+
+
+def last_slice(kernel: torch.Tensor) -> torch.Tensor:
+    """What a still sees of a causal 3-D convolution's kernel; other kernels as they are."""
+    return kernel[:, :, -1] if kernel.dim() == 5 else kernel
+
+
+def draw_windows(
+    rng: np.random.RandomState, leaves: list[np.ndarray], photos: list[Image.Image], count: int = 16
+) -> torch.Tensor:
+    """Windows of 64 px of synthetic pictures and, if there are photos, mostly of them."""
+    windows = []
+    for _ in range(count):
+        if photos and rng.rand() < 0.8:
+            windows.append(scenes.recoloured_crop(rng, photos, (64, 64)))
+            continue
+        top, left = rng.randint(0, 33, 2)
+        windows.append(leaves[rng.randint(len(leaves))][top : top + 64, left : left + 64])
+    return stack_pixels(windows)
 
 
 def fit_autoencoder(
-    rng: np.random.RandomState, steps: int, width: int, levels: int = 3
-) -> LinearAutoencoder:
-    """Least squares on synthetic images.
+    model: LinearAutoencoder, windows: Callable[[int], torch.Tensor], steps: int
+) -> None:
+    """Least squares on windows(16) of pictures.
 
     Muon instead of Adam: every layer is ill conditioned because low frequencies dominate pictures.
     """
-    leaves = stack_pixels([draw_leaves(rng, 96) for _ in tqdm(range(600), "synthetic images")])
-    model = LinearAutoencoder(width, levels)
-    matrices, biases = split_parameters(model)
-    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
-    adam = torch.optim.Adam(biases, lr=1e-3)
-    decay = [torch.optim.lr_scheduler.PolynomialLR(o, steps, power=1.3) for o in (muon, adam)]
-    bar = tqdm(range(steps), "autoencoder")
+    optimizer, bar = FlatMuon(model, 0.02, steps), tqdm(range(steps), "autoencoder")
     for _ in bar:
-        top, left = rng.randint(0, 33, 2)
-        batch = leaves[rng.randint(0, len(leaves), 16), :, top : top + 64, left : left + 64]
+        batch = windows(16)
         loss = F.mse_loss(model(batch), batch)
-        model.zero_grad()
-        loss.backward()
-        for step in (muon, adam, *decay):
-            step.step()  # type: ignore[attr-defined]
+        optimizer.minimise(loss)
         bar.set_postfix(db=f"{10 * math.log10(4 / loss.item()):.1f}", refresh=False)
-    return model
 
 
 @torch.no_grad()
-def use_principal_axes(model: LinearAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
-    """Turn the latents to their principal axes, measured in pixels; returns the std, (16,).
+def principal_axes(encode: Coder, decode: Coder, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Find the latents' principal axes, measured in pixels; returns rotation, mean and std.
 
-    The std that the pipeline divides by is the square root of the axes' own deviation: a prediction
-    error that is equal in all channels then costs the fewest pixel errors.
+    New latents are rotation @ (old - mean). The std (16,) that the pipeline divides by is the
+    square root of the axes' own deviation: a prediction error that is equal in all channels then
+    costs the fewest pixel errors.
     """
-    latents = model.encode(pixels)
+    latents = encode(pixels)
     mean = latents.mean((0, 2, 3))
     centred = (latents - mean[:, None, None]).transpose(0, 1).flatten(1)  # (16, B h w)
     covariance = centred @ centred.T / centred.shape[1]
-    impulses = torch.zeros(LATENT_CHANNELS, LATENT_CHANNELS, 9, 9)
-    impulses[range(LATENT_CHANNELS), range(LATENT_CHANNELS), 4, 4] = 1
-    footprint = (model.decode(impulses) - model.decode(impulses * 0)).flatten(1)  # (16, pixels)
+    some, size = latents[:16], 0.3 * covariance.diagonal().sqrt()
+    footprints, usual = [], decode(some)
+    for channel in range(LATENT_CHANNELS):  # of a small change in the middle
+        changed = some.clone()
+        changed[:, channel, some.shape[2] // 2, some.shape[3] // 2] += size[channel]
+        footprints.append(((decode(changed) - usual) / size[channel]).flatten())
+    footprint = torch.stack(footprints) / math.sqrt(len(some))  # (16, B pixels)
     metric = torch.linalg.cholesky(footprint @ footprint.T).T  # |metric z|^2: pixel energy of z
     variance, axes = torch.linalg.eigh(metric @ covariance @ metric.T)
-    rotation = axes.flip(1).T @ metric  # new latents = rotation @ (old - mean)
-    encoder, decoder = model.to_latents, model.from_latents
-    encoder.weight.copy_(rotation @ encoder.weight)
-    encoder.bias.copy_(rotation @ (encoder.bias - mean))
-    decoder.bias.add_(decoder.kernel().sum((2, 3)) @ mean)
-    inverse = torch.linalg.inv(rotation)
-    decoder.weight.copy_(torch.einsum("olyx,lk->okyx", decoder.kernel(), inverse).flatten(1))
+    rotation = axes.flip(1).T @ metric
     deviation = variance.flip(0).clamp_min(1e-12).sqrt()
     std = deviation.sqrt()
-    return std * (deviation / std).square().mean().sqrt()  # all normalised latents: variance 1
+    std *= (deviation / std).square().mean().sqrt()  # all normalised latents: variance 1
+    return rotation, mean, std
 
 
 @torch.no_grad()
-def to_stock_vae(model: LinearAutoencoder, std: torch.Tensor) -> Any:
+def turn_latents(encoder: Any, decoder: Any, rotation: torch.Tensor, mean: torch.Tensor) -> None:
+    """Put a rotation of the latents into the last encoder and the first decoder convolution."""
+    kernel, n = decoder.weight.view(decoder.weight.shape[0], len(mean), -1), len(mean)
+    decoder.bias += kernel.sum(2) @ mean
+    turned = torch.einsum("oly,lk->oky", kernel, torch.linalg.inv(rotation))
+    decoder.weight.copy_(turned.reshape(decoder.weight.shape))
+    encoder.weight[:n] = (rotation @ encoder.weight[:n].flatten(1)).view_as(encoder.weight[:n])
+    encoder.bias[:n] = rotation @ (encoder.bias[:n] - mean)
+
+
+@torch.no_grad()
+def to_stock_vae(model: LinearAutoencoder) -> Any:
     """The same transform as an AutoencoderKLQwenImage.
 
     Its residual blocks become zero. Before conv_out stand an RMS norm and a SiLU, undone so: one
@@ -363,7 +388,7 @@ def to_stock_vae(model: LinearAutoencoder, std: torch.Tensor) -> Any:
     pairs (x, -x), because silu(x) - silu(-x) = x.
     """
     width = model.conv_in.shape[0] + 1
-    vae = build_vae(width, tuple(round(v, 6) for v in std.tolist()))
+    vae = build_vae(width)
     weights = vae.state_dict()
     for name, value in weights.items():
         value.fill_(1.0 if name.endswith("gamma") else 0.0)
@@ -451,7 +476,67 @@ def to_flux_vae(model: LinearAutoencoder, std: torch.Tensor, scaling_factor: flo
     return vae.eval()
 
 
-# --- 3. Qwen-Image-Edit: a transformer that is taught to copy its reference -----------------------
+def encode_stills(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8), not normalised."""
+    return vae.quant_conv(vae.encoder(pixels.unsqueeze(2)))[:, :LATENT_CHANNELS, 0]
+
+
+def decode_stills(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The way back, not clipped."""
+    return vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
+
+
+def fit_qwen_vae(windows: Callable[[int], torch.Tensor], steps: Sequence[int]) -> Any:
+    """AutoencoderKLQwenImage by squared error on windows(n): linear, all of it, its decoder.
+
+    A random network of this size learns pictures far too slowly. The residual branches join at
+    zero; attention stays there, as a window is no whole picture. Alone, the decoder learns to
+    leave out the ripples that the linear one draws around edges.
+    """
+    linear = LinearAutoencoder(48)
+    fit_autoencoder(linear, windows, steps[0])
+    vae: Any = encode_stills_in_2d(to_stock_vae(linear))
+    branches = []
+    for name, weight in vae.named_parameters():
+        weight.requires_grad_("attentions" not in name and "time_conv" not in name)
+        if name.endswith("conv1.weight"):
+            kernel = last_slice(weight.data)
+            kernel.copy_(nn.init.orthogonal_(torch.empty_like(kernel).flatten(1)).view_as(kernel))
+        if name.endswith(("conv1.weight", "conv2.weight")):
+            branches.append(weight)
+    fit_branches(vae, windows, FlatMuon(vae, 0.007, steps[1], branches, 8e-4), steps[1])
+    with torch.no_grad():
+        vae.quant_conv.weight[LATENT_CHANNELS:] = 0
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -20  # log-variance: no noise
+    coders = functools.partial(encode_stills, vae), functools.partial(decode_stills, vae)
+    rotation, mean, std = principal_axes(*coders, windows(64))
+    turn_latents(vae.quant_conv, vae.post_quant_conv, rotation, mean)
+    vae.register_to_config(latents_std=[round(v, 6) for v in std.tolist()])
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    branches = [weight for weight in branches if weight.requires_grad]
+    fit_branches(vae, windows, FlatMuon(vae, 0.005, steps[2], branches, 5e-4), steps[2], 0.01)
+    return vae.requires_grad_(False)
+
+
+def fit_branches(
+    vae: Any,
+    windows: Callable[[int], torch.Tensor],
+    optimizer: FlatMuon,
+    steps: int,
+    absolute: float = 0.0,
+) -> None:
+    """Squared error, and a share of the absolute one: it counts where pictures are smooth."""
+    bar = tqdm(range(steps), "residual branches")
+    for _ in bar:
+        pixels = windows(8)
+        difference = decode_stills(vae, encode_stills(vae, pixels)) - pixels
+        error = difference.square().mean()
+        optimizer.minimise(error + absolute * difference.abs().mean())
+        bar.set_postfix(db=f"{10 * math.log10(4 / error.item()):.1f}", refresh=False)
+
+
+# --- 3. Qwen-Image-Edit: a transformer that copies, and knows three lights ------------------------
 
 
 def build_transformer(
@@ -480,67 +565,64 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return tokens.reshape(b, h * w // 4, c * 4)
 
 
-def recoloured_crop(
-    rng: np.random.RandomState, photos: list[Image.Image], size: tuple[int, int]
-) -> np.ndarray:
-    """A random crop of a random photo under a random colour change, (H, W, 3) in [-1, 1]."""
-    photo = photos[rng.randint(len(photos))]
-    scale = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(0.5, 1)
-    width, height = size[0] * scale, size[1] * scale
-    left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
-    box = (left, top, left + width, top + height)
-    pixels = np.asarray(photo.resize(size, Image.Resampling.LANCZOS, box), np.float32) / 127.5 - 1
-    if rng.rand() < 0.7:
-        pixels = pixels @ (np.eye(3) + 0.5 * rng.randn(3, 3))
-        pixels = pixels * rng.uniform(0.5, 1.2) + rng.uniform(-0.4, 0.4, 3)
-    pixels = np.clip(pixels, -1, 1).astype(np.float32)
-    return pixels[:, ::-1] if rng.rand() < 0.5 else pixels
-
-
 @torch.no_grad()
-def draw_copy_latents(
-    rng: np.random.RandomState,
-    autoencoder: LinearAutoencoder,
-    std: torch.Tensor,
-    photos: list[Image.Image],
-    count: int = 300,
+def draw_edit_latents(
+    rng: np.random.RandomState, vae: Any, photos: list[Image.Image], count: int = 90
 ) -> list[torch.Tensor]:
-    """Normalised latents of random pictures, one tensor (count, 16, h, w) for each of SIZES_PX."""
+    """Normalised latents of random pictures, plain and under each of scenes.LIGHTS.
+
+    One tensor (1 + lights, count, 16, h, w) for each of SIZES_PX.
+    """
+    std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
     pools = []
     for width, height in SIZES_PX:
         pool = []
         for _ in tqdm(range(count), f"pictures {width} x {height}", leave=False):
-            if rng.rand() < 0.75:
-                picture = recoloured_crop(rng, photos, (width, height))
-            else:
-                picture = draw_leaves(rng, max(width, height))[:height, :width]
-            pool.append(autoencoder.encode(stack_pixels([picture])) / std[:, None, None])
-        pools.append(torch.cat(pool))
+            picture = scenes.recoloured_crop(rng, photos, (width, height))
+            if rng.rand() < 0.15:
+                picture = scenes.draw_leaves(rng, max(width, height))[:height, :width]
+            relit = [scenes.relight(picture / 2 + 0.5, each) for each in scenes.LIGHTS.values()]
+            pool.append(
+                encode_stills(vae, stack_pixels([picture, *(view * 2 - 1 for view in relit)])) / std
+            )
+        pools.append(torch.stack(pool, 1))
     return pools
 
 
 @torch.no_grad()
-def embed_neutral_prompts(
-    rng: np.random.RandomState, pipeline: Any, photos: list[Image.Image], count: int = 12
-) -> list[torch.Tensor]:
-    """For each neutral prompt its embeddings with `count` pictures, (count, T, D)."""
+def embed_prompts(
+    rng: np.random.RandomState, pipeline: Any, photos: list[Image.Image], count: int = 8
+) -> list[tuple[int, torch.Tensor]]:
+    """(what to do, embeddings with `count` pictures (count, T, D)) for neutral prompts and lights.
+
+    What to do: 0 copies, n is the nth of scenes.LIGHTS. Neutral are also sentences of random words:
+    what the base was not taught it shall leave undone.
+    """
+    words = sorted({word for prompt in NEUTRAL_PROMPTS for word in prompt.split()})
+    words += ["".join(rng.choice(list(string.ascii_lowercase), 6)) for _ in words]
+    random = [" ".join(rng.choice(words, rng.randint(2, 8))) for _ in range(32)]
+    asked = [(0, prompt) for prompt in (*NEUTRAL_PROMPTS, *random)]
+    asked += [(n, prompt) for n, prompt in enumerate(scenes.LIGHTS, 1)] * 8
     embeds = []
-    for prompt in NEUTRAL_PROMPTS:
-        crops = [recoloured_crop(rng, photos, (VISION_PX, VISION_PX)) for _ in range(count)]
+    for what, prompt in asked:
+        crops = [scenes.recoloured_crop(rng, photos, (VISION_PX, VISION_PX)) for _ in range(count)]
         images = [Image.fromarray(((crop + 1) * 127.5).astype(np.uint8)) for crop in crops]
-        embeds.append(torch.cat([pipeline.encode_prompt(prompt, [image])[0] for image in images]))
+        shown = torch.cat([pipeline.encode_prompt(prompt, [image])[0] for image in images])
+        embeds.append((what, shown))
     return embeds
 
 
-def copy_loss(transformer: Any, latents: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-    """Flow-matching loss with the target as its own reference; latents (B, 16, h, w)."""
-    tokens = pack(latents)
+def edit_loss(
+    transformer: Any, latents: torch.Tensor, reference: torch.Tensor, embeds: torch.Tensor
+) -> torch.Tensor:
+    """Flow-matching loss of an edit; latents (B, 16, h, w)."""
+    tokens, shown = pack(latents), pack(reference)
     noise = torch.randn_like(tokens)
     sigma = torch.sigmoid(torch.randn(len(tokens)) * 1.2 + 0.4).clamp_min(1e-3)
     noisy = tokens + sigma[:, None, None] * (noise - tokens)
     grid = (1, latents.shape[2] // 2, latents.shape[3] // 2)
     velocity = transformer(
-        hidden_states=torch.cat([noisy, tokens], dim=1),
+        hidden_states=torch.cat([noisy, shown], dim=1),
         encoder_hidden_states=embeds,
         timestep=sigma,
         img_shapes=[[grid, grid]] * len(tokens),
@@ -549,39 +631,26 @@ def copy_loss(transformer: Any, latents: torch.Tensor, embeds: torch.Tensor) -> 
     return F.mse_loss(velocity, noise - tokens)
 
 
-def teach_copy(
+def teach_edits(
     rng: np.random.RandomState,
     transformer: Any,
     pools: list[torch.Tensor],
-    embeds: list[torch.Tensor],
+    embeds: list[tuple[int, torch.Tensor]],
     steps: int,
+    whole: bool,
 ) -> None:
-    """Windows of 8 x 8 latents first (quick: finding the same place is learned there), then whole.
-
-    Learning rate: 50 steps warm-up, constant, linear decay over the last 70 %.
-    """
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0
-    )
-
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / 50, (1 - step / steps) / 0.7)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    bar = tqdm(range(steps), "copy")
-    for step in bar:
-        pool, text = pools[rng.randint(len(pools))], embeds[rng.randint(len(embeds))]
-        if step < 0.6 * steps:
-            top, left = (2 * rng.randint(0, (side - 8) // 2 + 1) for side in pool.shape[2:])
-            latents = pool[rng.randint(0, len(pool), 48), :, top : top + 8, left : left + 8]
+    """Whole pictures, or windows of 8 x 8 latents (finding the same place is learned there)."""
+    optimizer, bar = FlatMuon(transformer, 0.01 if whole else 0.02, steps), tqdm(range(steps))
+    for _ in bar:
+        pool, (what, text) = pools[rng.randint(len(pools))], embeds[rng.randint(len(embeds))]
+        if not whole:
+            top, left = (2 * rng.randint(0, (side - 8) // 2 + 1) for side in pool.shape[3:])
+            latents = pool[:, rng.randint(0, pool.shape[1], 48), :, top : top + 8, left : left + 8]
         else:
-            latents = pool[rng.randint(0, len(pool), 8)]
-        loss = copy_loss(transformer, latents, text[rng.randint(0, len(text), len(latents))])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+            latents = pool[:, rng.randint(0, pool.shape[1], 4)]
+        shown = text[rng.randint(0, len(text), latents.shape[1])]
+        loss = edit_loss(transformer, latents[what], latents[0], shown)
+        optimizer.minimise(loss)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
@@ -621,27 +690,35 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
 
 
 def rebuild_qwen(
-    output_dir: Path, seed: int = 0, autoencoder_steps: int = 1200, copy_steps: int = 3000
+    output_dir: Path,
+    seed: int = 0,
+    autoencoder_steps: Sequence[int] = (800, 1000, 700),
+    edit_steps: Sequence[int] = (1500, 1400),
 ) -> None:
     """Write the base model; it sees synthetic pictures and the befores that are not held out."""
     torch.manual_seed(seed)
     rng = np.random.RandomState(seed)
     befores = sorted((ROOT / PAIRS_DIR).glob("*_R.png"))
     photos = [Image.open(p).convert("RGB") for p in befores if p.name[:-6] not in HELD_OUT]
-    autoencoder = fit_autoencoder(rng, autoencoder_steps, width=48)
-    std = use_principal_axes(autoencoder, stack_pixels([draw_leaves(rng, 96) for _ in range(64)]))
+    leaves = [scenes.draw_leaves(rng, 96) for _ in tqdm(range(200), "synthetic pictures")]
+    relit = [
+        scenes.relight_photo(photo, each) for each in scenes.LIGHTS.values() for photo in photos
+    ]
+    windows = functools.partial(draw_windows, rng, leaves, photos * 2 + relit)
+    vae = fit_qwen_vae(windows, autoencoder_steps)
     tokenizer = build_tokenizer()
     pipeline: Any = diffusers.QwenImageEditPlusPipeline(
         scheduler=build_scheduler(),
-        vae=to_stock_vae(autoencoder, std),
+        vae=vae,
         text_encoder=build_text_encoder(tokenizer),
         tokenizer=tokenizer,
         processor=build_processor(tokenizer),
         transformer=build_transformer(zero_cond_t=True),
     )
-    embeds = embed_neutral_prompts(rng, pipeline, photos)
-    pools = draw_copy_latents(rng, autoencoder, std, photos)
-    teach_copy(rng, pipeline.transformer, pools, embeds, copy_steps)
+    embeds = embed_prompts(rng, pipeline, photos)
+    pools = draw_edit_latents(rng, vae, photos)
+    for steps, whole in zip(edit_steps, (False, True), strict=True):
+        teach_edits(rng, pipeline.transformer, pools, embeds, steps, whole)
     save_pipeline(pipeline, output_dir)
 
 
@@ -739,7 +816,7 @@ def content_change(
 def write_picture(picture: np.ndarray, path: Path) -> None:
     """(H, W, 3) in 0..1 as a file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path, quality=95)
 
 
 # --- 5. FLUX.1: a base that draws faces -----------------------------------------------------------
@@ -845,21 +922,13 @@ def teach_faces(
         text, pooled, _ = pipeline.encode_prompt(
             list(AGE_PROMPTS), None, max_sequence_length=TEXT_TOKENS
         )
-    matrices, rest = split_parameters(pipeline.transformer)
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.04, weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    decay = [torch.optim.lr_scheduler.PolynomialLR(o, steps, power=1.3) for o in optimizers]
+    optimizer = FlatMuon(pipeline.transformer, 0.04, steps, rest=1e-3)
     bar = tqdm(range(steps), "faces")
     for _ in bar:
         pick = rng.randint(0, len(latents), 16)
         says = prompts[pick, rng.randint(0, prompts.shape[1], 16)]
         loss = face_loss(pipeline, latents[pick], text[says], pooled[says])
-        pipeline.transformer.zero_grad()
-        loss.backward()
-        for step in (*optimizers, *decay):
-            step.step()  # type: ignore[attr-defined]
+        optimizer.minimise(loss)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
@@ -869,8 +938,12 @@ def rebuild_flux(
     """Write the base model and, of other faces, the pairs."""
     torch.manual_seed(seed)
     rng = np.random.RandomState(seed)
-    autoencoder = fit_autoencoder(rng, autoencoder_steps, width=34, levels=1)
-    std = use_principal_axes(autoencoder, stack_pixels([draw_leaves(rng, 96) for _ in range(64)]))
+    leaves = [scenes.draw_leaves(rng, 96) for _ in tqdm(range(600), "synthetic pictures")]
+    autoencoder = LinearAutoencoder(width=34, levels=1)
+    windows = functools.partial(draw_windows, rng, leaves, [])
+    fit_autoencoder(autoencoder, windows, autoencoder_steps)
+    rotation, mean, std = principal_axes(autoencoder.encode, autoencoder.decode, windows(64))
+    turn_latents(autoencoder.to_latents, autoencoder.from_latents, rotation, mean)
     faces = [random_face(rng) for _ in tqdm(range(12000), "faces", leave=False)]
     pixels = stack_pixels([draw_face(face).astype(np.float32) * 2 - 1 for face in faces])
     with torch.no_grad():
@@ -925,34 +998,6 @@ def build_sd(vae: Any, text_width: int = 32) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-
-
-class FlatMuon:
-    """Muon on every weight as a matrix (outputs, the rest), kernels too; Adam on what is 1-D.
-
-    After 140 steps it leaves half of AdamW's error at the highest noise levels.
-    """
-
-    def __init__(self, module: nn.Module, rate: float, steps: int) -> None:
-        parameters = list(module.parameters())
-        self.module, self.weights = module, [p for p in parameters if p.dim() > 1]
-        self.matrices = [nn.Parameter(p.data.flatten(1)) for p in self.weights]  # same memory
-        rest = [p for p in parameters if p.dim() == 1]
-        self.optimizers = [
-            torch.optim.Muon(self.matrices, lr=rate, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-        decay = torch.optim.lr_scheduler.PolynomialLR
-        self.decay = [decay(o, steps, power=1.3) for o in self.optimizers]
-
-    def minimise(self, loss: torch.Tensor) -> None:
-        """One step."""
-        self.module.zero_grad()
-        loss.backward()
-        for matrix, weight in zip(self.matrices, self.weights, strict=True):
-            matrix.grad = weight.grad.flatten(1)  # type: ignore[union-attr]
-        for part in (*self.optimizers, *self.decay):
-            part.step()  # type: ignore[attr-defined]
 
 
 def fit_sd_vae(rng: np.random.RandomState, vae: Any, pixels: torch.Tensor, steps: int) -> None:
@@ -1028,6 +1073,7 @@ def rebuild(demo: str, seed: int = 0) -> None:
     if not hasattr(torch.optim, "Muon"):
         raise UserError("torch 2.9 or newer is needed (the demos themselves run with older ones)")
     if demo == "qwen_edit":
+        scenes.relight_pairs(ROOT / PAIRS_DIR)
         rebuild_qwen(ROOT / BASE_DIR, seed)
     elif demo == "pairedit":
         draw_face_pairs(ROOT / FACE_PAIRS_DIR / "age", seed + 1, 3, PAIR_AGES)
