@@ -25,6 +25,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ import torch
 from PIL import Image, ImageOps
 
 from utils import (
+    Checkpoints,
     UserError,
     contact_sheet,
     load_script,
@@ -47,7 +49,6 @@ from utils import (
 )
 
 ROOT = Path(__file__).resolve().parent
-ACCELERATE = "accelerate.commands.accelerate_cli"
 
 CONFIG, OUTPUT_DIR = Path("configs/demo_qwen_edit.yaml"), Path("outputs/demo")
 PAIRS_DIR = Path("data/photo_pairs")
@@ -75,26 +76,27 @@ LORAS = {  # {folder: scales of its strips}
 
 
 def begin(output_dir: Path) -> float:
-    """Delete what an earlier demo left; return the time."""
+    """Delete what an earlier demo left; return the time. Raises UserError: it still runs."""
     if output_dir.exists():
+        with Checkpoints(output_dir).only_run():
+            pass
         print(f"deleting {output_dir} of an earlier demo")
         shutil.rmtree(output_dir)
     return time.monotonic()
 
 
-def run_command(shown: str, module: str = "") -> None:
-    """Print a command, run it with this interpreter; SystemExit with its code if it fails.
-
-    module: what stands for the first word, e.g. "accelerate.commands.accelerate_cli".
-    """
+def run_command(shown: str) -> None:
+    """Print a command, run it with this interpreter; SystemExit with its code if it fails."""
     print(f"\n$ {shown}", flush=True)
-    start = [sys.executable, "-m", module] if module else [sys.executable]
-    # accelerate would take one thread
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count()), **os.environ}
-    done = subprocess.run([*start, *shlex.split(shown)[1:]], env=environment, check=False)
-    if done.returncode:
-        print(f"demo: stopped, exit code {done.returncode} from: {shown}", file=sys.stderr)
-        raise SystemExit(done.returncode)
+    with subprocess.Popen([sys.executable, *shlex.split(shown)[1:]]) as process:
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C, which it got, too, or SIGTERM
+            process.terminate()
+            raise
+    if code:
+        print(f"demo: stopped, exit code {code} from: {shown}", file=sys.stderr)
+        raise SystemExit(code)
 
 
 def joined(scales: Sequence[float]) -> str:
@@ -200,7 +202,7 @@ def run_qwen_edit(settings: str, quick: bool) -> None:
     if quick:
         settings = f" --train.max_train_steps 150 --validation.steps null{settings}"
     for script in ("cache_embeddings.py", "train_qwen_edit.py"):
-        run_command(f"accelerate launch {script} --config {CONFIG}{settings}", ACCELERATE)
+        run_command(f"python {script} --config {CONFIG}{settings}")
 
     lines = []
     for name in HELD_OUT:
@@ -251,8 +253,7 @@ def run_pairedit(settings: str, quick: bool) -> None:
     faces = load_script(Path("demo/rebuild.py"))
     if quick:
         settings = f" --train_iteration 200 --save_per_steps 200 --count_gen 4{settings}"
-    train = f"accelerate launch train_pairedit.py --config {FACE_CONFIG}{settings}"
-    run_command(train, ACCELERATE)
+    run_command(f"python train_pairedit.py --config {FACE_CONFIG}{settings}")
     run_command(f"python generate.py --config {FACE_CONFIG}{settings} --image_format png --html")
 
     photo = FACE_OUTPUT_DIR / "photo.png"
@@ -298,14 +299,13 @@ def run_dreambooth(settings: str, quick: bool) -> None:
     if quick:
         settings = f" --max_train_steps 80 --checkpointing_steps 80{settings}"
         count, steps = 4, 12
-    train = f"accelerate launch train_dreambooth_pairs.py --config {HAIR_CONFIG}{settings}"
-    run_command(train, ACCELERATE)
+    train = f"python train_dreambooth_pairs.py --config {HAIR_CONFIG}{settings}"
+    run_command(train)
     run_command(  # as DreamBooth is trained: over all noise levels
         f"{train} --output_dir {folder}/after_only --use_image_pairs false"
         " --before_data_dir null --after_data_dir null"
         f" --instance_data_dir {HAIR_PAIRS_DIR}/after"
-        " --pair_objective slider --timestep_min 0",
-        ACCELERATE,
+        " --pair_objective slider --timestep_min 0"
     )
 
     draw = (
@@ -385,6 +385,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --rebuild")
     args, settings = parser.parse_known_args()
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its command ends with it
     if args.rebuild:
         load_script(Path("demo/rebuild.py")).rebuild(args.demo, args.seed)
         return
