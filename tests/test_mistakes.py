@@ -166,7 +166,6 @@ def test_help_may_be_cut_off():
     [
         (["--max_train_step", "3"], "did you mean 'train.max_train_steps'"),
         (["--on_missing", "skip"], "there is data.dataset_configs.0.on_missing"),
-        (["--c", "x"], "--config configs/NAME.yaml"),
         (["configs/x.yaml"], "a file: --config FILE"),
         (["--config", "configs/no.yaml"], "configs/no.yaml: No such file or directory"),
         (["--data.dataset_configs.0.resolution=64", "--data.dataset_configs.x.mask_dir=a"], "list"),

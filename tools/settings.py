@@ -54,7 +54,6 @@ GONE = {  # names that users may expect: what to do instead
     "video": "python tools/video_pairs.py VIDEO writes before/ and after/ folders",
     "frame_gap": "python tools/video_pairs.py VIDEO --frame_gap N",
     "exclude_blocks": "target_modules takes a regular expression",
-    "c": "--config configs/NAME.yaml",
 }
 
 OTHERS = {  # names in other trainers: ours, of which a script has one
