@@ -48,7 +48,7 @@ def test_everything_wrong_is_named_at_once(checkpoints, tmp_path):
         "train.max_train_stepz": "'max_train_steps'",
         "model.lora.rnk": "'r'",
         "optimzer": "'optimizer'",
-        "data.suffix": "data.dataset_configs.*.image_configs.*.suffix",
+        "data.suffix": "data.dataset_configs.0.image_configs.*.suffix",
     }
     lines = problems_of(checkpoints["2511"], tmp_path, **changes, **dict.fromkeys(wrong, 1))
     assert len(lines) == 4 and not (tmp_path / "out").exists()

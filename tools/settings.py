@@ -214,7 +214,7 @@ def instead(cls: type[Section], path: str) -> str:
         ours = known[0].replace("*", "0") + ".lr" * known[0].endswith("init_args")
         return f"no such setting here, it is called {ours}"
     if elsewhere := [path for path in paths if path.endswith(f".{name}")]:
-        return f"not a setting here, but there is {elsewhere[0].replace('*', '0')}"
+        return f"not a setting here, but there is {first_of(elsewhere[0])}"
     split = [path.split(".") for path in paths]
     here = [
         parts for parts in split if all(a in ("*", b) for a, b in zip(parts, place, strict=False))
@@ -226,17 +226,23 @@ def instead(cls: type[Section], path: str) -> str:
 
     best = max(sorted({part for parts in split for part in parts}), key=likeness)
     if best not in beside and likeness(best) >= 0.5:  # it is meant, whole
-        best = next(path for path in paths if best in path.split(".")).replace("*", "0")
-        return f"unknown setting, did you mean '{best}'?"
+        whole = next(path for path in paths if best in path.split("."))
+        return f"unknown setting, did you mean '{first_of(whole)}'?"
     return f"unknown setting{nearest(name, [best] if likeness(best) >= 0.5 else beside)}"
+
+
+def first_of(path: str) -> str:
+    """Return a setting's path with the first data set in place of any."""
+    return path.replace("dataset_configs.*", "dataset_configs.0")
 
 
 def shown(fields: Mapping[str, Any]) -> list[str]:
     """Return the lines of --help on settings."""
     text = []
     for path, field in fields.items():
-        name = path.replace("*", "0")  # of the first of a list
-        text.append(f"  --{name}  ({type_in_words(field.annotation)}; {default_of(field)})")
+        text.append(
+            f"  --{first_of(path)}  ({type_in_words(field.annotation)}; {default_of(field)})"
+        )
         text += [f"      {line}" for line in (field.description or "").splitlines()]
     return text
 
