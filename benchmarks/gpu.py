@@ -519,6 +519,7 @@ def sd(place, dry):
     script.load_part, script.noised_batch, script.encode_prompts = part, sd_batch, sd_text
     argv = ["--pretrained_model_name_or_path", str(folder), "--train_batch_size", "4"]
     argv += ["--instance_data_dir", "a", "--instance_prompt", "a", "--max_train_steps", "20"]
+    argv += ["--mixed_precision", "no" if dry else "bf16"]
     trainer = script.SDTrainer(load_config(script.Config, argv))
     trainer.setup_accelerator()
     trainer.folder, trainer.samples = folder, [None] * 4
@@ -578,6 +579,7 @@ def prompts(place, dry):
         sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
         sizes |= {"num_attention_heads": 28, "num_key_value_heads": 4}
         rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+        sizes["layer_types"] = ["full_attention"] * sizes["num_hidden_layers"]
         for name, value in (sizes | {"rope_parameters": rope, "rope_scaling": rope}).items():
             setattr(text, name, value)
         seen = {"hidden_size": 1280, "depth": 32, "num_heads": 16, "intermediate_size": 3420}
