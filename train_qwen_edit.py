@@ -871,11 +871,11 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
     named: dict[str, Path | None] = {"target": ds.target_dir}
     named |= {f"reference {i}": folder for i, folder in enumerate(ds.reference_dirs, 1)}
     named["mask"] = ds.mask_dir
-    for role, folder in named.items():
-        place = ds.train_data_dir / (folder or "")
-        if not place.is_dir():
-            problems.append(f"{role} folder {place} does not exist")
-        stems = utils.list_images(place) if folder else {}
+    places = {role: ds.train_data_dir / (folder or "") for role, folder in named.items()}
+    if gone := [f"{r} folder {p} does not exist" for r, p in places.items() if not p.is_dir()]:
+        return rows, gone
+    for role, place in places.items():
+        stems = utils.list_images(place) if named[role] else {}
         for stem, files in stems.items():
             rows.setdefault(stem, Row({})).files[role] = one_file(files, problems)
     for stem in [stem for stem in rows if stem.endswith("_mask") and not ds.mask_dir]:
@@ -886,7 +886,7 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
                 text = "is a pair without a caption, or two masks; name mask_dir or remove one"
                 problems.append(f"{row.files['target']} {text}")
             of.files["mask"] = next(iter(rows.pop(stem).files.values()))
-    return {} if any(x.endswith("not exist") for x in problems) else rows, problems
+    return rows, problems
 
 
 def caption_beside(ds: DatasetConfig, files: dict[str, Path]) -> Path:

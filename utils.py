@@ -131,7 +131,7 @@ def named(what: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each library that reads them has classes of its own
-        reason = getattr(error, "strerror", "") or " ".join(str(error).split())[:300]
+        reason = re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))[:300]
         raise UserError(f"{what}: {reason or type(error).__name__}") from error
 
 
@@ -632,9 +632,9 @@ def read_model_json(name_or_path: str, file: str) -> dict[str, Any]:
 
 
 def progress(items: Iterable[Any] | None, label: str, **options: Any) -> Any:
-    """Return a progress bar on the first process, none on the others."""
-    options["disable"] = options.get("disable", False) or os.environ.get("RANK", "0") != "0"
-    return tqdm(items, desc=label, **options)
+    """Return a progress bar on the first process, none on the others or where total is 0."""
+    silent = options.get("total") == 0 or os.environ.get("RANK", "0") != "0"
+    return tqdm(items, desc=label, **options | {"disable": silent or options.get("disable", False)})
 
 
 def ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

@@ -54,11 +54,7 @@ from utils import UserError, load_script, run_script
 
 scenes: Any = load_script(Path(__file__).with_name("scenes.py"))
 
-SIZES_PX = (
-    (288, 288),
-    (352, 224),
-    (256, 320),
-)  # (W, H) of the pictures that the base is taught with
+SIZES_PX = ((288, 288), (352, 224), (256, 320))  # (W, H) of what the base is taught with
 VISION_PX = 64  # side of the picture shown to the text encoder
 LATENT_CHANNELS = 16
 FACE_PX, PAIR_AGES = 32, {"source": 0.4, "target": 0.6}

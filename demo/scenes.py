@@ -1,6 +1,6 @@
 """The edit of the first demo: light from one side, drawn from a photo alone.
 
-python demo/light.py    # writes the afters of data/photo_pairs again
+python demo/scenes.py    # writes the afters of data/photo_pairs again
 """
 
 from __future__ import annotations

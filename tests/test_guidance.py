@@ -145,7 +145,7 @@ def test_preservation_keeps_other_answers_and_the_edit_is_learned(tmp_path, monk
     for weight in (0, 0.3):
         found[weight] = preserve.measure(preserve.trained(weight, 80, 1, tmp_path, **settings)[0])
     (plain, *moved), (skill, *kept) = found.values()
-    assert plain > 0.3 and skill > plain - 0.04
+    assert plain > 0.3 and skill > plain - 0.03
     for far, near in zip(moved, kept, strict=True):  # one of preserve_prompts, one never trained
         assert far > 15 and near < far / 3, found
 

@@ -373,3 +373,17 @@ def test_ahead_reads_while_the_consumer_works():
 
     together, alone = seconds(utils.ahead(read, range(20))), seconds(map(read, range(20)))
     assert together < 0.75 * alone
+
+
+def test_an_empty_bar_is_not_drawn_and_another_is(capsys, monkeypatch):
+    for total, drawn in ((0, False), (2, True)):
+        assert list(utils.progress(iter(range(total)), "read", total=total)) == [*range(total)]
+        assert ("read" in capsys.readouterr().err) == drawn
+    monkeypatch.setenv("RANK", "1")
+    assert utils.progress(None, "read", total=2).disable
+
+
+def test_what_a_library_says_keeps_the_file_and_loses_the_number(tmp_path):
+    with pytest.raises(UserError) as error, utils.named("part"):
+        (tmp_path / "gone").read_text(encoding="utf-8")
+    assert str(error.value) == f"part: No such file or directory: '{tmp_path / 'gone'}'"
