@@ -777,26 +777,26 @@ class DataConfig(Section):
 class Reference(NamedTuple):
     """A picture the model sees, and how large."""
 
-    path: Path
+    path: str
     area: int | None = None  # px; None: what the config or the pipeline says
 
 
 class Variant(NamedTuple):
     """A sample as one batch config sees it, with one of its captions."""
 
-    target: Path
+    target: str  # KEEP: text; 100,000 pairs of Path objects are 55 MB more
     references: tuple[Reference, ...]  # what the transformer sees, in order
     vision: tuple[Reference, ...]  # what the text encoder sees, in order
     caption: str
     resolution: int
-    start: Path | None = None  # from_image: noised instead of the target
-    mask: Path | None = None
+    start: str | None = None  # from_image: noised instead of the target
+    mask: str | None = None
     caption_dropout: float = 0.0
     vision_dropout: float = 0.0
     vision_min: int = 0
     weight: float = 1.0
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[str]:
         """Return every picture file it uses."""
         shown = [reference.path for reference in (*self.references, *self.vision)]
         return [self.target, *shown, *filter(None, (self.start, self.mask))]
@@ -919,12 +919,12 @@ def read_captions(path: Path, lines: bool) -> list[str]:
 
 def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
     """Make one variant per caption, with all references (folders, tables). Raises ValueError."""
-    files, captions = row.files, row.captions
+    files, captions = {role: str(file) for role, file in row.files.items()}, row.captions
     shown = tuple(Reference(file) for role, file in files.items() if role.startswith("reference"))
     if ds.caption:
         captions = [ds.caption]
     elif captions is None:
-        captions = read_captions(caption_beside(ds, files), ds.caption_lines is not False)
+        captions = read_captions(caption_beside(ds, row.files), ds.caption_lines is not False)
     if not captions:
         raise ValueError(f"no prompt for {files['target']}: fill its column, or set caption")
     rate = config.data.caption_dropout_rate
@@ -935,7 +935,7 @@ def plain_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Vari
 
 def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[Variant]:
     """Make one variant per batch config and caption (suffix layout). Raises ValueError."""
-    files, batches = row.files, ds.batch_configs
+    files, batches = {role: str(file) for role, file in row.files.items()}, ds.batch_configs
     rest = 1 - sum(batch.weight or 0 for batch in batches)
     share = max(0, round(rest / max(1, sum(b.weight is None for b in batches)), 9))
     for batch in batches:
@@ -949,7 +949,7 @@ def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[V
             items = ds.reference_configs[shown.reference_config]
             vision = tuple(Reference(files[item.image], area) for item in items)
         weight, rate = batch.weight or share, batch.caption_dropout
-        text = files[caption.image].with_suffix(caption.ext)
+        text = row.files[caption.image].with_suffix(caption.ext)
         lines = read_captions(text, bool(ds.caption_lines)) if weight else []
         for line in lines:
             yield Variant(
@@ -980,8 +980,8 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
     elif ds.image_configs:
         group, make, needed = group_by_suffix, combined_variants, used_roles(ds)
     rows, problems = group(ds)
-    variants, broken = {}, []
-    for name, row in sorted(rows.items()):
+    names, variants, broken = sorted(rows), {}, []
+    for name, row in ((name, rows.pop(name)) for name in names):  # whose memory is used again
         lacking = [role for role in needed if role not in row.files]
         if lacking and not ds.target_dir and len(lacking) == len(needed):
             continue  # pictures that nothing uses
@@ -1000,8 +1000,8 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
     whole = ds.name in config.validation.eval_dataset_id
     held_out = set(variants) if whole else {*ds.holdout, *drawn}
     samples = [Sample(name, number, name in held_out, v) for name, v in variants.items()]
-    for name in sorted(set(ds.holdout) - set(rows)):
-        problems.append(f"holdout: no sample '{name}'{nearest(name, sorted(rows))}")
+    for name in sorted(set(ds.holdout).difference(names)):
+        problems.append(f"holdout: no sample '{name}'{nearest(name, names)}")
     skipped = broken if ds.on_missing == "skip" else []
     problems += [] if skipped else broken
     if not problems and not any(whole or not sample.held_out for sample in samples):
@@ -1048,15 +1048,15 @@ def notes_on(data: PairData) -> list[str]:
 
 def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]:
     """Pair, read captions, look at all pictures; return (data, first problems of each kind)."""
-    index = utils.FileIndex(config.cache.cache_dir if config.cache.use_cache else None)
     found = [find_dataset(config, number) for number in range(len(config.data.dataset_configs))]
+    index = utils.FileIndex(config.cache.cache_dir if config.cache.use_cache else None)
     samples = [sample for mine, _, _ in found for sample in mine]
     skipped = [text for _, _, left_out in found for text in left_out]
     variants = [variant for sample in samples for variant in sample.variants]
     edits = config.validation.samples if config.validation.steps else []
     files = {path for variant in variants for path in variant.files()}
-    files |= {path for edit in edits for path in edit.images}
-    unreadable = index.update(sorted(files, key=str), utils.look_at_picture)
+    files |= {str(path) for edit in edits for path in edit.images}
+    unreadable = index.update(sorted(files), utils.look_at_picture)
     held_out, masks = [s.held_out for s in samples], any(v.mask for v in variants)
     idle = config.validation.steps and samples and not any(held_out) and not edits
     rules = {
@@ -1404,7 +1404,7 @@ class CacheConfig(Section):
 class Picture(NamedTuple):
     """One picture as the model gets it: where it comes from and the transform."""
 
-    source: Path | Image.Image
+    source: str | Path | Image.Image
     content: str  # hash of the file, or of the pixels of a picture in memory
     size: tuple[int, int]  # (W, H) px after the transform
     box: tuple[float, ...] = (0.0, 0.0, 1.0, 1.0)  # left, top, right, bottom, relative
@@ -1534,8 +1534,8 @@ class Frame(NamedTuple):
 
 
 def whole_picture(source: Any, index: Any = None) -> Picture:
-    """Return a picture as it is: a file that the index knows, or what as_image() takes."""
-    if not isinstance(source, Path):
+    """Return a picture as it is: a file that the index knows; without one what as_image() takes."""
+    if index is None:
         image = as_image(source)
         return Picture(image, f"{draw_key(image.size, image.tobytes()):016x}", image.size)
     facts = index[source]
@@ -1549,20 +1549,14 @@ class PairData(torch.utils.data.Dataset):
         self.config, self.flavour, self.samples, self.index = config, flavour, samples, index
         self.encoders: dict[str, str] = {}  # see encoder_hashes(); needed to read the cache
         self.held_out = [i for i, sample in enumerate(samples) if sample.held_out]
-        self._examples: dict[tuple[Any, ...], Example] = {}
+        self._shapes: dict[Any, tuple[Any, ...]] = {}  # of (sample, variant); equal ones are one
 
     def dataset(self, draw: Draw) -> DatasetConfig:
         """Return the data set that a draw's sample comes from."""
         return self.config.data.dataset_configs[self.samples[draw.sample].dataset]
 
     def resolve(self, draw: Draw, resolution: int | None = None) -> Example:
-        """Return what a Draw shows, at `resolution` if given; remembered."""
-        key = (*draw[1:], resolution)
-        if key not in self._examples:
-            self._examples[key] = self._resolve(draw, resolution)
-        return self._examples[key]
-
-    def _resolve(self, draw: Draw, resolution: int | None) -> Example:
+        """Return what a Draw shows, at `resolution` if given."""
         sample, ds, config = self.samples[draw.sample], self.dataset(draw), self.config
         variant, strict = sample.variants[draw.variant], ds.conditioning_type != "reference_loose"
         whole = functools.partial(whole_picture, index=self.index)
@@ -1593,13 +1587,17 @@ class PairData(torch.utils.data.Dataset):
             pictures["region"] = [frame.on_target(whole(variant.mask))]
         empty = draw.dropped and config.data.caption_dropout_mode == "empty"
         pictures = {kind: tuple(each) for kind, each in pictures.items()}
+        if resolution is None:  # all draws of a variant have one shape
+            kinds = sorted(pictures.keys() - {"vision"})
+            shape = tuple((kind, *(each.size for each in pictures[kind])) for kind in kinds)
+            self._shapes[draw.sample, draw.variant] = self._shapes.setdefault(shape, shape)
         return Example(sample.name, "" if empty else variant.caption, pictures)
 
     def shape(self, draw: Draw) -> tuple[Any, ...]:
         """Return what the samples of a batch share: kinds and sizes of the transformer's input."""
-        pictures = self.resolve(draw._replace(view=0, vision=None, dropped=False)).pictures
-        kinds = sorted(pictures.keys() - {"vision"})
-        return tuple((kind, *(p.size for p in pictures[kind])) for kind in kinds)
+        if (key := (draw.sample, draw.variant)) not in self._shapes:
+            self.resolve(draw)
+        return self._shapes[key]
 
     def possible_draws(self) -> Iterator[Draw]:
         """Yield every Draw that can happen, so that everything it needs is cached."""
@@ -2707,17 +2705,19 @@ class QwenImageEditTrainer:
 
     def cache_jobs(self, renewed: bool = False) -> dict[str, Job]:
         """Return {key: what to encode} of all that can be asked for; renewed: by recreate_cache."""
-        jobs: list[Job] = []
         further = [*itertools.chain(*self.config.loss.captions(self.flavour).values())]
+        jobs: dict[str, Job] = {}
         for draw in self.data.possible_draws():
             if self.data.dataset(draw).recreate_cache or not renewed:
                 own = jobs_of(self.data.resolve(draw))
-                jobs += [own["prompt_embed"][0]._replace(caption=text) for text in further]
-                jobs += itertools.chain(*own.values())
+                wanted = [own["prompt_embed"][0]._replace(caption=text) for text in further]
+                wanted += itertools.chain(*own.values())
+                jobs |= {job.key(self.data.encoders): job for job in wanted}
         for example, _ in [] if renewed else validation_edits(self):
-            jobs += jobs_of(example)["control_latent"]
-            jobs += prompt_jobs(example, self.config.validation, self.flavour)
-        return {job.key(self.data.encoders): job for job in jobs}
+            wanted = prompt_jobs(example, self.config.validation, self.flavour)
+            wanted += jobs_of(example)["control_latent"]
+            jobs |= {job.key(self.data.encoders): job for job in wanted}
+        return jobs
 
     def cache_embeddings(self, train_dataloader: Iterable[dict[str, Any]] | None = None) -> int:
         """Encode what is missing, or a loader's batches; return how many entries (or samples)."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,8 @@ def trained(tmp_path):
     for sample in found.samples:
         first = sample.variants[0]
         captions = [variant.caption for variant in sample.variants]
-        rows.append((sample.name, [r.path.name for r in first.references], captions, first.mask))
+        references = [Path(reference.path).name for reference in first.references]
+        rows.append((sample.name, references, captions, first.mask and Path(first.mask)))
     return rows
 
 
