@@ -604,7 +604,7 @@ def match_pictures(config: Config) -> Found:
     folders = [folder for _, folder in stages]
     kind = "Before/After" if config.use_image_pairs else "Instance"
     if lacking := [folder for folder in folders if not folder.is_dir()]:
-        names = [f"{d}{nearest(d.name, (x.name for x in d.parent.glob('*')))}" for d in lacking]
+        names = [f"{place}{utils.from_tool('check', 'near', '', place)}" for place in lacking]
         return [], [], [f"{kind} images root doesn't exist: {name}" for name in names]
     stems = [utils.list_images(folder) for folder in folders]
     if not config.use_image_pairs:

@@ -565,9 +565,10 @@ def find_pairs(config: Config, dataset: str, index: utils.FileIndex) -> Found:
     if not config.image_ids:
         folders.append(config.datasets_folder / dataset / config.target_folder)
     odd: list[str] = []
-    problems = [f"{dataset}: no folder {folder}" for folder in folders if not folder.is_dir()]
-    if problems:
-        return [], odd, problems
+    if gone := [folder for folder in folders if not folder.is_dir()]:
+        near = functools.partial(utils.from_tool, "check", "near", "")
+        return [], odd, [f"{dataset}: no folder {place}{near(place)}" for place in gone]
+    problems: list[str] = []
     found = [utils.list_images(folder) for folder in folders]
     pairs: dict[str, tuple[Path, ...]] = {}
     for stem in config.image_ids or sorted(set().union(*found)):

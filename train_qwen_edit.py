@@ -61,6 +61,7 @@ from utils import RunLog, Section, UserError, cache_key, draw_key, listed, neare
 LORA_FILE, EMA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_ema.safetensors"
 SIZE_MULTIPLE = 32  # px; the pipelines round every side to it, so training does too
 AREA_1MP, VISION_AREA = 1024 * 1024, 384 * 384  # px; VISION: of pictures in Edit-Plus' prompts
+near = functools.partial(utils.from_tool, "check", "near", "")  # of a place that does not exist
 log = logging.getLogger("train_qwen_edit")
 
 
@@ -872,8 +873,8 @@ def group_by_folder(ds: DatasetConfig) -> tuple[dict[str, Row], list[str]]:
     named |= {f"reference {i}": folder for i, folder in enumerate(ds.reference_dirs, 1)}
     named["mask"] = ds.mask_dir
     places = {role: ds.train_data_dir / (folder or "") for role, folder in named.items()}
-    if gone := [f"{r} folder {p} does not exist" for r, p in places.items() if not p.is_dir()]:
-        return rows, gone
+    if gone := [role for role, place in places.items() if not place.is_dir()]:
+        return rows, [f"{r} folder {places[r]} does not exist{near(places[r])}" for r in gone]
     for role, place in places.items():
         stems = utils.list_images(place) if named[role] else {}
         for stem, files in stems.items():
@@ -970,9 +971,9 @@ def combined_variants(config: Config, ds: DatasetConfig, row: Row) -> Iterator[V
 def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], list[str]]:
     """Return samples, problems and skipped samples of one data set."""
     ds = config.data.dataset_configs[number]
-    where = f"data.dataset_configs.{number}: "
-    if not ds.train_data_dir.is_dir():
-        return [], [f"{where}folder {ds.train_data_dir} does not exist"], []
+    where, place = f"data.dataset_configs.{number}: ", ds.train_data_dir
+    if not place.is_dir():
+        return [], [f"{where}folder {place} does not exist{near(place)}"], []
     group, make, needed = read_table, plain_variants, []
     if ds.target_dir:
         group = group_by_folder
@@ -1005,7 +1006,7 @@ def find_dataset(config: Config, number: int) -> tuple[list[Sample], list[str], 
     skipped = broken if ds.on_missing == "skip" else []
     problems += [] if skipped else broken
     if not problems and not any(whole or not sample.held_out for sample in samples):
-        problems.append(f"no sample to train on in {ds.train_data_dir}")
+        problems.append(f"no sample to train on in {place}")
     return samples, [where + text for text in problems], [where + text for text in skipped]
 
 
@@ -2903,8 +2904,7 @@ class QwenImageEditTrainer:
         return (loss * batch["loss_weight"] if "loss_weight" in batch else loss).mean()
 
     def _training_step_compute(self, batch: dict[str, Any]) -> torch.Tensor:
-        examples = batch.get("examples") or self.examples_of(batch)
-        others = batch.get("others")
+        examples, others = batch.get("examples") or self.examples_of(batch), batch.get("others")
         return self._training_step_cached(batch | encoded(examples, self.encode, others))
 
     def _compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:

@@ -117,8 +117,7 @@ def listed(problems: Sequence[str], shown: int = 10) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return ", did you mean '...'?", or the list of the names there are."""
-    there = list(names)
-    if close := difflib.get_close_matches(name, there, n=1, cutoff=0.4):
+    if close := difflib.get_close_matches(name, there := list(names), n=1, cutoff=0.4):
         return f", did you mean '{close[0]}'?"
     return f" (there is: {', '.join(there[:10]) or 'none'}{', ...' if len(there) > 10 else ''})"
 
@@ -288,7 +287,8 @@ def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str
 
 def read_config(text: str) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file. Raises UserError."""
-    with named(f"--config {text or '(no file named)'}"):
+    near = "" if Path(text).is_file() else nearest(text, map(str, Path(text).parent.glob("*.*ml")))
+    with named(f"--config {text or '(no file named)'}{near}"):
         data = yaml.load(read_text(expanded(text)), _Loader) or {}
         if isinstance(data, dict):
             return data

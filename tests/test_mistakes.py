@@ -1,5 +1,6 @@
 """What users get wrong ends in a message before anything is loaded, never in a traceback."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def test_help_may_be_cut_off():
         (["--max_train_step", "3"], "did you mean 'train.max_train_steps'"),
         (["--on_missing", "skip"], "there is data.dataset_configs.0.on_missing"),
         (["configs/x.yaml"], "a file: --config FILE"),
-        (["--config", "configs/no.yaml"], "configs/no.yaml: No such file or directory"),
+        (["--config", "configs/no.yaml"], "configs/no.yaml, did you mean"),
         (["--data.dataset_configs.0.resolution=64", "--data.dataset_configs.x.mask_dir=a"], "list"),
         (["--optimizer.init_args.lr", "fast"], "lr must be a number"),
     ],
@@ -199,3 +200,30 @@ def test_few_pairs_are_the_reason_named_where_nothing_is_held_out(checkpoints, t
     changes = {"data.dataset_configs": [dataset], "validation.steps": 2}
     [line] = problems_of(checkpoints["2511"], tmp_path, **changes)
     assert "few pairs" in line and "null" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config", "configs/demo_qwen.yaml"], "did you mean 'configs/demo_qwen_edit.yaml'"),
+        (["--data.dataset_configs.0.train_data_dir", "data/photo_pair"], "mean 'photo_pairs'"),
+        (["--data.dataset_configs.0.train_data_dir", "dat/a/b"], "(nor dat/a (nor dat, did you"),
+        (["--data.dataset_configs.0.target_dir", "aftr"], "aftr does not exist, did you mean"),
+        (["--model.pretrained_model_name_or_path", "./demo/qwen_edt"], "did you mean 'qwen_edit"),
+    ],
+)
+def test_a_missing_place_is_told_its_nearest_name(flags, said, tmp_path, monkeypatch):
+    for name in (
+        "data/photo_pairs/after",
+        "data/photo_pairs/before",
+        "configs",
+        "demo/qwen_edit_base",
+    ):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "configs/demo_qwen_edit.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    given = ["--data.dataset_configs.0.train_data_dir", "data/photo_pairs", *flags]
+    given += ["--data.dataset_configs.0.reference_dirs", "[before]"]
+    given += [] if "aftr" in flags else ["--data.dataset_configs.0.target_dir", "after"]
+    with pytest.raises(utils.UserError, match=re.escape(said)):
+        utils.load_config(train_qwen_edit.Config, given, train_qwen_edit.audit)

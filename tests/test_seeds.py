@@ -154,8 +154,8 @@ def test_the_small_example_names_its_mistake_and_trains_without_it(way, checkpoi
     assert len(samples) == 3
     for sample in samples:
         (variant,) = sample.variants
-        assert variant.target.stem.endswith("_T") and variant.caption == "from _T to T"
-        assert [r.path.stem[-2:] for r in variant.references] == ["_R", "_D"]
+        assert Path(variant.target).stem.endswith("_T") and variant.caption == "from _T to T"
+        assert [Path(r.path).stem[-2:] for r in variant.references] == ["_R", "_D"]
         assert variant.caption_dropout == 0.1
         assert [r.area for r in variant.vision] == [384**2] * 2
 
@@ -171,7 +171,7 @@ def test_two_orders_of_references_are_two_combinations(checkpoints, tmp_path):
     ds["batch_configs"] = [batch | {"reference_config": name} for name in ds["reference_configs"]]
     file = as_it_is({"dataset_configs": [ds]}, tmp_path)
     sample = trained(file, tmp_path, checkpoints["2511"]).data.samples[0]
-    orders = [[r.path.stem[-1] for r in v.references] for v in sample.variants]
+    orders = [[Path(r.path).stem[-1] for r in v.references] for v in sample.variants]
     assert orders == [["R", "D"], ["D", "R"]]
 
 
@@ -182,12 +182,12 @@ def test_the_long_example_trains_every_single_reference_towards_t(way, checkpoin
     for sample in trainer.data.samples:
         for variant in sample.variants:
             (reference,) = variant.references
-            assert variant.target.stem.endswith("_T")
+            assert Path(variant.target).stem.endswith("_T")
             assert variant.vision[0].path == reference.path
-            assert variant.caption == f"from _{reference.path.stem.rsplit('_')[-1]} to T"
+            assert variant.caption == f"from _{Path(reference.path).stem.rsplit('_')[-1]} to T"
             assert variant.caption_dropout == 0.1
             assert variant.weight == pytest.approx(1 / len(sample.variants))
-            start = variant.start.stem.rsplit("_")[-1] if variant.start else None
+            start = Path(variant.start).stem.rsplit("_")[-1] if variant.start else None
             assert start == (None if sample.dataset == 0 else "DT")
     assert trainer.step_plan().steps_per_epoch == 3 * 8 + 3 * 30
 
@@ -232,8 +232,8 @@ def test_edit_v1_trains_by_the_manual_command(checkpoints, tmp_path):
     for sample in data.samples:  # a caption in each line of the text file
         assert [v.caption for v in sample.variants] == ["make it snow", "let snow fall"]
         for variant in sample.variants:
-            assert variant.target.parent.name == "images"
-            assert [r.path.parent.name for r in variant.references] == ["reference"]
+            assert Path(variant.target).parent.name == "images"
+            assert [Path(r.path).parent.name for r in variant.references] == ["reference"]
 
 
 def test_edit_v2_trains_with_all_three_references_as_large_as_the_target(checkpoints, tmp_path):
@@ -244,7 +244,7 @@ def test_edit_v2_trains_with_all_three_references_as_large_as_the_target(checkpo
     expected = ["reference_a", "reference_b", "reference_c"]
     for sample in trainer.data.samples:
         for variant in sample.variants:
-            assert [r.path.parent.name for r in variant.references] == expected
+            assert [Path(r.path).parent.name for r in variant.references] == expected
     shown = trainer.data.resolve(script.Draw(0, 0)).pictures
     assert {picture.size for picture in shown["control"]} == {shown["pixel"][0].size}
 

@@ -416,10 +416,17 @@ def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
     return found
 
 
+def near(place: Path) -> str:
+    """Return ", did you mean ...?" or what lies where a missing file or folder should lie."""
+    if not place.parent.is_dir():
+        return f" (nor {place.parent}{near(place.parent)})"
+    return nearest(place.name, sorted(x.name for x in place.parent.glob("[!.]*")))
+
+
 def no_checkpoint(name: str) -> str:
     """Return what to say of a place that is no folder."""
-    if not expanded(name).is_file():
-        return f"no folder {name}"
+    if not (place := expanded(name)).is_file():
+        return f"no folder {name}{near(place)}"
     way = f"DiffusionPipeline.from_single_file({name!r}).save_pretrained('FOLDER')"
     return f"{name} is one file; make a folder of it: python -c with diffusers, {way}"
 
