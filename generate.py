@@ -978,7 +978,11 @@ class EditPainter(Painter):
             if (text := tool.misfit(x, model.get_submodule(layer)))
         ]
         if wrong:
-            raise UserError(f"LoRA {file}: {len(wrong)} layers do not fit\n{listed(wrong, 3)}")
+            base = read_about(file).get("base_model")
+            text = f"{len(wrong)} layers do not fit" + (
+                f"; it was trained on {base}" if base else ""
+            )
+            raise UserError(f"LoRA {file}: {text}\n{listed(wrong, 3)}")
         if any("lokr_w1" in parts for parts in layers.values()):
             what = f"LoRA {file}: PEFT has no LoKr with these sizes"
             with named(what), warnings.catch_warnings(action="ignore"):  # of tensors without values

@@ -3,9 +3,10 @@
     python benchmarks/step_overhead.py --config configs/demo_qwen_edit.yaml [--a.b overrides]
 
 Runs the real loop (loader, noise, clipping, schedule, metrics, log lines) and bare steps of the
-same model on one of its batches in turn, and prints the ratio of the medians: one process, one
-run, so the machine's speed cancels out. All samples must have one shape (the demo's square ones
-are taken).
+same model on one of its batches in turn. In both, the time inside forward pass, backward pass and
+optimizer is taken away from the whole: the ratio is of whole to inside, the loop's over the bare
+step's, all in the same steps, so the machine's speed and its moods cancel out. On a GPU each of
+the three is waited for. All samples must have one shape (the demo's square ones are taken).
 """
 
 import itertools
@@ -58,33 +59,57 @@ def main():
     loader = iter(trainer.train_dataloader())
     [batch] = next(loader)
     batch = trainer.to_device(batch)
-    bare_optimizer = torch.optim.AdamW(trainer.trainable(), **trainer.config.optimizer.init_args)
     run_log = RunLog(accelerator, folder, trainer.config, 0)
+    inside = 0.0  # seconds in forward, backward and optimizer
+
+    def wait():
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return time.perf_counter()
+
+    def timed(function):
+        def call(*args, **kwargs):
+            nonlocal inside
+            started = wait()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside += wait() - started
+
+        return call
+
+    trainer._compute_loss = timed(trainer._compute_loss)
+    accelerator.backward = timed(accelerator.backward)
+    optimizer = trainer.optimizer.optimizer
+    optimizer.step = timed(optimizer.step)
 
     def bare_block():
         for _ in range(STEPS):
-            trainer._compute_loss(batch).mean().backward()
-            bare_optimizer.step()
-            bare_optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(trainer._compute_loss(batch).mean())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def loop_block():
         part = itertools.islice(loader, STEPS)
         with StopSignal() as stop:
             script.train_loop(trainer, part, run_log, stop)
 
-    seconds = {bare_block: [], loop_block: []}
+    ratios = {bare_block: [], loop_block: []}
+    whole_ms = {bare_block: [], loop_block: []}
     for number in range(BLOCKS + 1):
-        for block, times in seconds.items():
-            started = time.perf_counter()
+        for block, found in ratios.items():
+            inside, started = 0.0, wait()
             block()
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
-            times += [time.perf_counter() - started] if number else []  # the first one warms up
-    bare, loop = (statistics.median(times) / STEPS * 1e3 for times in seconds.values())
-    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+            whole = wait() - started
+            found += [whole / inside] if number else []  # the first one warms up
+            whole_ms[block] += [whole / STEPS * 1e3] if number else []
+    bare, loop = (statistics.median(found) for found in ratios.values())
+    both = [b / a for a, b in zip(*ratios.values(), strict=True)]
     print(f"batch {tuple(batch['pixel_latent'].shape)}, {len(SQUARE)} pairs, {trainer.device}")
-    print(f"bare {bare:.2f} ms/step, loop {loop:.2f} ms/step")
-    print(f"ratio {statistics.median(ratios):.3f} (blocks {min(ratios):.3f} to {max(ratios):.3f})")
+    bare_ms, loop_ms = (statistics.median(times) for times in whole_ms.values())
+    print(f"bare {bare_ms:.2f} ms/step, {bare:.4f} of its inside")
+    print(f"loop {loop_ms:.2f} ms/step, {loop:.4f} of its inside")
+    print(f"ratio {statistics.median(both):.4f} (blocks {min(both):.4f} to {max(both):.4f})")
 
 
 if __name__ == "__main__":

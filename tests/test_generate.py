@@ -221,6 +221,23 @@ def test_names_of_other_programs_mean_the_same_or_are_refused(
         torch.testing.assert_close(deltas[0][layer], delta * (2 if alpha else 1))
 
 
+@pytest.mark.parametrize("change", ["names", "shapes"])
+def test_a_lora_that_does_not_fit_says_what_it_was_trained_on(change, lora, checkpoints, tmp_path):
+    tensors = load_file(lora[1])
+    if change == "names":
+        tensors = {f"other.{name}": tensor for name, tensor in tensors.items()}
+    else:
+        tensors = {n: t.repeat(1, 1 + ("lora_A" in n)) for n, t in tensors.items()}
+    about = {"image_edit_lora": json.dumps({"base_model": "somebody/another-base"})}
+    save_file(tensors, tmp_path / "other.safetensors", about)
+    settings = {"pretrained_model_name_or_path": str(checkpoints["2511"]), "device": "cpu"}
+    settings |= {"image": [REFERENCE], "output": tmp_path / "o.png", "prompt": "a"}
+    settings |= {"lora": [str(tmp_path / "other.safetensors")]}
+    painter = generate.EditPainter(generate.EditConfig(**settings), script)
+    strip = generate.Strip("o", "a", 0, (64, 64), (1.0,), (), loras=tuple(painter.loras))
+    assert "it was trained on somebody/another-base" in "".join(painter.problems([strip]))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "folder"])
 def test_many_rows_skip_what_is_done_and_end_in_a_contact_sheet(kind, checkpoints, call, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
