@@ -157,6 +157,11 @@ def test_a_plan_names_mistakes_like_a_run(tmp_path):
     assert "folder nowhere does not exist" in done.stderr
 
 
+def test_times_are_written_in_the_unit_they_are_read_in():
+    written = [load_tool("cards").duration(seconds) for seconds in (0.002, 59, 90, 7200)]
+    assert written == ["0.0020 s", "59.0 s", "1.5 min", "2.0 h"]
+
+
 def test_a_plan_writes_no_file_and_says_which_cards_it_fits(tmp_path):
     file = write_config(tmp_path, settings(tmp_path))
     before = sorted(tmp_path.rglob("*"))

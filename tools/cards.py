@@ -25,6 +25,14 @@ def two(number: float) -> str:
     return f"{number:.1f}" if number >= 1 else f"{number:#.2g}"
 
 
+def duration(seconds: float) -> str:
+    """Write a time in the unit in which it is a number from 1 on, at most in hours."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{two(seconds / length)} {unit}"
+    return f"{two(seconds)} s"
+
+
 def card_lines(peak_gb: float, tflop: float, steps: int, share: float) -> list[str]:
     """Say on which cards a run fits, and how long it takes there, at a share of their speed."""
     lines = [f"Cards        times at {share:g} of the published speed, if the CPU keeps up"]
@@ -32,7 +40,7 @@ def card_lines(peak_gb: float, tflop: float, steps: int, share: float) -> list[s
         said = "does not fit"
         if peak_gb < gb and speed:
             seconds = tflop / (speed * share)
-            said = f"fits, {two(seconds)} s a step, {two(steps * seconds / 3600)} h"
+            said = f"fits, {two(seconds)} s a step, {duration(steps * seconds)}"
         elif peak_gb < gb:
             said = "fits; it has no bf16, its time is not known"
         lines.append(f"  {name:10} {gb:5.1f} GB  {said}")
