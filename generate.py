@@ -978,10 +978,7 @@ class EditPainter(Painter):
             if (text := tool.misfit(x, model.get_submodule(layer)))
         ]
         if wrong:
-            base = read_about(file).get("base_model")
-            text = f"{len(wrong)} layers do not fit" + (
-                f"; it was trained on {base}" if base else ""
-            )
+            text = f"{len(wrong)} layers do not fit{tool.trained_on(file)}"
             raise UserError(f"LoRA {file}: {text}\n{listed(wrong, 3)}")
         if any("lokr_w1" in parts for parts in layers.values()):
             what = f"LoRA {file}: PEFT has no LoKr with these sizes"

@@ -287,12 +287,12 @@ def merge_overrides(data: Any, given: dict[str, list[list[str]]], lists: set[str
 
 def read_config(text: str) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file. Raises UserError."""
-    near = "" if Path(text).is_file() else nearest(text, map(str, Path(text).parent.glob("*.*ml")))
-    with named(f"--config {text or '(no file named)'}{near}"):
-        data = yaml.load(read_text(expanded(text)), _Loader) or {}
-        if isinstance(data, dict):
-            return data
-        raise ValueError("the file must hold `name: value` pairs")
+    with named(f"--config {text or '(no file named)'}"):
+        if not (path := expanded(text)).exists():
+            raise ValueError(f"no such file{from_tool('check', 'near', '', path)}")
+        if not isinstance(data := yaml.load(read_text(path), _Loader) or {}, dict):
+            raise ValueError("the file must hold `name: value` pairs")
+        return data
 
 
 def load_config(

@@ -3,10 +3,10 @@
     python benchmarks/step_overhead.py --config configs/demo_qwen_edit.yaml [--a.b overrides]
 
 Runs the real loop (loader, noise, clipping, schedule, metrics, log lines) and bare steps of the
-same model on one of its batches in turn. In both, the time inside forward pass, backward pass and
-optimizer is taken away from the whole: the ratio is of whole to inside, the loop's over the bare
-step's, all in the same steps, so the machine's speed and its moods cancel out. On a GPU each of
-the three is waited for. All samples must have one shape (the demo's square ones are taken).
+same model on one of its batches in turn. In both, the whole time is divided by the time inside
+forward pass, backward pass and optimizer of the same steps, so that the machine's speed cancels
+out; printed is the loop's quotient over the bare step's. On a GPU each of the three is waited for.
+All samples must have one shape (the demo's square ones are taken).
 """
 
 import itertools

@@ -25,9 +25,8 @@ def disk(tmp_path):
         options = ["remount"] if place.is_mount() else []
         options = ",".join([*options, f"size={kilobytes}k"])
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=False)
-        if (
-            done.returncode
-        ):  # a user's machine; full disks by patched writes are tested on every one
+        if done.returncode:
+            # a user's machine; full disks by patched writes are tested on every one
             pytest.skip("only root may mount a disk")
         return place
 

@@ -168,7 +168,7 @@ def test_help_may_be_cut_off():
         (["--max_train_step", "3"], "did you mean 'train.max_train_steps'"),
         (["--on_missing", "skip"], "there is data.dataset_configs.0.on_missing"),
         (["configs/x.yaml"], "a file: --config FILE"),
-        (["--config", "configs/no.yaml"], "configs/no.yaml, did you mean"),
+        (["--config", "configs/no.yaml"], "configs/no.yaml: no such file"),
         (["--data.dataset_configs.0.resolution=64", "--data.dataset_configs.x.mask_dir=a"], "list"),
         (["--optimizer.init_args.lr", "fast"], "lr must be a number"),
     ],
@@ -205,9 +205,14 @@ def test_few_pairs_are_the_reason_named_where_nothing_is_held_out(checkpoints, t
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--config", "configs/demo_qwen.yaml"], "did you mean 'configs/demo_qwen_edit.yaml'"),
+        (
+            ["--config", "configs/demo_qwen.yaml"],
+            "no such file, did you mean 'demo_qwen_edit.yaml'",
+        ),
         (["--data.dataset_configs.0.train_data_dir", "data/photo_pair"], "mean 'photo_pairs'"),
         (["--data.dataset_configs.0.train_data_dir", "dat/a/b"], "(nor dat/a (nor dat, did you"),
+        (["--config", "a\0b/" + "c" * 300], "no such file"),
+        (["--data.dataset_configs.0.train_data_dir", "configs/demo_qwen_edit.yaml"], "is a file"),
         (["--data.dataset_configs.0.target_dir", "aftr"], "aftr does not exist, did you mean"),
         (["--model.pretrained_model_name_or_path", "./demo/qwen_edt"], "did you mean 'qwen_edit"),
     ],

@@ -418,6 +418,8 @@ def check_parts(setting: str, name: str, parts: Mapping[str, str]) -> list[str]:
 
 def near(place: Path) -> str:
     """Return ", did you mean ...?" or what lies where a missing file or folder should lie."""
+    if place.exists():
+        return " (it is a file)"
     if not place.parent.is_dir():
         return f" (nor {place.parent}{near(place.parent)})"
     return nearest(place.name, sorted(x.name for x in place.parent.glob("[!.]*")))

@@ -219,16 +219,17 @@ def read_layers(path: Path, transformer: Any, pipeline: str) -> dict[str, Parts]
     left += [f"{layer} has only {', '.join(x)}" for layer, x in found.items() if not is_whole(x)]
     if left or not found:
         text = f"LoRA {path}: {len(left)} of {total} tensors are no part of a LoRA for this"
-        raise UserError(f"{text} transformer{trained_on(metadata)}\n{listed(left, 3)}")
+        raise UserError(f"{text} transformer{trained_on(path)}\n{listed(left, 3)}")
     settings = read_settings(path, tensors, metadata)
     with named(f"LoRA {path}: its strength, or a product of its factors, cannot be computed"):
         return {layer: fold(layer, parts, settings, musubi) for layer, parts in found.items()}
 
 
-def trained_on(metadata: dict[str, str]) -> str:
+def trained_on(path: Path) -> str:
     """Return what a LoRA of our trainers says of its base model; "" of another's."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        return f"; it was trained on {json.loads(metadata['image_edit_lora'])['base_model']}"
+    with contextlib.suppress(Exception), safe_open(path, framework="pt") as file:  # a pickle, none
+        about = json.loads(file.metadata()["image_edit_lora"])
+        return f"; it was trained on {about['base_model']}"
     return ""
 
 
