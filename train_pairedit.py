@@ -355,22 +355,72 @@ KEYS_AND_VALUES = ("to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 ATTENTION = ("to_q", "to_out.0", "to_add_out", *KEYS_AND_VALUES)
 
 
+# differs from the other scripts: layer by layer and lane by lane a step is 40,000 small kernels
 class AdapterSwitch:
     """Which adapters are on; every SliderLinear of a model looks here.
 
-    KEEP: parts change only between a backward and the next forward. Gradient checkpointing runs
-    the forward again during backward, and must find the same parts.
+    KEEP: parts change only between a backward and the next forward, and as a new list. Gradient
+    checkpointing runs the forward again during backward, and must find the same parts.
     """
 
     def __init__(self) -> None:
         self.parts: Sequence[BatchPart] = [()]
+        self.known: tuple[Any, dict[Any, torch.Tensor]] = (None, {})  # lanes() of these parts
+
+    def lanes(self, adapters: tuple[tuple[str, int, float], ...], x: torch.Tensor) -> torch.Tensor:
+        """Return what scales each rank of each sample, and 1 where it is trained: (2, B, 1, R).
+
+        adapters: (name, rank, strength). Layers with the same ones get the same tensor, fp32.
+        """
+        if self.known[0] is not self.parts:
+            self.known = self.parts, {}
+        key = adapters, len(x), x.device
+        if key not in self.known[1]:
+            size = 2, len(x), 1, sum(rank for _, rank, _ in adapters)
+            self.known[1][key] = lanes = torch.zeros(size, device=x.device)
+            for part, lane in zip(self.parts, lanes.chunk(len(self.parts), dim=1), strict=True):
+                on, end = {active.adapter: active for active in part}, 0
+                for name, rank, strength in adapters:
+                    start, end = end, end + rank
+                    if name in on:
+                        scale = on[name].scale
+                        per_sample = isinstance(scale, torch.Tensor)
+                        scale = scale.view(-1, 1, 1) if per_sample else scale
+                        lane[0, ..., start:end] = scale * strength
+                        lane[1, ..., start:end] = not on[name].frozen
+        return self.known[1][key]
+
+
+class LowRank(torch.autograd.Function):
+    """up(scale * down(x)); a sample's ranks that are not trained give no gradient to down and up.
+
+    x (B, S, in), down (R, in), up (out, R), lanes: scale and trained (2, B, 1, R) -> (B, S, out).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, down: Any, up: Any, lanes: Any) -> torch.Tensor:  # noqa: D102
+        low = (F.linear(x, down) * lanes[0]).to(x.dtype)
+        ctx.save_for_backward(x, down, up, low, lanes)
+        return F.linear(low, up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # noqa: D102
+        (x, down, up, low, (scale, trained)), [out] = ctx.saved_tensors, gradients
+        at_low = (out @ up * scale).to(x.dtype)
+
+        def weight(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            return rows.flatten(0, 1).T @ columns.flatten(0, 1)
+
+        to_down = weight(at_low * trained.to(x.dtype), x) if ctx.needs_input_grad[1] else None
+        to_up = weight(out, low * trained.to(x.dtype)) if ctx.needs_input_grad[2] else None
+        return at_low @ down, to_down, to_up, None
 
 
 class SliderLinear(torch.nn.Module):
     """A frozen layer and its adapters: base(x) + sum of scale * strength * up(down(x)).
 
-    The batch is cut into as many equal parts as the switch has, so one forward pass serves samples
-    with different adapters. What is off costs nothing.
+    The batch has as many equal parts as the switch, so one forward pass serves samples with
+    different adapters: those of a layer are one low-rank product, scaled for each sample.
     """
 
     def __init__(self, base: Any, switch: AdapterSwitch) -> None:
@@ -380,30 +430,15 @@ class SliderLinear(torch.nn.Module):
         self.strength: dict[str, float] = {}  # alpha / r
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output: x (B, ..., in) -> (B, ..., out)."""
-        y, parts = self.base(x), self.switch.parts
-        if not any(active.adapter in self.down for part in parts for active in part):
-            return y
-        cut = zip(x.chunk(len(parts)), y.chunk(len(parts)), parts, strict=True)
-        adapted = [self._adapted(*each) for each in cut]
-        return torch.cat(adapted) if len(parts) > 1 else adapted[0]
-
-    def _adapted(self, x: torch.Tensor, y: torch.Tensor, part: BatchPart) -> torch.Tensor:
-        for active in part:
-            if active.adapter not in self.down:
-                continue
-            down, up = self.down[active.adapter], self.up[active.adapter]
-            if active.frozen:
-                down, up = down.detach(), up.detach()
-            scale = active.scale * self.strength[active.adapter]
-            if isinstance(scale, torch.Tensor):
-                scale = scale.to(x).view(-1, *[1] * (x.dim() - 1))
-            y = y + scale * self.change(x, down.to(x.dtype), up.to(x.dtype))
-        return y
-
-    def change(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return up(down(x))."""
-        return F.linear(F.linear(x, down), up)
+        """Return the layer's output: x (B, S, in) -> (B, S, out)."""
+        on = {active.adapter for part in self.switch.parts for active in part}
+        names = [name for name in self.down if name in on]
+        if not names:
+            return self.base(x)
+        down = torch.cat([self.down[name] for name in names]).to(x.dtype)
+        up = torch.cat([self.up[name] for name in names], dim=1).to(x.dtype)
+        adapters = tuple((name, len(self.down[name]), self.strength[name]) for name in names)
+        return self.base(x) + LowRank.apply(x, down, up, self.switch.lanes(adapters, x))
 
 
 def adapted_layers(model: Any, name: str) -> dict[str, SliderLinear]:
