@@ -602,9 +602,9 @@ SWAP = "--model.blocks_to_swap=30"
 DRY = {SWAP: "--model.blocks_to_swap=2", COMPILE: "--train.compile=none"}  # compiling takes long
 
 
-def qwen_21(levels):
+def qwen_21(levels, *flags):
     """A row of Qwen-Image-2.1."""
-    return qwen_row(1024, 1024, f"--loss.noise_levels_per_sample={levels}", newer=True)
+    return qwen_row(1024, 1024, f"--loss.noise_levels_per_sample={levels}", *flags, newer=True)
 
 
 ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what runs)
@@ -628,6 +628,8 @@ ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what run
     "qwen 1024 + 1 MP bf16, 30 blocks swapped": (40, 32, qwen_row(1024, 1024, SWAP)),
     "qwen 1024 + 1 MP bf16, compiled": (75, 50, qwen_row(1024, 1024, COMPILE)),
     "qwen 512 + 512 bf16, compiled": (70, 45, qwen_row(512, 512, COMPILE)),
+    "qwen 2.1 1024 + 1 MP bf16, compiled": (60, 24, qwen_21(1, COMPILE)),
+    "qwen 512 + 512 bf16, compiled, no checkpointing": (70, 62, qwen_row(512, 512, KEEP, COMPILE)),
     "pairedit 512 px bf16, no checkpointing": (20, 45, flux_row("--gradient_checkpointing=false")),
     "qwen 2.1 1024 + 1 MP bf16, 2 noise levels": (12, 26, qwen_21(2)),
     "latents of 1024 px": (15, 6, latents),
@@ -711,6 +713,7 @@ def main():
                 continue
             begun = time.monotonic()
             forget_processes()
+            torch.compiler.reset()  # or the second size of a class is compiled for any size
             try:
                 row = run(Path(folder), args.dry)
             except Exception as error:  # reported; the others run
