@@ -447,9 +447,10 @@ class SliderLinear(torch.nn.Module):
         y, parts = self.base(x), self.switch.parts
         if not any(active.adapter in self.down for part in parts for active in part):
             return y
+        if len(parts) == 1:
+            return self._adapted(x, y, parts[0])
         cut = zip(x.chunk(len(parts)), y.chunk(len(parts)), parts, strict=True)
-        adapted = [self._adapted(*each) for each in cut]
-        return torch.cat(adapted) if len(parts) > 1 else adapted[0]
+        return torch.cat([self._adapted(*each) for each in cut])
 
     def _adapted(self, x: torch.Tensor, y: torch.Tensor, part: BatchPart) -> torch.Tensor:
         for active in part:
@@ -459,9 +460,10 @@ class SliderLinear(torch.nn.Module):
             if active.frozen:
                 down, up = down.detach(), up.detach()
             scale = active.scale * self.strength[active.adapter]
+            change = self.change(x, down.to(x.dtype), up.to(x.dtype))
             if isinstance(scale, torch.Tensor):
-                scale = scale.to(x).view(-1, *[1] * (x.dim() - 1))
-            y = y + scale * self.change(x, down.to(x.dtype), up.to(x.dtype))
+                change, scale = change * scale.to(x).view(-1, *[1] * (x.dim() - 1)), 1
+            y = torch.add(y, change, alpha=scale)
         return y
 
     def change(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -355,7 +355,7 @@ KEYS_AND_VALUES = ("to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 ATTENTION = ("to_q", "to_out.0", "to_add_out", *KEYS_AND_VALUES)
 
 
-# differs from the other scripts: layer by layer and lane by lane a step is 40,000 small kernels
+# differs from the other scripts: adapter by adapter a step of two lanes is 50,000 small kernels
 class AdapterSwitch:
     """Which adapters are on; every SliderLinear of a model looks here.
 
@@ -365,55 +365,52 @@ class AdapterSwitch:
 
     def __init__(self) -> None:
         self.parts: Sequence[BatchPart] = [()]
-        self.known: tuple[Any, dict[Any, torch.Tensor]] = (None, {})  # lanes() of these parts
+        self.known: tuple[Any, dict[Any, Any]] = (None, {})  # parts, and lanes() of them
 
-    def lanes(self, adapters: tuple[tuple[str, int, float], ...], x: torch.Tensor) -> torch.Tensor:
-        """Return what scales each rank of each sample, and 1 where it is trained: (2, B, 1, R).
+    def lanes(self, adapters: tuple[tuple[str, int, float], ...], x: torch.Tensor) -> Any:
+        """Return what scales the ranks of each sample, and 1 where they are trained: (B, 1, R).
 
-        adapters: (name, rank, strength). Layers with the same ones get the same tensor, fp32.
+        adapters: (name, rank, strength). Layers with the same ones get the same two tensors.
         """
         if self.known[0] is not self.parts:
             self.known = self.parts, {}
-        key = adapters, len(x), x.device
+        key = adapters, len(x), x.dtype, x.device
         if key not in self.known[1]:
-            size = 2, len(x), 1, sum(rank for _, rank, _ in adapters)
-            self.known[1][key] = lanes = torch.zeros(size, device=x.device)
-            for part, lane in zip(self.parts, lanes.chunk(len(self.parts), dim=1), strict=True):
+            rows = torch.zeros(2, len(x), 1, sum(rank for _, rank, _ in adapters), device=x.device)
+            for part, lane in zip(self.parts, rows.chunk(len(self.parts), dim=1), strict=True):
                 on, end = {active.adapter: active for active in part}, 0
                 for name, rank, strength in adapters:
                     start, end = end, end + rank
                     if name in on:
-                        scale = on[name].scale
-                        per_sample = isinstance(scale, torch.Tensor)
-                        scale = scale.view(-1, 1, 1) if per_sample else scale
-                        lane[0, ..., start:end] = scale * strength
+                        scale = on[name].scale * strength
+                        wide = isinstance(scale, torch.Tensor)
+                        lane[0, ..., start:end] = scale.view(-1, 1, 1) if wide else scale
                         lane[1, ..., start:end] = not on[name].frozen
+            self.known[1][key] = rows[0], rows[1].to(x.dtype)
         return self.known[1][key]
 
 
 class LowRank(torch.autograd.Function):
-    """up(scale * down(x)); a sample's ranks that are not trained give no gradient to down and up.
+    """up(scale * down(x)); ranks that are not trained in a sample give its factors no gradient.
 
-    x (B, S, in), down (R, in), up (out, R), lanes: scale and trained (2, B, 1, R) -> (B, S, out).
+    x (B, S, in), down (R, in), up (out, R), scale (fp32) and trained (B, 1, R) -> (B, S, out).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, down: Any, up: Any, lanes: Any) -> torch.Tensor:  # noqa: D102
-        low = (F.linear(x, down) * lanes[0]).to(x.dtype)
-        ctx.save_for_backward(x, down, up, low, lanes)
+    def forward(ctx: Any, x: Any, down: Any, up: Any, scale: Any, trained: Any) -> Any:  # noqa: D102
+        low = (F.linear(x, down) * scale).to(x.dtype)
+        ctx.save_for_backward(x, down, up, scale, trained, low)
         return F.linear(low, up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # noqa: D102
-        (x, down, up, low, (scale, trained)), [out] = ctx.saved_tensors, gradients
-        at_low = (out @ up * scale).to(x.dtype)
-
-        def weight(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            return rows.flatten(0, 1).T @ columns.flatten(0, 1)
-
-        to_down = weight(at_low * trained.to(x.dtype), x) if ctx.needs_input_grad[1] else None
-        to_up = weight(out, low * trained.to(x.dtype)) if ctx.needs_input_grad[2] else None
-        return at_low @ down, to_down, to_up, None
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
+        (x, down, up, scale, trained, low), [out] = ctx.saved_tensors, gradients
+        at_low, to_down, to_up = (out @ up * scale).to(x.dtype), None, None
+        if ctx.needs_input_grad[1]:
+            to_down = (at_low * trained).flatten(0, 1).T @ x.flatten(0, 1)
+        if ctx.needs_input_grad[2]:
+            to_up = out.flatten(0, 1).T @ (low * trained).flatten(0, 1)
+        return at_low @ down, to_down, to_up, None, None
 
 
 class SliderLinear(torch.nn.Module):
@@ -438,7 +435,7 @@ class SliderLinear(torch.nn.Module):
         down = torch.cat([self.down[name] for name in names]).to(x.dtype)
         up = torch.cat([self.up[name] for name in names], dim=1).to(x.dtype)
         adapters = tuple((name, len(self.down[name]), self.strength[name]) for name in names)
-        return self.base(x) + LowRank.apply(x, down, up, self.switch.lanes(adapters, x))
+        return self.base(x) + LowRank.apply(x, down, up, *self.switch.lanes(adapters, x))
 
 
 def adapted_layers(model: Any, name: str) -> dict[str, SliderLinear]:

@@ -68,7 +68,7 @@ def random_tensor(name, shape, device, dtype):
     """Normal 0.02; a norm's weight is one."""
     if len(shape) == 1 and name.endswith("weight"):
         return torch.ones(shape, device=device, dtype=dtype)
-    return torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02)
+    return torch.empty(shape, device=DEVICE, dtype=dtype).normal_(0, 0.02).to(device)
 
 
 def random_parts(script):
@@ -133,7 +133,8 @@ def profiled(step):
     with torch.profiler.profile(activities=activities) as profiler:
         step()
         torch.cuda.synchronize()
-    kernels = sorted(profiler.key_averages(), key=lambda k: -k.self_device_time_total)
+    kernels = [k for k in profiler.key_averages() if k.self_device_time_total]
+    kernels.sort(key=lambda k: -k.self_device_time_total)
     largest = {k.key[:90]: [k.self_device_time_total / 1e3, k.count] for k in kernels[:14]}
     total = sum(k.self_device_time_total for k in kernels) / 1e3
     return {"kernels_ms": total, "kernels": sum(k.count for k in kernels), "largest": largest}
@@ -501,7 +502,7 @@ def flux_row(*flags):
     return run
 
 
-def sd(place, dry):
+def sd(place, dry, *flags):
     """Stable Diffusion 1.5, 512 px, batch 4."""
     import diffusers
 
@@ -519,7 +520,7 @@ def sd(place, dry):
     script.load_part, script.noised_batch, script.encode_prompts = part, sd_batch, sd_text
     argv = ["--pretrained_model_name_or_path", str(folder), "--train_batch_size", "4"]
     argv += ["--instance_data_dir", "a", "--instance_prompt", "a", "--max_train_steps", "20"]
-    argv += ["--mixed_precision", "no" if dry else "bf16"]
+    argv += ["--mixed_precision", "no" if dry else "bf16", *(() if dry else flags)]
     trainer = script.SDTrainer(load_config(script.Config, argv))
     trainer.setup_accelerator()
     trainer.folder, trainer.samples = folder, [None] * 4
@@ -625,7 +626,6 @@ ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what run
     "qwen 512 + 512 bf16, no checkpointing": (15, 62, qwen_row(512, 512, KEEP)),
     "qwen 1024 + 1 MP int8": (30, 30, qwen_row(1024, 1024, INT8)),
     "qwen 1024 + 1 MP bf16, no checkpointing": (25, 110, qwen_row(1024, 1024, KEEP)),
-    "qwen 1024 + 1 MP bf16, 30 blocks swapped": (40, 32, qwen_row(1024, 1024, SWAP)),
     "qwen 1024 + 1 MP bf16, compiled": (75, 50, qwen_row(1024, 1024, COMPILE)),
     "qwen 512 + 512 bf16, compiled": (70, 45, qwen_row(512, 512, COMPILE)),
     "qwen 2.1 1024 + 1 MP bf16, compiled": (60, 24, qwen_21(1, COMPILE)),
@@ -635,6 +635,8 @@ ROWS = {  # name: (seconds it takes on an H100, estimated; GB it needs; what run
     "latents of 1024 px": (15, 6, latents),
     "prompts with a picture": (20, 20, prompts),
     "qwen 2.1 1024 + 1 MP bf16, 4 noise levels": (15, 30, qwen_21(4)),
+    "qwen 1024 + 1 MP bf16, 30 blocks swapped": (60, 32, qwen_row(1024, 1024, SWAP)),
+    "sd 1.5 512 px batch 4, compiled": (90, 6, lambda *at: sd(*at, "--compile=true")),
     "quanto's own fp8 kernel": (150, 1, own_kernel),
 }
 
