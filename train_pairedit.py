@@ -355,45 +355,35 @@ KEYS_AND_VALUES = ("to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 ATTENTION = ("to_q", "to_out.0", "to_add_out", *KEYS_AND_VALUES)
 
 
-# differs from the other scripts: adapter by adapter a step of two lanes is 50,000 small kernels
 class AdapterSwitch:
     """Which adapters are on; every SliderLinear of a model looks here.
 
-    KEEP: parts change only between a backward and the next forward, and as a new list. Gradient
-    checkpointing runs the forward again during backward, and must find the same parts.
+    KEEP: parts change only between a backward and the next forward. Gradient checkpointing runs
+    the forward again during backward, and must find the same parts.
     """
 
     def __init__(self) -> None:
         self.parts: Sequence[BatchPart] = [()]
-        self.known: tuple[Any, dict[Any, Any]] = (None, {})  # parts, and lanes() of them
 
-    def lanes(self, adapters: tuple[tuple[str, int, float], ...], x: torch.Tensor) -> Any:
-        """Return what scales the ranks of each sample, and 1 where they are trained: (B, 1, R).
 
-        adapters: (name, rank, strength). Layers with the same ones get the same two tensors.
-        """
-        if self.known[0] is not self.parts:
-            self.known = self.parts, {}
-        key = adapters, len(x), x.dtype, x.device
-        if key not in self.known[1]:
-            rows = torch.zeros(2, len(x), 1, sum(rank for _, rank, _ in adapters), device=x.device)
-            for part, lane in zip(self.parts, rows.chunk(len(self.parts), dim=1), strict=True):
-                on, end = {active.adapter: active for active in part}, 0
-                for name, rank, strength in adapters:
-                    start, end = end, end + rank
-                    if name in on:
-                        scale = on[name].scale * strength
-                        wide = isinstance(scale, torch.Tensor)
-                        lane[0, ..., start:end] = scale.view(-1, 1, 1) if wide else scale
-                        lane[1, ..., start:end] = not on[name].frozen
-            self.known[1][key] = rows[0], rows[1].to(x.dtype)
-        return self.known[1][key]
+@functools.lru_cache(maxsize=16)  # all layers of a forward get the same two tensors
+def lanes(parts: Any, ranks: Any, b: int, dtype: Any, device: Any) -> Any:
+    """Return scale (fp32) and trained (0 or 1) of each sample's ranks in a layer: (B, 1, R)."""
+    rows = torch.zeros(2, b, 1, sum(rank for _, rank, _ in ranks), device=device)
+    for part, lane in zip(parts, rows.chunk(len(parts), dim=1), strict=True):
+        on, end = {active.adapter: active for active in part}, 0
+        for name, rank, strength in ranks:
+            start, end = end, end + rank
+            if name in on:
+                lane[0, ..., start:end] = torch.as_tensor(on[name].scale * strength).view(-1, 1, 1)
+                lane[1, ..., start:end] = not on[name].frozen
+    return rows[0], rows[1].to(dtype)
 
 
 class LowRank(torch.autograd.Function):
     """up(scale * down(x)); ranks that are not trained in a sample give its factors no gradient.
 
-    x (B, S, in), down (R, in), up (out, R), scale (fp32) and trained (B, 1, R) -> (B, S, out).
+    x (B, S, in), down (R, in), up (out, R), scale and trained of lanes() -> (B, S, out).
     """
 
     @staticmethod
@@ -405,14 +395,13 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
         (x, down, up, scale, trained, low), [out] = ctx.saved_tensors, gradients
-        at_low, to_down, to_up = (out @ up * scale).to(x.dtype), None, None
-        if ctx.needs_input_grad[1]:
-            to_down = (at_low * trained).flatten(0, 1).T @ x.flatten(0, 1)
-        if ctx.needs_input_grad[2]:
-            to_up = out.flatten(0, 1).T @ (low * trained).flatten(0, 1)
+        at_low = (out @ up * scale).to(x.dtype)
+        to_down = (at_low * trained).flatten(0, 1).T @ x.flatten(0, 1)
+        to_up = out.flatten(0, 1).T @ (low * trained).flatten(0, 1)
         return at_low @ down, to_down, to_up, None, None
 
 
+# differs from the other scripts: one adapter at a time a step of two lanes is 28,000 kernels
 class SliderLinear(torch.nn.Module):
     """A frozen layer and its adapters: base(x) + sum of scale * strength * up(down(x)).
 
@@ -428,14 +417,14 @@ class SliderLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output: x (B, S, in) -> (B, S, out)."""
-        on = {active.adapter for part in self.switch.parts for active in part}
-        names = [name for name in self.down if name in on]
-        if not names:
-            return self.base(x)
+        y, parts = self.base(x), tuple(self.switch.parts)
+        on = {active.adapter for part in parts for active in part}
+        if not (names := [name for name in self.down if name in on]):
+            return y
         down = torch.cat([self.down[name] for name in names]).to(x.dtype)
         up = torch.cat([self.up[name] for name in names], dim=1).to(x.dtype)
-        adapters = tuple((name, len(self.down[name]), self.strength[name]) for name in names)
-        return self.base(x) + LowRank.apply(x, down, up, *self.switch.lanes(adapters, x))
+        ranks = tuple((name, len(self.down[name]), self.strength[name]) for name in names)
+        return y + LowRank.apply(x, down, up, *lanes(parts, ranks, len(x), x.dtype, x.device))
 
 
 def adapted_layers(model: Any, name: str) -> dict[str, SliderLinear]:

@@ -68,13 +68,13 @@ def test_text_tokens_are_near_the_tokenizers(make_trainer):
 
 
 def test_tokens_operations_and_memory_of_the_books(full_size):
-    """peers' counts: 585.5 TFLOP with, 416.9 without checkpointing; 45 to 47 GB in bf16."""
+    """peers' counts: 585.5 TFLOP with, 416.9 without checkpointing; an H200's peaks in bf16."""
     config, without = script.Config(), script.Config(train={"gradient_checkpointing": False})
     assert tool.Load(((1024, 1024), (1024, 1024)), 300, 1).tokens == TOKENS
     assert tool.Load(((1024, 1024), *[(1024, 1024)] * 3), 720, 1).tokens == 17104
     assert tool.qwen_step_tflop(config, full_size, TOKENS) == pytest.approx(585.5, rel=1e-3)
     assert tool.qwen_step_tflop(without, full_size, TOKENS) == pytest.approx(416.9, rel=1e-3)
-    for settings, gb, within in ((config, 46, 1), (without, 111, 4)):
+    for settings, gb, within in ((config, 46.5, 1), (without, 119.7, 2)):
         peak = tool.qwen_peak_gb(script, settings, full_size, 23_592_960, TOKENS)
         assert peak == pytest.approx(gb, abs=within)
 
