@@ -1127,7 +1127,7 @@ def write_card(trainer: PairEditTrainer) -> str:
         f"python generate.py --pretrained_model_name_or_path {base} --{lora} --scales 0,0.5,1 "
         f'--prompt "{trainer.preview_prompts[run.dataset]}" --skip {config.skips[0]} '
         f"--num_inference_steps {config.num_inference_steps} --resolution {config.resolution} "
-        f"--max_sequence_length {config.max_sequence_length} --output strip.png"
+        f"--max_sequence_length {config.max_sequence_length} --output {trainer.output_dir}/strip.png"
     )
     card = SLIDER_CARD.format(base, run.dataset, command, Path(__file__).name)
     utils.save_text(trainer.output_dir / "README.md", card)

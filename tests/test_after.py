@@ -58,6 +58,8 @@ script.utils.run_script(script.main)
     assert {*said} >= {"report", "to go on"} and "to try it" not in said
     command = shlex.split(said["to go on"])
     assert command[0] == "python" and command[-1] == "latest"
+    [record] = tmp_path.rglob("run.json")  # the terminal is gone
+    assert last_words(run(ROOT / "tools/after.py", record.parent).stdout) == said
     command[1] = str(ROOT / script)
     assert "to try it" in last_words(run(*command[1:]).stdout)
 

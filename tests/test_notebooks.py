@@ -6,6 +6,7 @@ of the tests do: `python` is a program that asks this process for them.
 
 import json
 import re
+import shutil
 import socketserver
 import sys
 import threading
@@ -78,11 +79,24 @@ def clone(tmp_path):
     return place
 
 
+def zip_of_pairs(folder, file):
+    """Twelve pairs in before/ and after/ of a folder, as `file`.zip."""
+    for side, colour in (("before", 40), ("after", 90)):
+        (folder / "pairs" / side).mkdir(parents=True)
+        for number in range(12):
+            image = Image.new("RGB", (96, 96), (colour, 20 * number, 120))
+            image.save(folder / f"pairs/{side}/{number}.png")
+            (folder / f"pairs/{side}/{number}.txt").write_text("an edit")
+    shutil.make_archive(file, "zip", folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_a_notebook_trains_shows_and_draws(name, clone, forks, monkeypatch):
     monkeypatch.setenv("PATH", str(forks), prepend=":")
     monkeypatch.setenv("NOTEBOOK_FLAGS", TINY[name].format(root=ROOT))
+    if name == "qwen_edit":  # own pairs, dropped into the list of files
+        zip_of_pairs(clone.parent / "mine", clone / "my_pairs")
     notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
     where = {"metadata": {"path": str(clone / "notebooks")}}
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
@@ -92,6 +106,9 @@ def test_a_notebook_trains_shows_and_draws(name, clone, forks, monkeypatch):
     assert len(shown) >= 2  # the sheet of the training, what was drawn
     out = clone / f"outputs/{name.removesuffix('_pairs')}_notebook"
     assert list(out.rglob("checkpoint-2/state.json")) and list(out.rglob("*.safetensors"))
+    if name == "qwen_edit":
+        names = {path.name for path in (clone / "data/my_pairs/before").glob("*.png")}
+        assert names == {f"{number}.png" for number in range(12)}
     strips = [*out.rglob("strip.png"), *out.glob("strips/**/*.jpg")]
     assert strips
     for strip in strips:

@@ -1,6 +1,6 @@
 """What comes after a run: its report, its pictures, and the command to type next.
 
-python tools/after.py OUTPUT_DIR     # says it again
+python tools/after.py OUTPUT_DIR     # says it again; of a run that was killed how to go on
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, from_tool, list_images, load_tool, run_script
+from utils import UserError, from_tool, list_images, load_tool, run_script, save_text
 
 RESUME = "resume_from_checkpoint"
 
@@ -32,7 +32,8 @@ def tell(output_dir: Path, stopped: bool = False, command: str = "", into: str =
     sheets = sorted(output_dir.glob("samples/*.png"), key=lambda file: file.stat().st_mtime_ns)
     if sheets:
         lines["pictures"] = str(sheets[-1])
-    record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+    record = read_record(output_dir) | {"finished": not stopped}
+    save_text(output_dir / "run.json", json.dumps(record, indent=2))
     if stopped:
         lines["to go on"] = resume_command(record)
     elif command or (command := generate_command(output_dir, record["config"])):
@@ -48,6 +49,11 @@ def tell(output_dir: Path, stopped: bool = False, command: str = "", into: str =
             if not into:
                 raise
             say("not uploaded", str(error))
+
+
+def read_record(output_dir: Path) -> dict[str, Any]:
+    """Return run.json of a run."""
+    return dict(json.loads((output_dir / "run.json").read_text(encoding="utf-8")))
 
 
 def say(name: str, text: str) -> None:
@@ -109,7 +115,8 @@ def main() -> None:
     """Say it of the run whose folder is named."""
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "run.json").is_file():
         raise UserError("usage: python tools/after.py OUTPUT_DIR (of a run)")
-    tell(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    tell(folder, stopped=not read_record(folder).get("finished"))
 
 
 if __name__ == "__main__":
