@@ -13,7 +13,7 @@ one side, which no curve of colours makes, from ten photo pairs; three others ju
 pairedit: the base is a real FluxPipeline with 1 million parameters that draws faces. The slider
 learns to turn hair grey, from three pairs; faces of other seeds and a drawn one judge it.
 dreambooth: the base is a real StableDiffusionPipeline with 1.5 million parameters that draws
-larger faces. The change is learned from ten pairs; other seeds and eight drawn photos judge it.
+faces, too. The change is learned from ten pairs; other seeds and eight drawn photos judge it.
 
 All figures are evaluate.py's; the demos of faces add two metrics to it.
 """
@@ -274,7 +274,12 @@ def run_pairedit(settings: str, quick: bool) -> None:
         faces, FACE_OUTPUT_DIR, faces.PAIR_AGES, lambda name: names.get(name, "seeds")
     )
 
-    heads = [f"scale {scale:g}" for scale in sorted({row["scale"] for row in report["rows"]})]
+    scales = sorted({row["scale"] for row in report["rows"]})
+    hair = [report["columns"][f"seeds scale {scale:g}"]["means"]["hair"] for scale in scales]
+    whole = float(np.interp(1, hair, scales))
+    print(f"one whole change of the pairs lies at scale {whole:.2f} of other seeds")
+
+    heads = [f"scale {scale:g}" for scale in scales]
     stages = [(stage, n) for n in range(3) for stage in faces.PAIR_AGES]
     sections = [
         (("before", "after") * 3, [[FACE_PAIRS_DIR / f"age/{s}/{n}.png" for s, n in stages]]),
@@ -282,7 +287,7 @@ def run_pairedit(settings: str, quick: bool) -> None:
         (["photo, scale 0", *heads[1:]], strips_of(report, "photo")),
     ]
     draw_faces(FACE_OUTPUT_DIR / "demo.png", sections)
-    figures = {name: report[name] for name in ("columns", "curve")}
+    figures = {name: report[name] for name in ("columns", "curve")} | {"whole_change_at": whole}
     write_figures(FACE_OUTPUT_DIR, start, figures)
     pages = sorted(FACE_OUTPUT_DIR.glob("*/age/*/*.html"), key=lambda page: page.name)
     print(f"to compare: {pages[0]}, the run: {pages[-1]}")
@@ -316,13 +321,13 @@ def run_dreambooth(settings: str, quick: bool) -> None:
     seeds = ",".join(map(str, range(count)))
     for name, scales in LORAS.items():
         run_command(
-            f'{draw.format(name)} --prompt "{HAIR_PROMPT}" --resolution {faces.PHOTO_PX}'
+            f'{draw.format(name)} --prompt "{HAIR_PROMPT}" --resolution {faces.FACE_PX}'
             f" --seed {seeds} --scales={joined(scales)}"
             f" --output {folder}/{name}_strip.png"
         )
 
     held_out = HAIR_OUTPUT_DIR / "held_out"
-    faces.draw_face_pairs(held_out, 7, count, faces.HAIR_AGES, faces.PHOTO_PX)
+    faces.draw_face_pairs(held_out, 7, count, faces.HAIR_AGES)
     run_command(
         f"{draw.format('lora')} --input_dir {held_out.as_posix()}/before"
         f" --output_dir {folder}/photos --scales {joined(PHOTO_SCALES)} --html"

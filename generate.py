@@ -1279,7 +1279,9 @@ class SliderPainter(Painter):
         ]
         if strip.images and not strip.inversion:
             pixels = script.to_pixels(fit_photo(strip.images[0], strip.size))
-            photo = script.pack_tokens(script.encode_pixels(self.vae, pixels))
+            latents = script.encode_pixels(self.vae, pixels)
+            photo_db(strip.images[0], script.decode_latents(self.vae, latents), pixels)
+            photo = script.pack_tokens(latents)
             return edit_photo(script, predict, photo, sigmas, scales, sliders, strip.seed, blend)
         channels = self.transformer.config.in_channels // 4
         noise = script.first_noise(strip.seed, channels, grid, self.dtype, self.device)
@@ -1299,13 +1301,24 @@ def fit_photo(path: Path, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(open_rgb(path), size, Image.Resampling.LANCZOS)
 
 
-# --- 9. Stable Diffusion --------------------------------------------------------------------------
-
-
 def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return dB between two pictures in [-1, 1]; 200 at most."""
     error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean().item()
     return 200.0 if error < 4e-20 else 10 * math.log10(4 / error)
+
+
+def photo_db(path: Path, kept: torch.Tensor, pixels: torch.Tensor) -> float:
+    """Return dB between decode(encode(photo)) and the photo; say it where that is no picture."""
+    back = decibels(kept, pixels.to(kept))
+    if back < 22:  # photos: 25 and more
+        tqdm.write(
+            f"{path}: this base cannot draw such a picture; its autoencoder alone gives it back at "
+            f"{back:.0f} dB only (the bases in demo/ draw the demo's faces, and nothing else)"
+        )
+    return back
+
+
+# --- 9. Stable Diffusion --------------------------------------------------------------------------
 
 
 class Inverted(NamedTuple):
@@ -1484,17 +1497,17 @@ class ChangePainter(Painter):
 
         scale0_db: scale 0 against decode(encode(photo)); vae_db: that against the photo.
         """
-        photo = self.invert(strip)
+        photo, path = self.invert(strip), strip.images[0]
         moved = sorted({scale for scale in scales if scale})
         drawn = dict(zip([0.0], self.edit(strip, photo, [0.0]), strict=True))
-        same, back = decibels(drawn[0.0], photo.kept), decibels(photo.kept, photo.pixels)
+        same, back = decibels(drawn[0.0], photo.kept), photo_db(path, photo.kept, photo.pixels)
         for group in batches(moved):
             drawn |= zip(group, self.edit(strip, photo, group), strict=True)
         if self.config.restore_detail:
             drawn = {scale: x + photo.pixels - photo.kept for scale, x in drawn.items()}
         facts = {"scale0_db": round(same, 1), "vae_db": round(back, 1)}
         tqdm.write(
-            f"{strip.images[0]}: scale 0 is decode(encode(photo)) at {facts['scale0_db']} dB, "
+            f"{path}: scale 0 is decode(encode(photo)) at {facts['scale0_db']} dB, "
             f"which is the photo at {facts['vae_db']} dB"
         )
         return [drawn[scale] for scale in scales], facts

@@ -1067,9 +1067,8 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
         "loss.mask: file, but no sample has a mask": config.loss.mask == "file" and not masks,
     }
     data = PairData(config, flavour, samples, index)
-    groups = [wrong for _, wrong, _ in found]
-    groups += [unreadable, [problem for problem, is_so in rules.items() if is_so]]
-    groups += [] if unreadable else [check_frames(data)]
+    groups = [*(wrong for _, wrong, _ in found), unreadable]
+    groups += [[p for p, is_so in rules.items() if is_so], [] if unreadable else check_frames(data)]
     texts = {f"caption of {s.name}": v.caption for s in samples for v in s.variants}
     texts |= {"validation.negative_prompt": config.validation.negative_prompt or ""}
     texts |= {f"validation.samples.{i}": edit.prompt for i, edit in enumerate(edits)}
@@ -1078,9 +1077,10 @@ def find_samples(config: Config, flavour: Flavour) -> tuple[PairData, list[str]]
     report = {"samples": len(samples), "notes": notes, "problems": problems, "skipped": skipped}
     if notes:
         log.warning("note\n%s", listed(notes))
-    with contextlib.suppress(UserError):  # an unwritable output_dir is reported by audit()
-        path = config.logging.output_dir / "audit.json"
-        utils.save_text(path, json.dumps(report, indent=2, ensure_ascii=False))
+    if found:
+        with contextlib.suppress(UserError):  # an unwritable output_dir is reported by audit()
+            text = json.dumps(report, indent=2, ensure_ascii=False)
+            utils.save_text(config.logging.output_dir / "audit.json", text)
     if skipped:
         log.warning("%d sample(s) skipped (on_missing: skip)\n%s", len(skipped), listed(skipped))
     shown = []

@@ -85,7 +85,7 @@ def train(objective, pairs, steps, folder):
 def draw(**settings):
     """generate.py's pictures."""
     settings |= {"pretrained_model_name_or_path": ROOT / demo.SD_BASE_DIR}
-    settings |= {"resolution": rebuild.PHOTO_PX, "num_inference_steps": 25, "guidance_scale": 1}
+    settings |= {"resolution": rebuild.FACE_PX, "num_inference_steps": 25, "guidance_scale": 1}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, str(ROOT / "generate.py"), *flags]
     subprocess.run(command, check=True, capture_output=True)
@@ -183,10 +183,10 @@ def main():
     print("|---" * (3 + len(MEASURES)) + "|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        rebuild.draw_face_pairs(folder / "held_out", 7, 8, rebuild.HAIR_AGES, rebuild.PHOTO_PX)
+        rebuild.draw_face_pairs(folder / "held_out", 7, 8, rebuild.HAIR_AGES)
         for count in args.pairs:
             pairs = folder / str(count)
-            rebuild.draw_face_pairs(pairs, 1, count, rebuild.HAIR_AGES, rebuild.PHOTO_PX)
+            rebuild.draw_face_pairs(pairs, 1, count, rebuild.HAIR_AGES)
             for name in args.objectives:
                 runs = [[n] for n in args.steps] if name == "copier" else [args.steps]
                 for steps in runs:

@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -57,10 +57,11 @@ scenes: Any = load_script(Path(__file__).with_name("scenes.py"))
 SIZES_PX = ((288, 288), (352, 224), (256, 320))  # (W, H) of what the base is taught with
 VISION_PX = 64  # side of the picture shown to the text encoder
 LATENT_CHANNELS = 16
-FACE_PX, PAIR_AGES = 32, {"source": 0.4, "target": 0.6}
+FACE_PX = 64
+PAIR_AGES, HAIR_AGES = {"source": 0.4, "target": 0.6}, {"before": 0.2, "after": 0.6}
 TEXT_TOKENS = 16  # max_sequence_length of configs/demo_pairedit.yaml
-PHOTO_PX, HAIR_AGES = 64, {"before": 0.2, "after": 0.6}
 DARK_HAIR, WHITE_HAIR = np.array([0.2, 0.13, 0.1]), np.array([0.95, 0.95, 0.95])
+PALE_SKIN, BROWN_SKIN = np.array([1.0, 0.85, 0.74]), np.array([0.62, 0.42, 0.3])
 AGE_PROMPTS = (
     "",
     "image of a person",
@@ -217,20 +218,20 @@ class LinearAutoencoder(nn.Module):
     in two minutes and then copied into the stock class, which computes the same.
     """
 
-    def __init__(self, width: int, levels: int = 3) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         inner, half = width - 1, width // 2  # the last channel is needed by to_stock_vae
-        down, wide = [inner] * (levels - 1), [width] * (levels - 1)
+        down, wide = [inner] * 2, [width] * 2
         self.conv_in = Convolution(3, inner)
         self.down = nn.ModuleList(Convolution(inner, n, stride=2) for n in (*down, LATENT_CHANNELS))
         self.to_latents = Convolution(LATENT_CHANNELS, LATENT_CHANNELS)
         self.from_latents = Convolution(LATENT_CHANNELS, width)
-        self.up = nn.ModuleList(Convolution(width, half) for _ in range(levels))
+        self.up = nn.ModuleList(Convolution(width, half) for _ in range(3))
         self.widen = nn.ModuleList(Convolution(half, n, kernel=1) for n in (*wide, inner // 2))
         self.conv_out = Convolution(inner // 2, 3)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 16, H / 2^levels, W / 2^levels)."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 16, H / 8, W / 8)."""
         x = self.conv_in(pixels)
         for layer in self.down:
             x = layer(x)
@@ -423,56 +424,6 @@ def to_stock_vae(model: LinearAutoencoder) -> Any:
 
 
 @torch.no_grad()
-def to_flux_vae(model: LinearAutoencoder, std: torch.Tensor, scaling_factor: float) -> Any:
-    """The same transform, latents divided by `std`, as an AutoencoderKL that halves the sides.
-
-    As in to_stock_vae, but the constant comes as a pair, too: a GroupNorm takes the mean away.
-    """
-    width = model.conv_in.shape[0] + 1
-    vae: Any = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(width, width),
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=1,
-        sample_size=FACE_PX,
-        scaling_factor=scaling_factor,
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    weights = vae.state_dict()
-    for name, value in weights.items():
-        value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    constant = 1024.0
-    factor = constant * math.sqrt(2 / width)  # what the norm divides by
-
-    def put(name: str, kernel: torch.Tensor, bias: torch.Tensor, paired: bool = False) -> None:
-        weight, offset = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        if paired:
-            kernel, bias = torch.cat([kernel, -kernel]), torch.cat([bias, -bias])
-            offset[-2:] = torch.tensor([constant, -constant])
-        weight[: kernel.shape[0], : kernel.shape[1]], offset[: len(bias)] = kernel, bias
-
-    def unpaired(kernel: torch.Tensor) -> torch.Tensor:
-        return torch.cat([kernel, -kernel], dim=1) * factor
-
-    down, up, widen = (cast(Convolution, part[0]) for part in (model.down, model.up, model.widen))
-    to_latents, from_latents = model.to_latents, model.from_latents
-    put("encoder.conv_in", model.conv_in.kernel(), model.conv_in.bias)
-    put("encoder.down_blocks.0.downsamplers.0.conv", down.kernel(), down.bias, paired=True)
-    latents = unpaired(to_latents.kernel()) / std.view(-1, 1, 1, 1)
-    put("encoder.conv_out", latents, to_latents.bias / std)
-    weights["encoder.conv_out.bias"][LATENT_CHANNELS:] = -20  # log-variance: no noise
-    put("decoder.conv_in", from_latents.kernel() * std.view(-1, 1, 1), from_latents.bias)
-    kernel = torch.einsum("oi,ikyx->okyx", widen.weight, up.kernel())  # both in one convolution
-    bias = widen.weight @ up.bias + widen.bias
-    put("decoder.up_blocks.0.upsamplers.0.conv", kernel, bias, paired=True)
-    put("decoder.conv_out", unpaired(model.conv_out.kernel()), model.conv_out.bias)
-    vae.load_state_dict(weights)
-    return vae.eval()
-
-
 def encode_stills(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 8, W / 8), not normalised."""
     return vae.quant_conv(vae.encoder(pixels.unsqueeze(2)))[:, :LATENT_CHANNELS, 0]
@@ -727,58 +678,78 @@ class Face(NamedTuple):
 
     age: float  # the attribute: hair from dark, 0, to white, 1
     background: tuple[float, ...]
-    skin: tuple[float, ...]
+    clothes: tuple[float, ...]
+    skin: float  # from pale, 0, to brown, 1
     x: float  # centre of the head
     y: float
     width: float  # half of the head's
-    eye: float  # radius
+    eye: float  # half height
     mouth: float  # half width
 
 
 def random_face(rng: np.random.RandomState) -> Face:
     """Everything varies independently; ages are triangular about 0.4, from 0 to 0.8."""
 
-    def colour(least: float, most: float) -> tuple[float, ...]:
-        return colorsys.hsv_to_rgb(rng.rand(), rng.uniform(least, most), 0.9)
+    def colour(least: float, most: float, value: float) -> tuple[float, ...]:
+        return colorsys.hsv_to_rgb(rng.rand(), rng.uniform(least, most), value)
 
-    age, background, skin = 0.4 * (rng.rand() + rng.rand()), colour(0.25, 0.5), colour(0.1, 0.35)
-    lows, highs = (13.5, 15.0, 8.5, 1.4, 2.0), (18.5, 17.5, 10.5, 2.2, 4.0)
-    return Face(age, background, skin, *rng.uniform(lows, highs))
+    age, background = 0.4 * (rng.rand() + rng.rand()), colour(0.15, 0.4, 0.9)
+    lows, highs = (0.0, 14.5, 14.5, 8.0, 1.2, 2.2), (1.0, 17.5, 16.5, 9.5, 1.6, 3.4)
+    return Face(age, background, colour(0.3, 0.6, 0.6), *rng.uniform(lows, highs))
 
 
-def pixel_centres(side_px: int) -> np.ndarray:
+def pixel_centres() -> np.ndarray:
     """(2, side, side): y and x of every pixel's centre, in 1/32 of the side."""
-    return (np.mgrid[0:side_px, 0:side_px] + 0.5) * (FACE_PX / side_px)
+    return (np.mgrid[0:FACE_PX, 0:FACE_PX] + 0.5) * (32 / FACE_PX)
 
 
-def draw_face(face: Face, side_px: int = FACE_PX) -> np.ndarray:
-    """(side, side, 3) in 0..1: hair, skin, mouth, eyes; edges are 1.5/32 of the side soft."""
-    y, x = pixel_centres(side_px) - np.array([face.y, face.x])[:, None, None]
-    picture = np.ones((side_px, side_px, 3)) * face.background
+def draw_face(face: Face) -> np.ndarray:
+    """(64, 64, 3) in 0..1: a head and shoulders, of ellipses with soft edges."""
+    y, x = pixel_centres() - np.array([face.y, face.x])[:, None, None]
+    picture = np.linspace(1.06, 0.86, FACE_PX)[:, None, None] * face.background
+    picture = np.repeat(picture, FACE_PX, axis=1)
 
-    def paint(left: float, top: float, radii: Any, colour: Any, lowest: float = FACE_PX) -> None:
+    def paint(
+        left: float, top: float, radii: Any, colour: Any, lowest: float = 32, soft: float = 0.75,
+        cover: float = 1,
+    ) -> None:  # fmt: skip
         distance = (np.hypot((x - left) / radii[0], (y - top) / radii[1]) - 1) * min(radii)
-        cover = np.clip(0.5 - np.maximum(distance, y - lowest) / 1.5, 0, 1)[..., None]
-        picture[:] += cover * (np.asarray(colour) - picture)
+        inside = np.clip(0.5 - np.maximum(distance, y - lowest) / soft, 0, 1)[..., None]
+        picture[:] += cover * inside * (np.asarray(colour) - picture)
 
-    w, r = face.width, face.eye
-    paint(0, -3, (w, 1.05 * w), DARK_HAIR + face.age * (WHITE_HAIR - DARK_HAIR), lowest=0)
-    paint(0, 2, (0.85 * w, 0.9 * w), face.skin)
-    paint(0, 7, (face.mouth, 1.3), (0.9, 0.15, 0.2))
-    paint(-4, 1.5, (r, r), (0.1, 0.1, 0.1))
-    paint(4, 1.5, (r, r), (0.1, 0.1, 0.1))
-    return picture
+    w, r, skin = face.width, face.eye, PALE_SKIN + face.skin * (BROWN_SKIN - PALE_SKIN)
+    hair = DARK_HAIR + face.age * (WHITE_HAIR - DARK_HAIR)
+    paint(0, 20, (1.35 * w, 9.5), face.clothes)
+    paint(0, 10.5, (0.36 * w, 5.5), 0.82 * skin)  # neck
+    paint(0, -2.2, (1.02 * w, 1.1 * w), hair, lowest=0.6)
+    for side in (-1, 1):
+        paint(side * 0.84 * w, 2.2, (1.2, 1.9), 0.9 * skin)  # ear
+    paint(0, 1.6, (0.82 * w, 1.02 * w), skin)
+    paint(0, -5, (0.86 * w, 0.62 * w), hair, lowest=-3.4)  # fringe
+    for side in (-1, 1):
+        paint(side * 3.6, -1.2, (1.9, 0.45), DARK_HAIR, cover=0.8)  # brow
+        paint(side * 3.6, 1.4, (1.35 * r, r), (0.97, 0.97, 0.97))
+        paint(side * 3.6, 1.4, (0.8 * r, 0.85 * r), (0.12, 0.1, 0.12))
+        paint(side * 4.6, 5, (2, 1.5), (0.95, 0.5, 0.45), soft=2.5, cover=0.25)  # cheek
+    paint(0, 4, (0.9, 1.1), 0.82 * skin, soft=1.2)  # nose
+    paint(0, 7.3, (face.mouth, 0.95), (0.85, 0.16, 0.2))
+    return picture.clip(0, 1)
 
 
-def draw_face_pairs(
-    folder: Path, seed: int, count: int, ages: dict[str, float], side_px: int = FACE_PX
-) -> None:
+def draw_many(rng: np.random.RandomState, count: int) -> tuple[list[Face], torch.Tensor]:
+    """`count` faces, and their pictures (N, 3, H, W) in [-1, 1]."""
+    faces = [random_face(rng) for _ in range(count)]
+    drawn = [draw_face(face).astype(np.float32) for face in tqdm(faces, "draw faces")]
+    return faces, stack_pixels(drawn) * 2 - 1
+
+
+def draw_face_pairs(folder: Path, seed: int, count: int, ages: dict[str, float]) -> None:
     """Write <stage>/<n>.png of every stage in `ages`: the same face at another age."""
     rng = np.random.RandomState(seed)
     for n in range(count):
         face = random_face(rng)
         for stage, age in ages.items():
-            write_picture(draw_face(face._replace(age=age), side_px), folder / stage / f"{n}.png")
+            write_picture(draw_face(face._replace(age=age)), folder / stage / f"{n}.png")
 
 
 def from_centre(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -786,10 +757,10 @@ def from_centre(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     The mouth tells where that is: nothing else is so red. Heads are drawn within narrow limits.
     """
-    y, x = pixel_centres(len(picture))
+    y, x = pixel_centres()
     red = np.clip(picture[..., 0] - picture[..., 1:].max(-1) - 0.48, 1e-9, None)
     red /= red.sum()
-    return x - np.clip((red * x).sum(), 13, 19), y - np.clip((red * y).sum() - 7, 14.5, 18)
+    return x - np.clip((red * x).sum(), 14, 18), y - np.clip((red * y).sum() - 7.3, 14, 17)
 
 
 def face_age(picture: np.ndarray, place: tuple[np.ndarray, np.ndarray]) -> float:
@@ -797,7 +768,7 @@ def face_age(picture: np.ndarray, place: tuple[np.ndarray, np.ndarray]) -> float
 
     place: of from_centre, in a series that of the unedited picture.
     """
-    patch = (abs(place[0]) <= 3) & (abs(place[1] + 9.6) <= 1.5)
+    patch = (abs(place[0]) <= 3) & (abs(place[1] + 7.5) <= 1.5)
     axis = WHITE_HAIR - DARK_HAIR
     return float((picture[patch].mean(0) - DARK_HAIR) @ axis / (axis @ axis))
 
@@ -806,7 +777,7 @@ def content_change(
     before: np.ndarray, after: np.ndarray, place: tuple[np.ndarray, np.ndarray]
 ) -> float:
     """Mean absolute difference (pictures in 0..1) outside the box that holds the hair."""
-    rest = (abs(place[0]) > 12) | (place[1] > 1)
+    rest = (abs(place[0]) > 12) | (place[1] > 1.2)
     return float(abs(before - after)[rest].mean())
 
 
@@ -814,6 +785,41 @@ def write_picture(picture: np.ndarray, path: Path) -> None:
     """(H, W, 3) in 0..1 as a file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(path, quality=95)
+
+
+def build_face_vae(channels: int, **settings: Any) -> Any:
+    """Random AutoencoderKL: sides / 4; 0.17 million parameters."""
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 32),
+        latent_channels=channels,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        sample_size=FACE_PX,
+        **settings,
+    )
+
+
+def fit_face_vae(
+    rng: np.random.RandomState, vae: Any, pixels: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """Fit on pixels (N, 3, H, W); return their latents, scaled to a deviation of 1.
+
+    Squared error and a little of the Kullback-Leibler term.
+    """
+    optimizer, bar = FlatMuon(vae.train(), 0.02, steps), tqdm(range(steps), "autoencoder")
+    for _ in bar:
+        batch = pixels[rng.randint(0, len(pixels), 16)]
+        posterior = vae.encode(batch).latent_dist
+        error = F.mse_loss(vae.decode(posterior.sample()).sample, batch)
+        optimizer.minimise(error + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel())
+        bar.set_postfix(db=f"{10 * math.log10(4 / error.item()):.1f}", refresh=False)
+    vae.eval()
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(500)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return latents * vae.config.scaling_factor
 
 
 # --- 5. FLUX.1: a base that draws faces -----------------------------------------------------------
@@ -930,42 +936,22 @@ def teach_faces(
 
 
 def rebuild_flux(
-    output_dir: Path, seed: int = 0, autoencoder_steps: int = 600, face_steps: int = 5000
+    output_dir: Path, seed: int = 0, vae_steps: int = 600, face_steps: int = 5000
 ) -> None:
-    """Write the base model and, of other faces, the pairs."""
+    """Write the base model of the slider demo."""
     torch.manual_seed(seed)
     rng = np.random.RandomState(seed)
-    leaves = [scenes.draw_leaves(rng, 96) for _ in tqdm(range(600), "synthetic pictures")]
-    autoencoder = LinearAutoencoder(width=34, levels=1)
-    windows = functools.partial(draw_windows, rng, leaves, [])
-    fit_autoencoder(autoencoder, windows, autoencoder_steps)
-    rotation, mean, std = principal_axes(autoencoder.encode, autoencoder.decode, windows(64))
-    turn_latents(autoencoder.to_latents, autoencoder.from_latents, rotation, mean)
-    faces = [random_face(rng) for _ in tqdm(range(12000), "faces", leave=False)]
-    pixels = stack_pixels([draw_face(face).astype(np.float32) * 2 - 1 for face in faces])
-    with torch.no_grad():
-        latents = torch.cat([autoencoder.encode(part) for part in pixels.split(500)])
-    latents /= std.view(-1, 1, 1)
-    scaling_factor = round(1 / latents.std().item(), 4)
-    pipeline = build_flux(to_flux_vae(autoencoder, std, scaling_factor))
+    faces, pixels = draw_many(rng, 12000)
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0}
+    vae = build_face_vae(LATENT_CHANNELS, **plain)
+    latents = fit_face_vae(rng, vae, pixels, vae_steps)
+    pipeline = build_flux(vae)
     true_of = [[0, 1, 2, 3 + (face.age > 0.4)] for face in faces]
-    teach_faces(rng, pipeline, latents * scaling_factor, np.array(true_of), face_steps)
+    teach_faces(rng, pipeline, latents, np.array(true_of), face_steps)
     pipeline.to(torch.bfloat16).save_pretrained(output_dir)
 
 
-# --- 6. Stable Diffusion 1.5: a base that draws larger faces --------------------------------------
-
-
-def build_sd_vae() -> Any:
-    """Random AutoencoderKL: sides / 4, 4 channels; 0.17 million parameters."""
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 32),
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        sample_size=PHOTO_PX,
-    )
+# --- 6. Stable Diffusion 1.5: a base that draws faces, too ----------------------------------------
 
 
 def build_sd(vae: Any, text_width: int = 32) -> Any:
@@ -981,7 +967,7 @@ def build_sd(vae: Any, text_width: int = 32) -> Any:
         text_encoder=build_clip(tokenizer, text_width),
         tokenizer=tokenizer,
         unet=diffusers.UNet2DConditionModel(
-            sample_size=PHOTO_PX // 4,
+            sample_size=FACE_PX // 4,
             block_out_channels=(32, 64, 64),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -995,18 +981,6 @@ def build_sd(vae: Any, text_width: int = 32) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-
-
-def fit_sd_vae(rng: np.random.RandomState, vae: Any, pixels: torch.Tensor, steps: int) -> None:
-    """Squared error and a little of the Kullback-Leibler term, on pixels (N, 3, H, W)."""
-    optimizer, bar = FlatMuon(vae.train(), 0.02, steps), tqdm(range(steps), "autoencoder")
-    for _ in bar:
-        batch = pixels[rng.randint(0, len(pixels), 16)]
-        posterior = vae.encode(batch).latent_dist
-        error = F.mse_loss(vae.decode(posterior.sample()).sample, batch)
-        optimizer.minimise(error + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel())
-        bar.set_postfix(db=f"{10 * math.log10(4 / error.item()):.1f}", refresh=False)
-    vae.eval()
 
 
 def teach_sd_faces(
@@ -1047,21 +1021,15 @@ def rebuild_sd(
     """Write the base model of the pairs demo."""
     torch.manual_seed(seed)
     rng = np.random.RandomState(seed)
-    faces = [random_face(rng) for _ in range(8000)]
-    drawn = [draw_face(face, PHOTO_PX).astype(np.float32) for face in tqdm(faces, "draw")]
-    pixels = stack_pixels(drawn) * 2 - 1
-    vae = build_sd_vae()
-    fit_sd_vae(rng, vae, pixels, vae_steps)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(500)])
-    scaling_factor = round(1 / latents.std().item(), 4)
-    vae.register_to_config(scaling_factor=scaling_factor)
+    faces, pixels = draw_many(rng, 8000)
+    vae = build_face_vae(4)
+    latents = fit_face_vae(rng, vae, pixels, vae_steps)
     pipeline = build_sd(vae)
     ages = [3 + (face.age > 0.4) for face in faces]
     true_of = [[0, 1, 1, 2, 2, says, says] for says in ages]  # 1 of 7: no prompt
     for power, steps in zip((0.5, 0.25), face_steps, strict=True):  # colours, then details
         prompts = np.array(true_of)
-        teach_sd_faces(rng, pipeline, latents * scaling_factor, prompts, steps, power)
+        teach_sd_faces(rng, pipeline, latents, prompts, steps, power)
     pipeline.to(torch.bfloat16).save_pretrained(output_dir)
 
 
@@ -1076,7 +1044,7 @@ def rebuild(demo: str, seed: int = 0) -> None:
         draw_face_pairs(ROOT / FACE_PAIRS_DIR / "age", seed + 1, 3, PAIR_AGES)
         rebuild_flux(ROOT / FLUX_BASE_DIR, seed)
     else:
-        draw_face_pairs(ROOT / HAIR_PAIRS_DIR, seed + 1, 10, HAIR_AGES, PHOTO_PX)
+        draw_face_pairs(ROOT / HAIR_PAIRS_DIR, seed + 1, 10, HAIR_AGES)
         rebuild_sd(ROOT / SD_BASE_DIR, seed)
 
 

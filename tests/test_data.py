@@ -59,6 +59,9 @@ def test_everything_wrong_is_named_at_once(checkpoints, tmp_path):
     named += ["coffee2_T.txt", "'hubble0'", "hubble1_T.bmp", "'coffe0'", "model.devices.0"]
     assert all(any(name in line for line in lines) for name in named) and len(lines) == 10
     assert len(json.loads((tmp_path / "out/audit.json").read_text())["problems"]) == 9
+    none = {"data.dataset_configs": [], "logging.output_dir": str(tmp_path / "none")}
+    [line] = problems_of(checkpoints["2511"], tmp_path, **none)
+    assert "no data set is named" in line and not (tmp_path / "none/audit.json").exists()
     left_out = {"on_missing": "skip", "holdout": []}  # goes on without the incomplete ones
     data, problems = found(tmp_path, dataset | left_out)
     assert [s.name for s in data.samples] == ["chelsea1", "chelsea2", "hubble1", "hubble2"]

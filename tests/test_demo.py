@@ -239,8 +239,8 @@ def test_the_change_at_scale_0_is_the_base(demo_run):
     for seed in range(4):
         base = pipeline(
             demo.HAIR_PROMPT,
-            height=rebuild.PHOTO_PX,
-            width=rebuild.PHOTO_PX,
+            height=rebuild.FACE_PX,
+            width=rebuild.FACE_PX,
             num_inference_steps=12,
             guidance_scale=1.0,
             generator=torch.Generator().manual_seed(seed),

@@ -13,7 +13,8 @@ import demo
 from utils import load_script
 
 rebuild = load_script(ROOT / "demo/rebuild.py")
-KINDS = {"flux": (demo.FLUX_BASE_DIR, 32), "sd": (demo.SD_BASE_DIR, 64)}  # base: its pictures' side
+KINDS = {"flux": demo.FLUX_BASE_DIR, "sd": demo.SD_BASE_DIR}
+SIDE = rebuild.FACE_PX
 PAIRS = [
     (demo.FACE_PAIRS_DIR / "age", rebuild.PAIR_AGES, 3),
     (demo.HAIR_PAIRS_DIR, rebuild.HAIR_AGES, 10),
@@ -47,28 +48,26 @@ def age_of(picture):
 
 
 def looks_like_a_face(picture):
-    """Red below the middle, no dark cheek, dark eyes."""
+    """Red below the middle, dark pupils, a cheek between them that is not dark."""
     x, y = rebuild.from_centre(picture)
-    mouth, cheek = (picture[np.hypot(x, y - below) < 1.5].mean(0) for below in (7, 3.5))
-    eyes = (abs(abs(x) - 4) < 2.5) & (abs(y - 1.5) < 2.5)
+    mouth, cheek = (picture[np.hypot(x, y - below) < 1].mean(0) for below in (7.3, 5.4))
+    eyes = (abs(abs(x) - 3.6) < 2) & (abs(y - 1.4) < 2)
     red = mouth[0] - mouth[1:].max() > 0.3
-    return red and cheek.max() > 0.75 and picture[eyes].max(1).min() < 0.35
+    return red and cheek.max() > 0.5 and picture[eyes].max(1).min() < 0.35
 
 
 # --- drawn and measured ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", [32, 64])
-def test_a_drawn_face_is_measured_as_it_was_drawn(side):
+def test_a_drawn_face_is_measured_as_it_was_drawn():
     for face in faces():
-        picture = rebuild.draw_face(face, side)
-        assert picture.shape == (side, side, 3) and 0 <= picture.min() < picture.max() <= 1
+        picture = rebuild.draw_face(face)
+        assert picture.shape == (SIDE, SIDE, 3) and 0 <= picture.min() < picture.max() <= 1
         x, y = rebuild.from_centre(picture)
-        assert x[0, 0] == pytest.approx(16 / side - face.x, abs=0.2)
-        assert y[0, 0] == pytest.approx(16 / side - face.y, abs=0.2)
+        assert x[0, 0] == pytest.approx(16 / SIDE - face.x, abs=0.2)
+        assert y[0, 0] == pytest.approx(16 / SIDE - face.y, abs=0.2)
         assert rebuild.face_age(picture, (x, y)) == pytest.approx(face.age, abs=0.02)
-        halved = picture.reshape(32, side // 32, 32, side // 32, 3).mean((1, 3))
-        assert np.abs(halved - rebuild.draw_face(face)).mean() < 5e-3
+        assert looks_like_a_face(picture)
 
 
 def test_age_is_no_change_of_content_and_all_else_is():
@@ -78,10 +77,10 @@ def test_age_is_no_change_of_content_and_all_else_is():
         assert np.abs(young - old).max() > 0.5
     one, other = faces(2)
     before = rebuild.draw_face(one)
-    for field in ("background", "skin", "x", "y", "width", "eye", "mouth"):
+    for field in ("background", "clothes", "skin", "x", "y", "width", "eye", "mouth"):
         changed = rebuild.draw_face(one._replace(**{field: getattr(other, field)}))
         change = rebuild.content_change(before, changed, rebuild.from_centre(before))
-        assert change > 1e-3, field
+        assert change > 2e-4, field
 
 
 @pytest.mark.parametrize(("folder", "ages", "count"), PAIRS)
@@ -99,7 +98,7 @@ def test_the_pairs_differ_in_age_only(folder, ages, count):
 
 def test_the_pairs_are_what_rebuild_draws(tmp_path):
     rebuild.draw_face_pairs(tmp_path / "age", 1, 3, rebuild.PAIR_AGES)
-    rebuild.draw_face_pairs(tmp_path / "hair", 1, 10, rebuild.HAIR_AGES, rebuild.PHOTO_PX)
+    rebuild.draw_face_pairs(tmp_path / "hair", 1, 10, rebuild.HAIR_AGES)
     for made, (folder, _, count) in zip(("age", "hair"), PAIRS, strict=True):
         files = sorted((tmp_path / made).rglob("*.png"))
         assert len(files) == 2 * count
@@ -119,26 +118,14 @@ def test_the_words_of_the_prompts_are_whole_tokens():
     assert tokenizer.tokenize("cat") == ["c", "a", "t</w>"]
 
 
-def test_a_linear_autoencoder_in_the_stock_class_is_the_same():
-    torch.manual_seed(0)
-    model, std = rebuild.LinearAutoencoder(width=34, levels=1), torch.rand(16) + 0.5
-    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
-    vae = rebuild.to_flux_vae(model, std, scaling_factor=1.0)
-    with torch.no_grad():
-        latents = model.encode(pixels)
-        stock = vae.encode(pixels).latent_dist.mode()
-        torch.testing.assert_close(stock * std.view(-1, 1, 1), latents, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(vae.decode(stock).sample, model(pixels), rtol=1e-3, atol=1e-3)
-
-
 def test_the_bases_are_small_and_of_the_published_types(bases):
     for kind, most in (("flux", 4e6), ("sd", 5e6)):
-        files = [file for file in (ROOT / KINDS[kind][0]).rglob("*") if file.is_file()]
+        files = [file for file in (ROOT / KINDS[kind]).rglob("*") if file.is_file()]
         assert sum(file.stat().st_size for file in files) <= most
     flux, sd = bases.values()
     assert type(flux.transformer) is diffusers.FluxTransformer2DModel
     assert flux.transformer.config.guidance_embeds and flux.transformer.config.in_channels == 64
-    assert type(flux.vae) is diffusers.AutoencoderKL and flux.vae_scale_factor == 2
+    assert type(flux.vae) is diffusers.AutoencoderKL and flux.vae_scale_factor == 4
     published = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256}
     assert published.items() <= dict(flux.scheduler.config).items()
     index = json.loads((ROOT / demo.SD_BASE_DIR / "model_index.json").read_text())
@@ -154,10 +141,10 @@ def test_the_bases_are_small_and_of_the_published_types(bases):
     assert sd.scheduler.config.prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize(("kind", "least_db"), [("flux", 38), ("sd", 34)])
+@pytest.mark.parametrize(("kind", "least_db"), [("flux", 33), ("sd", 30)])
 def test_the_autoencoders_keep_the_pictures(kind, least_db, bases):
-    vae, side = bases[kind].vae, KINDS[kind][1]
-    pictures = [rebuild.draw_face(face, side).astype(np.float32) for face in faces()]
+    vae = bases[kind].vae
+    pictures = [rebuild.draw_face(face).astype(np.float32) for face in faces()]
     pixels = rebuild.stack_pixels(pictures) * 2 - 1
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mode()
@@ -174,7 +161,7 @@ def test_the_autoencoders_keep_the_pictures(kind, least_db, bases):
             ("image of a person", *rebuild.AGE_PROMPTS[-2:]),
             {"num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 16},
             0.15,
-            0.1,
+            0.07,
         ),
         (
             "sd",
@@ -189,7 +176,7 @@ def test_the_bases_draw_whole_faces_and_hear_their_age(kind, prompts, how, older
     drawn = []
     for prompt in prompts:
         generator = [torch.Generator().manual_seed(seed) for seed in range(16)]
-        size = {"width": KINDS[kind][1], "height": KINDS[kind][1]}
+        size = {"width": SIDE, "height": SIDE}
         kwargs = {**how, **size, "generator": generator, "output_type": "np"}
         drawn.append(bases[kind](prompt=[prompt] * 16, **kwargs).images)
     ages, young, old = (np.array([age_of(picture) for picture in its]) for its in drawn)

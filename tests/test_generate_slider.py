@@ -658,3 +658,16 @@ def test_the_safetensors_beside_a_pickle_is_taken(flux, loras, tmp_path):
     strips, problems = planned_runs(flux, tmp_path, **trained)
     painter = painter_of(flux, num_inference_steps=28)
     assert not problems and not painter.problems(strips)
+
+
+def test_a_photo_that_the_base_cannot_draw_is_named(painter, loras, tmp_path, capsys):
+    file = tmp_path / "photo.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (48, SIZE, 3), np.uint8)).save(file)
+    [_] = painter.draw(strip((loras["a"], 1), images=(file,)), [0.0])
+    said = capsys.readouterr().out
+    assert f"{file}: this base cannot draw such a picture" in said
+    pixels = train_pairedit.to_pixels(Image.open(ROOT / "demo/slider_pairs/age/source/0.png"))
+    vae = train_pairedit.load_vae(ROOT / "demo/flux_slider_base", torch.device("cpu"))
+    kept = train_pairedit.decode_latents(vae, train_pairedit.encode_pixels(vae, pixels))
+    assert generate.photo_db(file, kept, pixels) > 30
+    assert not capsys.readouterr().out
