@@ -1016,7 +1016,7 @@ def teach_sd_faces(
 
 
 def rebuild_sd(
-    output_dir: Path, seed: int = 0, vae_steps: int = 450, face_steps: Sequence[int] = (1600, 900)
+    output_dir: Path, seed: int = 0, vae_steps: int = 1500, face_steps: Sequence[int] = (2400, 1400)
 ) -> None:
     """Write the base model of the pairs demo."""
     torch.manual_seed(seed)
