@@ -1125,9 +1125,9 @@ def write_card(trainer: PairEditTrainer) -> str:
     lora = f"inversion_{lora} --lora slider.safetensors" if run.image_id else lora
     command = (
         f"python generate.py --pretrained_model_name_or_path {base} --{lora} --scales 0,0.5,1 "
-        f'--prompt "{trainer.preview_prompts[run.dataset]}" --skip {config.skips[0]} '
-        f"--num_inference_steps {config.num_inference_steps} --resolution {config.resolution} "
-        f"--max_sequence_length {config.max_sequence_length} --output {trainer.output_dir}/strip.png"
+        f'--prompt "{trainer.preview_prompts[run.dataset]}" --skip {config.skips[0]} --output '
+        f"{trainer.output_dir}/strip.png --num_inference_steps {config.num_inference_steps} "
+        f"--resolution {config.resolution} --max_sequence_length {config.max_sequence_length}"
     )
     card = SLIDER_CARD.format(base, run.dataset, command, Path(__file__).name)
     utils.save_text(trainer.output_dir / "README.md", card)
