@@ -28,12 +28,12 @@ def tell(output_dir: Path, stopped: bool = False, command: str = "", into: str =
     command: draws with the result; "" is what the LoRA file and the run's record lead to. into:
     folder of the repository, of one of several runs, which an upload that fails does not stop.
     """
+    record = read_record(output_dir) | {"finished": not stopped}
+    save_text(output_dir / "run.json", json.dumps(record, indent=2))
     lines = {"report": str(load_tool("page").write_report(output_dir))}
     sheets = sorted(output_dir.glob("samples/*.png"), key=lambda file: file.stat().st_mtime_ns)
     if sheets:
         lines["pictures"] = str(sheets[-1])
-    record = read_record(output_dir) | {"finished": not stopped}
-    save_text(output_dir / "run.json", json.dumps(record, indent=2))
     if stopped:
         lines["to go on"] = resume_command(record)
     elif command or (command := generate_command(output_dir, record["config"])):
