@@ -83,16 +83,8 @@ def draw(place, rounds):
 
     def ours(count, out):
         base = ["--pretrained_model_name_or_path", BASE, "--input_dir", place / str(count)]
-        flags = [
-            "--num_inference_steps",
-            STEPS,
-            "--height",
-            SIDE,
-            "--width",
-            SIDE,
-            "--dtype",
-            "fp32",
-        ]
+        flags = ["--num_inference_steps", STEPS, "--height", SIDE, "--width", SIDE]
+        flags += ["--dtype", "fp32"]
         return [ROOT / "generate.py", *base, "--prompt", PROMPT, "--output_dir", out, *flags]
 
     compare(ours, lambda count, out: [__file__, "--bare", place / str(count), out],

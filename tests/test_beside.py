@@ -14,13 +14,13 @@ import train_dreambooth_pairs
 from utils import UserError, load_config
 
 
-def test_the_ratios_are_those_of_the_commands(capsys):
-    def sleeps(start, each):
-        return lambda size, folder: ["-c", f"import time; time.sleep({start} + {each} * {size})"]
-
-    beside.compare(sleeps(0.1, 0.1), sleeps(0.2, 0.2), (1, 6), 1, "nap")
+def test_the_ratios_are_those_of_the_commands(capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(beside, "seconds", lambda command: command[0] + command[1] * command[2])
+        beside.compare(lambda n, _: (5, 1, n), lambda n, _: (6, 4, n), (1, 6), 3, "nap")
     whole, each = (float(ratio) for ratio in re.findall(r"ratio (.*)", capsys.readouterr().out))
-    assert whole == pytest.approx(0.5, abs=0.1) and each == pytest.approx(0.5, abs=0.1)
+    assert (whole, each) == (0.37, 0.25)  # 11 / 30, 1 / 4
+    assert beside.seconds(["-c", "import time; time.sleep(0.2)"]) >= 0.2
     with pytest.raises(UserError, match=r"exit code 1: ValueError: no"):
         beside.seconds(["-c", "raise ValueError('no')"])
 
